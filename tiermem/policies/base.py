@@ -1,0 +1,93 @@
+"""The interface of eviction policies: facts in, ranked units out.
+
+A policy ranks; it owns no pages, reads no clock and draws no randomness of its own, so a recorded
+log replays with the same class and gives the same answers. One instance serves one tier. All calls
+arrive under the space's lock, from any thread; they must not block.
+
+`now` is logical time in milliseconds, given by the caller, never decreasing. A unit is named by
+the row of its first page: a small non-negative integer that may be used again for other content
+after `removed`; `keys` carry the content's identity where the engine knows it.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+Ids = npt.NDArray[np.int32]
+Keys = npt.NDArray[np.uint64]
+Mask = npt.NDArray[np.bool_]
+
+
+class Candidates(Protocol):
+    """Which units may leave the tier at this moment."""
+
+    def keep(self, units: Ids) -> Mask:
+        """bool[n]: which of these units may leave; cheap, to be asked for a window of units."""
+
+    def all(self) -> Ids:
+        """Every unit that may leave, in no order; costs a pass over the page table."""
+
+
+class Eviction(Protocol):
+    """Ranks the units of one tier. Subclass `EvictionBase` to implement only what you need."""
+
+    name: ClassVar[str]
+    leaf_first: ClassVar[bool]
+    """True if the policy promises never to name a parent before its child; then it is checked."""
+
+    def inserted(self, units: Ids, parents: Ids, depths: Ids, keys: Keys | None, now: int) -> None:
+        """Units that entered the tier, deepest first. parents: unit or -1; depths: 0 = first.
+
+        keys: uint64[n], or None where the content is not known by name.
+        """
+
+    def accessed(self, units: Ids, now: int) -> None:
+        """Units of this tier that a request used, deepest first."""
+
+    def removed(self, units: Ids, now: int) -> None:
+        """Units that left the tier, whether or not this policy named them."""
+
+    def finished(self, units: Ids, facts: RequestFacts, now: int) -> None:
+        """A request ended; `units` are the ones of it that are in this tier, deepest first."""
+
+    def victims(self, candidates: Candidates, n: int, now: int) -> Ids:
+        """Up to n units to take out of the tier, first to leave first; all in `candidates`.
+
+        Fewer than n means that no other candidate exists.
+        """
+
+
+class RequestFacts(Protocol):
+    """What is known of a request when it ends; a field that the engine does not pass is None."""
+
+    session: int | None
+    turn: int | None
+    reason: str | None
+    output_tokens: int | None
+
+
+class EvictionBase:
+    """Does nothing on every fact, so that a policy states only what it looks at."""
+
+    name: ClassVar[str] = ""
+    leaf_first: ClassVar[bool] = False
+
+    def __init__(self, capacity: int, seed: int = 0) -> None:
+        """capacity: units that the tier holds at most (a hint; it may change while running)."""
+        self.capacity = capacity
+        self.seed = seed
+
+    def inserted(self, units: Ids, parents: Ids, depths: Ids, keys: Keys | None, now: int) -> None:
+        pass
+
+    def accessed(self, units: Ids, now: int) -> None:
+        pass
+
+    def removed(self, units: Ids, now: int) -> None:
+        pass
+
+    def finished(self, units: Ids, facts: RequestFacts, now: int) -> None:
+        pass

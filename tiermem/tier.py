@@ -1,0 +1,196 @@
+"""What the core asks of tiers, routes, windows and devices: protocols, and the slots they count in.
+
+Tier = where bytes sit. Route = how they move. Window = what an address shows. Nothing here moves
+a byte or knows a policy; implementations live in `gpu/`, `host/`, `nvme/` and pass the contract
+suites of `tiermem.testing`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+import numpy.typing as npt
+
+Slots = npt.NDArray[np.int32]
+Addresses = npt.NDArray[np.uint64]
+Mask = npt.NDArray[np.bool_]
+
+
+class Place(IntEnum):
+    """Where the newest bytes of a page are."""
+
+    NONE = 0
+    GPU = 1
+    HOST = 2
+    NVME = 3
+    LOST = 4
+
+
+TIERS = (Place.GPU, Place.HOST, Place.NVME)
+
+
+@dataclass(frozen=True, slots=True)
+class Fence:
+    """A point on one or several streams: (stream index, tick) pairs; empty means already passed."""
+
+    ticks: tuple[tuple[int, int], ...] = ()
+
+
+PASSED = Fence()
+
+
+class Done(Protocol):
+    """The end of one submitted piece of work. Every Done ends, in success or in failure."""
+
+    @property
+    def error(self) -> Exception | None:
+        """Why it failed as a whole or in part; None while running or after success."""
+
+    @property
+    def failed(self) -> Mask | None:
+        """bool[n]: which of the n submitted entries failed; None when none did."""
+
+    def ready(self) -> bool:
+        """True once the work has ended. Costs no system call and keeps the interpreter lock."""
+
+    def wait(self, timeout_s: float | None = None) -> bool:
+        """Block until ready or until the timeout; returns `ready()`."""
+
+
+@runtime_checkable
+class Orderable(Protocol):
+    """A Done whose work a stream can wait for without blocking the host (host-to-GPU loads)."""
+
+    def order(self, stream: int | None) -> None:
+        """Make `stream` wait for this work; returns at once."""
+
+
+class Finished:
+    """A Done that ended when it was made."""
+
+    __slots__ = ("error", "failed")
+
+    def __init__(self, error: Exception | None = None, failed: Mask | None = None) -> None:
+        self.error = error
+        self.failed = failed
+
+    def ready(self) -> bool:
+        return True
+
+    def wait(self, timeout_s: float | None = None) -> bool:
+        return True
+
+
+class Tier(Protocol):
+    """A set of slots with a capacity. Passive: it holds bytes, it moves nothing.
+
+    Which slot is whose is decided by the planner's `SlotPool`; a tier only says how many slots
+    are backed by memory at present (`ready`, which may grow in the background) and at most.
+    """
+
+    place: Place
+    slot_bytes: int
+
+    @property
+    def capacity(self) -> int:
+        """Slots at most, once everything that was configured is backed."""
+
+    @property
+    def ready(self) -> int:
+        """Slots [0, ready) may be used now; never shrinks except by `resize`."""
+
+    def resize(self, capacity: int) -> None:
+        """Change the capacity. Slots at or above a smaller capacity are unused when this is called."""
+
+    def close(self) -> None:
+        """Give everything back; a second call does nothing."""
+
+
+class Memory(Tier, Protocol):
+    """A tier whose slots the processor or the copy engines can address."""
+
+    def addresses(self, slots: Slots) -> Addresses:
+        """uint64[n]: where each slot's bytes are (a GPU frame's alias; a host slot's pointer)."""
+
+
+class Route(Protocol):
+    """Moves whole slots from one tier to another, asynchronously."""
+
+    src: Place
+    dst: Place
+
+    def submit(self, src: Slots, dst: Slots, after: Fence) -> Done:
+        """Copy slot src[i] to dst[i] for all i, once `after` has passed.
+
+        src, dst: int32[n], n > 0, equal length, each slot at most once. Returns at once (it may
+        block while the route's bounded queue is full). The caller keeps both slot sets reserved
+        until the Done is ready. A destination that failed holds undefined bytes; `failed` says
+        which. Raises TierFailed if the tier has latched a failure, Closed after close.
+        """
+
+    def close(self) -> None:
+        """Refuse new work, end what is queued; every Done handed out ends."""
+
+
+class Window(Protocol):
+    """Shows frames at page addresses. Calls take effect in the order in which they are made."""
+
+    def show(self, addresses: Addresses, frames: Slots) -> Done:
+        """Map frame frames[i] at addresses[i], whole and read-write. All or nothing.
+
+        The addresses show nothing at present (mapping over a mapping is refused).
+        """
+
+    def hide(self, addresses: Addresses) -> Done:
+        """Unmap the pages at these addresses, which all show something now. All or nothing."""
+
+
+class Streams(Protocol):
+    """Ticks of the streams that engines run on. A tick is a point; ticks grow within a stream."""
+
+    def tick(self, stream: int | None) -> tuple[int, int] | None:
+        """Mark a point behind all that is queued on `stream` now; (stream index, tick).
+
+        None when the stream argument is None and the device has no default stream: work by the
+        calling thread has ended when it returns.
+        """
+
+    def passed(self) -> npt.NDArray[np.uint64]:
+        """uint64[streams]: the last tick that has passed on each stream index seen so far."""
+
+    def wait(self, fence: Fence, timeout_s: float | None = None) -> bool:
+        """Block the calling thread until the fence has passed."""
+
+
+class Device(Protocol):
+    """One GPU, or its stand-in on a CPU: address ranges, frames, window and streams."""
+
+    name: str
+    page_bytes: int
+    frames: Memory
+    window: Window
+    streams: Streams
+
+    def reserve(self, nbytes: int) -> int:
+        """Reserve addresses (nothing behind them); nbytes a multiple of page_bytes. Its start."""
+
+    def release(self, address: int, nbytes: int) -> None:
+        """Give a reservation back, in which nothing is shown."""
+
+    def routes(self, host: Memory) -> tuple[Route, Route]:
+        """(GPU to host, host to GPU) between this device's frames and that host tier."""
+
+    def zero(self, frames: Slots) -> Done:
+        """Fill frames with zeros through their aliases."""
+
+    def park(self, frames: Slots) -> None:
+        """Give the physical memory of frames back that are neither shown nor in use."""
+
+    def back(self, frames: Slots) -> None:
+        """Put physical memory behind parked frames again; raises TierFull when there is none."""
+
+    def close(self) -> None:
+        """End all work, give all memory back; a second call does nothing."""
