@@ -1,0 +1,170 @@
+"""The file that `tiermem bench offload` writes: schema `tiermem.offload.v1`, strict both ways.
+
+docs/benchmarks.md explains every field. Rates are in GB/s (1e9 bytes), sizes in bytes.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+import numpy as np
+
+from tiermem.bench.machine import Machine, machine
+from tiermem.errors import TierMemError
+
+__all__ = [
+    "SCHEMA",
+    "BadResult",
+    "Machine",
+    "PageTime",
+    "Result",
+    "Row",
+    "Spread",
+    "machine",
+    "read",
+    "write",
+]
+
+SCHEMA = "tiermem.offload.v1"
+
+Direction = Literal["one-way", "both"]
+Beside = Literal["", "python-thread", "disk"]
+
+
+class BadResult(TierMemError):
+    """A result file that cannot be read; the message has the file and the reason."""
+
+
+class Spread(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Rates of the measured rounds, warm-up excluded, in GB/s."""
+
+    n: int
+    median: float
+    p5: float
+    p95: float
+    rounds: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if self.n != len(self.rounds) or self.n < 1:
+            raise ValueError(f"gbps.n is {self.n} but gbps.rounds has {len(self.rounds)} entries")
+        if not self.p5 <= self.median <= self.p95:
+            raise ValueError(f"gbps: p5 {self.p5} <= median {self.median} <= p95 {self.p95} fails")
+
+    @classmethod
+    def of(cls, rounds: Sequence[float]) -> Spread:
+        """Summarise the rounds, in the order in which they were measured; at least one."""
+        p5, median, p95 = (float(x) for x in np.percentile(rounds, (5, 50, 95)))
+        return cls(len(rounds), median, p5, p95, tuple(float(x) for x in rounds))
+
+
+class PageTime(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Time from the submission of a page to its arrival, in microseconds."""
+
+    p50: float
+    p99: float
+
+
+class Row(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """One measured combination. `route` to `beside` name it; no two rows of a file share a name."""
+
+    route: str
+    """Tier names and how: gpu-host, host-nvme, nvme-gpu, gpu-gpu, in-place."""
+    src: str
+    """Kind, and which one when it matters: gpu:0, host:node1, nvme:nvme0n1."""
+    dst: str
+    page_bytes: int
+    group: int
+    """Pages in one batched call (copies), or operations in flight (disk)."""
+    direction: Direction = "one-way"
+    """both: the other way runs at the same time, and the rate is the sum of the two."""
+    gpus: int = 1
+    """GPUs that work at once; the rate is the sum over all of them."""
+    beside: Beside = ""
+    """What else runs meanwhile: a busy Python thread, or the disk."""
+    gbps: Spread
+    page_us: PageTime | None = None
+    cpu_s_per_gib: float | None = None
+    percent_of_link: float | None = None
+    """100 x median / usable rate of the negotiated link; None where the link is not known."""
+    relation: str = "unknown"
+    """PIX, PXB, PHB, NODE, SYS or NVLink between the two ends (`tiermem topo`)."""
+    path: str = ""
+    """What really carried the bytes: copy-engine, gather-kernel, gds, posix O_DIRECT, ..."""
+
+
+class Result(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """One run of the benchmark."""
+
+    schema: Literal["tiermem.offload.v1"] = "tiermem.offload.v1"
+    started: str
+    """UTC, ISO 8601 to the second: 2026-11-21T05:30:00Z."""
+    took_s: float
+    complete: bool
+    """False when the run was interrupted; the rows are good, others are missing."""
+    device: Literal["cuda", "cpu"]
+    """cpu: the emulated device; its figures say nothing about a GPU."""
+    machine: Machine
+    rows: tuple[Row, ...]
+    notes: tuple[str, ...] = ()
+
+
+def read(path: Path) -> Result:
+    """Decode and check a result file; BadResult says what is wrong and where."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise BadResult(f"{path}: cannot be read ({error.strerror})") from error
+    try:
+        schema = msgspec.json.decode(data, type=_Named).schema
+        if schema != SCHEMA:
+            raise BadResult(f"{path}: schema is {schema!r}, this version reads {SCHEMA!r} only")
+        result = msgspec.json.decode(data, type=Result)
+    except msgspec.DecodeError as error:
+        raise BadResult(f"{path}: not a {SCHEMA} file ({error})") from error
+    _refuse_duplicates(result.rows, str(path))
+    return result
+
+
+def write(result: Result, path: Path) -> None:
+    """Write the file whole or not at all: a crash leaves the old one."""
+    _refuse_duplicates(result.rows, str(path))
+    data = msgspec.json.format(msgspec.json.encode(result), indent=2)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        part.write_bytes(data + b"\n")
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+Key = tuple[str, str, str, int, int, str, int, str]
+
+
+def key(row: Row) -> Key:
+    """What names a row within one file."""
+    return (
+        row.route,
+        row.src,
+        row.dst,
+        row.page_bytes,
+        row.group,
+        row.direction,
+        row.gpus,
+        row.beside,
+    )
+
+
+def _refuse_duplicates(rows: Sequence[Row], where: str) -> None:
+    seen: set[Key] = set()
+    for row in rows:
+        if key(row) in seen:
+            raise BadResult(f"{where}: two rows for {key(row)}; a row is named by these fields")
+        seen.add(key(row))
+
+
+class _Named(msgspec.Struct):
+    schema: str
