@@ -51,7 +51,7 @@ def parse_size(text: str | int | float) -> int | float:
     number, unit = _split(text)
     if unit == "%":
         return _within_one(float(number / 100), text)
-    if not unit and number.denominator != 1:
+    if not unit and not text.strip().lstrip("+-").isdecimal():
         return _within_one(float(number), text)
     return _at_least_nothing(int(number * _factor(unit, text)), text)
 
