@@ -90,6 +90,7 @@ _CALLS: Final[dict[str, _Call]] = {
     "cuStreamWaitEvent": _Call("QQI"),
     "cuStreamWriteValue64": _Call("QQQI", optional=True),
     "cuStreamIsCapturing": _Call("QP"),
+    "cuStreamGetId": _Call("QP"),
     "cuModuleLoadData": _Call("PP", short=False),
     "cuModuleUnload": _Call("Q", short=False),
     "cuModuleGetFunction": _Call("PQP"),
@@ -104,12 +105,13 @@ _CTYPES: Final = {
     "P": ctypes.c_void_p,
 }
 
+_started = False  # cuInit was called in this process, or in the one it was forked from
 _forked = False
 
 
 def _after_fork() -> None:
     global _forked
-    _forked = _driver is not None
+    _forked = _started
 
 
 os.register_at_fork(after_in_child=_after_fork)
@@ -169,6 +171,8 @@ class Driver:
         self.version = self._version()
         self._refuse_old()
         self.call("cuInit", 0)
+        global _started
+        _started = True
 
     def _version(self) -> int:
         number = ctypes.c_int()

@@ -1,0 +1,199 @@
+"""Routes between GPU frames and host slots: one batched call a group, through the aliases."""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from collections import deque
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+from tiermem.errors import Closed
+from tiermem.gpu.driver import Context, CudaError, DeviceLost
+from tiermem.gpu.gather import Gather
+from tiermem.gpu.streams import NON_BLOCKING, CudaDone, CudaStreams, Timeline, Words
+from tiermem.tier import Addresses, Fence, Memory, Place, Slots
+
+Sizes = npt.NDArray[np.uint64]
+
+_BATCH: Final = 2048  # entries a call: enqueuing them takes 1.0 ms (FACTS "Copies", H200)
+_QUEUED: Final = 8192  # entries in flight before submit blocks: the driver's own ring would too
+_SPIN_BYTES: Final = 4 << 20  # copies up to this size are waited for by spinning (80 us)
+# CUmemcpyAttributes: source access in stream order, no location hints, no flags.
+_STREAM_ORDER: Final = np.array([1, 0, 0, 0, 0, 0], np.uint32)
+_FROM_ENTRY_0: Final = np.zeros(1, np.uint64)
+
+
+def open_stream(context: Context) -> int:
+    """A stream that does not synchronise with the default stream."""
+    handle = ctypes.c_uint64()
+    with context:
+        context.driver.call("cuStreamCreateWithPriority", ctypes.byref(handle), NON_BLOCKING, 0)
+    return handle.value
+
+
+class Lane:
+    """One stream of ours with its timeline: work in one direction, in order, one caller at a time.
+
+    `gather_below`: pieces smaller than this many bytes go through the gather kernel.
+    """
+
+    def __init__(self, context: Context, words: Words, gather_below: int = 0) -> None:
+        self.context = context
+        self.lock = threading.Lock()
+        self.closed = False
+        self.gather_below = gather_below
+        self.line = Timeline(words, open_stream(context))
+        self._gather: Gather | None = None
+        self._failure: CudaError | None = None
+        self._queued: deque[tuple[int, int]] = deque()
+        self._entries = 0
+
+    def copy(self, dst: Addresses, src: Addresses, sizes: Sizes) -> CudaDone:
+        """Queue n copies; call with the lock held and the context current.
+
+        On an error nothing of the group is running any more when it is raised.
+        """
+        self.admit(len(dst))
+        try:
+            self._copy(dst, src, sizes)
+            return self.done(len(dst), int(sizes.sum()))
+        except CudaError as error:
+            self._abandon(error)
+            raise
+
+    def _abandon(self, error: CudaError) -> None:
+        if isinstance(error, DeviceLost):
+            self._failure = self.line.failure = error
+        else:
+            self.line.wait(self.line.mark())
+
+    def _copy(self, dst: Addresses, src: Addresses, sizes: Sizes) -> None:
+        if int(sizes.max()) < self.gather_below and Gather.takes(dst, src, sizes):
+            if self._gather is None:
+                self._gather = Gather(self.context, self.line)
+            self._gather.copy(dst, src, sizes)
+        elif self.context.driver.has("cuMemcpyBatchAsync"):
+            for first in range(0, len(dst), _BATCH):
+                part = slice(first, first + _BATCH)
+                self._batch(dst[part], src[part], sizes[part])
+        else:
+            for to, start, size in zip(dst.tolist(), src.tolist(), sizes.tolist(), strict=True):
+                self.context.driver.call("cuMemcpyAsync", to, start, size, self.line.stream)
+
+    def _batch(self, dst: Addresses, src: Addresses, sizes: Sizes) -> None:
+        failed = ctypes.c_uint64(len(dst))
+        code = self.context.driver.attempt(
+            "cuMemcpyBatchAsync",
+            dst.ctypes.data,
+            src.ctypes.data,
+            sizes.ctypes.data,
+            len(dst),
+            _STREAM_ORDER.ctypes.data,
+            _FROM_ENTRY_0.ctypes.data,
+            1,
+            ctypes.byref(failed),
+            self.line.stream,
+        )
+        if code:
+            at = f"entry {failed.value} of {len(dst)}" if failed.value < len(dst) else ""
+            raise self.context.driver.error("cuMemcpyBatchAsync", code, at)
+
+    def zero(self, addresses: Addresses, nbytes: int) -> CudaDone:
+        """Queue filling with zeros; call with the lock held and the context current."""
+        self.admit(len(addresses))
+        driver = self.context.driver
+        try:
+            for address in addresses.tolist():
+                driver.call("cuMemsetD32Async", address, 0, nbytes // 4, self.line.stream)
+            return self.done(len(addresses), nbytes)
+        except CudaError as error:
+            self._abandon(error)
+            raise
+
+    def admit(self, entries: int) -> None:
+        """Refuse after close or a lost device; wait while too many entries are in flight."""
+        if self.closed:
+            raise Closed("copy: the route or its device is closed")
+        if self._failure is not None:
+            raise self._failure
+        while self._queued and (
+            self._entries + entries > _QUEUED or self.line.passed(self._queued[0][0])
+        ):
+            tick, n = self._queued.popleft()
+            self.line.wait(tick)
+            self._entries -= n
+        if self.line.failure is not None:
+            raise self.line.failure
+
+    def done(self, entries: int, nbytes: int) -> CudaDone:
+        """Mark the end of what was just queued."""
+        tick = self.line.mark()
+        self._queued.append((tick, entries))
+        self._entries += entries
+        if nbytes <= _SPIN_BYTES:
+            return CudaDone(self.line, tick)
+        return CudaDone(self.line, tick, spin_s=0.0)
+
+    def close(self) -> None:
+        """Wait for what is queued, then free; a second call does nothing."""
+        with self.lock:
+            if self.closed:
+                return
+            self.closed = True
+        driver = self.context.driver
+        with self.context:
+            driver.attempt("cuStreamSynchronize", self.line.stream)
+            if self._gather is not None:
+                self._gather.close()
+            self.line.close()
+            driver.attempt("cuStreamDestroy", self.line.stream)
+
+
+class CudaRoute:
+    """Copies whole slots one way between two memories; see `tier.Route`.
+
+    Its Dones can be ordered: a stream may wait for a copy without the host.
+    """
+
+    def __init__(
+        self, lane: Lane, streams: CudaStreams, source: Memory, destination: Memory
+    ) -> None:
+        self.src: Place = source.place
+        self.dst: Place = destination.place
+        self._lane = lane
+        self._streams = streams
+        self._source = source
+        self._destination = destination
+        self._slot_bytes = min(source.slot_bytes, destination.slot_bytes)
+        self._sizes: Sizes = np.full(_BATCH, self._slot_bytes, np.uint64)
+        self._closed = False
+
+    def submit(self, src: Slots, dst: Slots, after: Fence) -> CudaDone:
+        n = len(src)
+        if n > len(self._sizes):
+            self._sizes = np.full(n, self._slot_bytes, np.uint64)
+        return self.submit_pieces(
+            self._source.addresses(src), self._destination.addresses(dst), self._sizes[:n], after
+        )
+
+    def submit_pieces(self, src: Addresses, dst: Addresses, sizes: Sizes, after: Fence) -> CudaDone:
+        """Copy sizes[i] bytes from src[i] to dst[i] once `after` has passed; else as `submit`.
+
+        For pieces smaller than a slot; which way they go was measured (`calibrate`).
+        """
+        lane = self._lane
+        with lane.lock, lane.context:
+            if self._closed:
+                raise Closed("copy: this route is closed")
+            self._streams.order(lane.line.stream, after)
+            return lane.copy(
+                np.ascontiguousarray(dst), np.ascontiguousarray(src), np.ascontiguousarray(sizes)
+            )
+
+    def close(self) -> None:
+        """Refuse new work; what was submitted goes on and ends."""
+        with self._lane.lock:
+            self._closed = True

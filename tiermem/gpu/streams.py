@@ -1,0 +1,271 @@
+"""Ticks on CUDA streams: a mark is a word that the stream writes and an event that it records.
+
+The word makes polling free (a read of host memory: no call, no lock of the driver); the event
+makes other streams wait without the host. Where the driver has no stream writes, the events are
+polled instead.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+import time
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+from tiermem.errors import DriverError
+from tiermem.gpu.driver import NOT_READY, SUCCESS, Context, CudaError
+from tiermem.tier import Fence, Mask
+
+_RING: Final = 64  # events a stream; an older mark is waited for through a later one
+_SPIN_S: Final = 150e-6  # longer than one 2 MiB page takes to arrive (95 us, H200, FACTS)
+_CHECK_EVERY: Final = 256  # unready polls between two looks for a lost device
+_HOST_FLAGS: Final = 1 | 2  # portable, mapped
+_EVENT_FLAGS: Final = 2  # no timing: cheaper to record and to wait for
+NON_BLOCKING: Final = 1
+
+
+class Words:
+    """Pinned host words that the device writes: uint64[count], zero at first."""
+
+    def __init__(self, context: Context, count: int) -> None:
+        pointer = ctypes.c_uint64()
+        with context:
+            context.driver.call("cuMemHostAlloc", ctypes.byref(pointer), 8 * count, _HOST_FLAGS)
+        self.context = context
+        self.address = pointer.value
+        raw = (ctypes.c_uint64 * count).from_address(self.address)
+        self.values: npt.NDArray[np.uint64] = np.frombuffer(memoryview(raw), np.uint64)
+        self.values[:] = 0
+        self.used = 0
+
+    def take(self) -> int:
+        """The index of a word nobody has."""
+        if self.used == len(self.values):
+            raise DriverError(f"more than {self.used} streams are in use; close some")
+        self.used += 1
+        return self.used - 1
+
+    def close(self) -> None:
+        if self.address:
+            last = self.values.copy()  # Dones may still be asked
+            with self.context:
+                self.context.driver.attempt("cuMemFreeHost", self.address)
+            self.values = last
+            self.address = 0
+
+
+class Timeline:
+    """The ticks of one stream, from 1. Any thread may call; marks are made one at a time."""
+
+    def __init__(self, words: Words, stream: int) -> None:
+        self.stream = stream
+        self.failure: CudaError | None = None
+        self.index = words.take()
+        self._driver = words.context.driver
+        self._context = words.context
+        self._words = words
+        self._address = words.address + 8 * self.index
+        self._writes = self._driver.has("cuStreamWriteValue64")
+        self._events: list[int] = []
+        self._tick = 0
+        self._lock = threading.Lock()
+        self._polls = 0
+
+    def mark(self) -> int:
+        """Queue a mark behind all that is on the stream; its tick. The context is current."""
+        with self._lock:
+            tick = self._tick + 1
+            if self._writes:
+                self._driver.call("cuStreamWriteValue64", self.stream, self._address, tick, 0)
+            self._driver.call("cuEventRecord", self._event(tick), self.stream)
+            self._tick = tick
+            return tick
+
+    def _event(self, tick: int) -> int:
+        if len(self._events) < _RING:
+            handle = ctypes.c_uint64()
+            self._driver.call("cuEventCreate", ctypes.byref(handle), _EVENT_FLAGS)
+            self._events.append(handle.value)
+            return handle.value
+        if not self._writes:
+            self._poll(tick - _RING)  # a mark must be counted before its event is used again
+        return self._events[(tick - 1) % _RING]
+
+    def _holding(self, tick: int) -> int:
+        """An event that fires once `tick` has passed: its own, or the oldest still kept."""
+        return self._events[(max(tick, self._tick - _RING + 1) - 1) % _RING]
+
+    def _poll(self, tick: int = 0) -> None:
+        """Count marks whose events have fired; block until `tick` has (no stream writes)."""
+        with self._context:
+            while (now := int(self._words.values[self.index])) < self._tick:
+                call = "cuEventQuery" if now >= tick else "cuEventSynchronize"
+                code = self._driver.attempt(call, self._holding(now + 1))
+                if code == NOT_READY:
+                    return
+                if code != SUCCESS:
+                    self.failure = self._driver.error(call, code)
+                    return
+                self._words.values[self.index] = now + 1
+
+    def reached(self) -> int:
+        """The last tick that has passed."""
+        if not self._writes:
+            with self._lock:
+                self._poll()
+        return int(self._words.values[self.index])
+
+    def passed(self, tick: int) -> bool:
+        """True once the tick has passed, or when it never will (`failure` says why)."""
+        if int(self._words.values[self.index]) >= tick or self.failure is not None:
+            return True
+        self._polls += 1
+        if not self._writes or self._polls % _CHECK_EVERY == 0:
+            self.check(tick)
+            return self.reached() >= tick or self.failure is not None
+        return False
+
+    def check(self, tick: int) -> None:
+        """Ask the driver whether the mark can still pass; a lost device is kept in `failure`."""
+        code = self._driver.attempt("cuEventQuery", self._holding(tick))
+        if code not in (SUCCESS, NOT_READY):
+            self.failure = self._driver.error("cuEventQuery", code)
+
+    def wait(self, tick: int, timeout_s: float | None = None, spin_s: float = _SPIN_S) -> bool:
+        """Block until the tick has passed or will not; returns `passed(tick)`.
+
+        Spins for at most `spin_s` with the interpreter lock held, because getting the lock back
+        costs 5 ms beside a busy Python thread, and sleeps in between polls after that.
+        """
+        start = time.perf_counter()
+        limit = start + timeout_s if timeout_s is not None else float("inf")
+        sleep_s = 0.0
+        while not self.passed(tick):
+            now = time.perf_counter()
+            if now >= limit:
+                return False
+            if now - start > spin_s:
+                sleep_s = min(sleep_s + 20e-6, 500e-6)
+                time.sleep(min(sleep_s, limit - now))
+        return True
+
+    def order(self, stream: int, tick: int) -> None:
+        """Make `stream` wait on the device for the tick. The context is current."""
+        if int(self._words.values[self.index]) < tick:
+            self._driver.call("cuStreamWaitEvent", stream, self._holding(tick), 0)
+
+    def close(self) -> None:
+        """Wait for the last mark (it still writes a word), then free the events."""
+        with self._context:
+            if self._tick:
+                self._driver.attempt("cuEventSynchronize", self._holding(self._tick))
+            for event in self._events:
+                self._driver.attempt("cuEventDestroy", event)
+        self._events = []
+
+
+class CudaDone:
+    """Work on one of our streams, up to a tick. `kept` holds what the work still reads."""
+
+    __slots__ = ("_kept", "_spin_s", "_tick", "_timeline", "failed")
+
+    def __init__(
+        self, timeline: Timeline, tick: int, spin_s: float = _SPIN_S, kept: object = None
+    ) -> None:
+        self._timeline = timeline
+        self._tick = tick
+        self._spin_s = spin_s
+        self._kept = kept
+        self.failed: Mask | None = None
+
+    @property
+    def error(self) -> Exception | None:
+        return self._timeline.failure if self._timeline.reached() < self._tick else None
+
+    def ready(self) -> bool:
+        return self._timeline.passed(self._tick)
+
+    def wait(self, timeout_s: float | None = None) -> bool:
+        return self._timeline.wait(self._tick, timeout_s, self._spin_s)
+
+    def order(self, stream: int | None) -> None:
+        """Make `stream` (a CUstream handle; None is the default stream) wait for this work."""
+        with self._timeline._context:
+            self._timeline.order(stream or 0, self._tick)
+
+
+class CudaStreams:
+    """Ticks of the engine's streams, by CUstream handle; 0 or None is the default stream."""
+
+    def __init__(self, context: Context, limit: int = 512) -> None:
+        self._context = context
+        self._words = Words(context, limit)
+        self._by_id: dict[int, Timeline] = {}
+        self._lines: list[Timeline] = []
+        self._lock = threading.Lock()
+
+    def tick(self, stream: int | None) -> tuple[int, int]:
+        """Mark a point behind all that is queued on `stream` now; (stream index, tick).
+
+        Raises DriverError while the stream is being captured into a graph: a mark inside a
+        graph would pass at every replay.
+        """
+        with self._context:
+            line = self._line(stream or 0)
+            return line.index, line.mark()
+
+    def _line(self, stream: int) -> Timeline:
+        driver = self._context.driver
+        capturing, unique = ctypes.c_int(), ctypes.c_uint64()
+        driver.call("cuStreamIsCapturing", stream, ctypes.byref(capturing))
+        if capturing.value:
+            raise DriverError(
+                "tick: the stream is being captured into a CUDA graph; take the tick after the "
+                "capture, and after each replay"
+            )
+        # A handle may be used again for another stream; the id is not.
+        driver.call("cuStreamGetId", stream, ctypes.byref(unique))
+        line = self._by_id.get(unique.value)
+        if line is None:
+            with self._lock:
+                line = self._by_id.get(unique.value)
+                if line is None:
+                    line = Timeline(self._words, stream)
+                    self._lines.append(line)
+                    self._by_id[unique.value] = line
+        return line
+
+    def passed(self) -> npt.NDArray[np.uint64]:
+        """uint64[streams]: the last tick that has passed on each stream index seen so far."""
+        if not self._context.driver.has("cuStreamWriteValue64"):
+            for line in self._lines:
+                line.reached()
+        return self._words.values[: len(self._lines)].copy()
+
+    def wait(self, fence: Fence, timeout_s: float | None = None) -> bool:
+        """Block until the fence has passed; raises DeviceLost if it never will."""
+        limit = time.perf_counter() + timeout_s if timeout_s is not None else None
+        for index, tick in fence.ticks:
+            line = self._lines[index]
+            left = max(limit - time.perf_counter(), 0.0) if limit is not None else None
+            if not line.wait(tick, left):
+                return False
+            if line.failure is not None and line.reached() < tick:
+                raise line.failure
+        return True
+
+    def order(self, stream: int, fence: Fence) -> None:
+        """Make `stream` wait on the device for the fence. The context is current."""
+        for index, tick in fence.ticks:
+            self._lines[index].order(stream, tick)
+
+    def close(self) -> None:
+        """Wait for the last tick of every stream, then free; a second call does nothing."""
+        for line in self._lines:
+            line.close()
+        self._lines = []
+        self._by_id = {}
+        self._words.close()
