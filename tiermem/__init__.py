@@ -1,67 +1,19 @@
-"""tiermem: KV-cache memory at addresses that stay, over GPU memory, pinned host memory and NVMe.
-
-    import tiermem
-
-    with tiermem.Space.open(tiermem.load()) as space, space.reserve("1GiB", name="kv") as region:
-        pages = region.allocate(16)
-        ...
+"""KV-cache memory at addresses that stay, over GPU memory, pinned host memory and NVMe.
 
 Names are loaded when they are first used; importing the package touches neither CUDA nor torch.
 """
 
 from __future__ import annotations
 
-import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from tiermem.config import Config, Evict, Gpu, Host, Log, Metrics, Nvme, Prefetch, Share, Trace
     from tiermem.config import load as load
-    from tiermem.errors import (
-        BadPolicy,
-        BadTrace,
-        Closed,
-        ConfigError,
-        DriverError,
-        NotOurs,
-        PageInUse,
-        PageLost,
-        TierFailed,
-        TierFull,
-        TierMemError,
-    )
+    from tiermem.errors import BadPolicy, BadTrace, Closed, ConfigError, DriverError, NotOurs
+    from tiermem.errors import PageInUse, PageLost, TierFailed, TierFull, TierMemError
 
 __version__ = "0.1.0"
-
-_HOME = {
-    "tiermem.config": (
-        "Config",
-        "Evict",
-        "Gpu",
-        "Host",
-        "Log",
-        "Metrics",
-        "Nvme",
-        "Prefetch",
-        "Share",
-        "Trace",
-        "load",
-    ),
-    "tiermem.errors": (
-        "BadPolicy",
-        "BadTrace",
-        "Closed",
-        "ConfigError",
-        "DriverError",
-        "NotOurs",
-        "PageInUse",
-        "PageLost",
-        "TierFailed",
-        "TierFull",
-        "TierMemError",
-    ),
-}
-_MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 
 __all__ = [
     "BadPolicy",
@@ -89,14 +41,18 @@ __all__ = [
     "load",
 ]
 
+if not TYPE_CHECKING:  # a checker must see that a misspelt name does not exist
+    _HOMES = ("tiermem.errors", "tiermem.config")
 
-def __getattr__(name: str) -> object:
-    if name not in _MODULE_OF:
+    def __getattr__(name: str) -> object:
+        from importlib import import_module
+
+        for home in _HOMES if name in __all__ else ():
+            module = import_module(home)
+            if hasattr(module, name):
+                globals()[name] = getattr(module, name)
+                return globals()[name]
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value: object = getattr(importlib.import_module(_MODULE_OF[name]), name)
-    globals()[name] = value
-    return value
 
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+    def __dir__() -> list[str]:
+        return sorted(__all__)
