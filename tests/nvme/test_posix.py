@@ -1,0 +1,350 @@
+"""Routes to and from the slab: whole slots, verified on every load, failures that are told."""
+
+from __future__ import annotations
+
+import errno
+import threading
+from concurrent.futures import CancelledError
+
+import numpy as np
+import pytest
+
+from tests.nvme.fakes import (
+    LONG_S,
+    ArrayMemory,
+    FaultyIo,
+    GatedStreams,
+    failing,
+    interrupted_once,
+    shortened,
+    slots,
+)
+from tiermem.errors import Closed, PageLost, TierFailed
+from tiermem.nvme.posix import DiskThreads
+from tiermem.nvme.slab import Slab
+from tiermem.tier import PASSED, Fence, Place
+
+SLOT = 16 << 10
+N = 64
+
+
+@pytest.fixture
+def io():
+    return FaultyIo()
+
+
+@pytest.fixture
+def slab(where, io):
+    with Slab(where, SLOT, N, prewrite=False, io=io) as slab:
+        yield slab
+
+
+@pytest.fixture
+def threads(slab):
+    with DiskThreads(slab, threads=4) as threads:
+        yield threads
+
+
+@pytest.fixture
+def memory():
+    return ArrayMemory(SLOT, N)
+
+
+def move(route, src, dst):
+    done = route.submit(src, dst, PASSED)
+    assert done.wait(LONG_S)
+    return done
+
+
+@pytest.mark.parametrize("shift", [0, 512, 3])
+@pytest.mark.parametrize("place", [Place.HOST, Place.GPU])
+def test_what_was_stored_comes_back_in_any_order(threads, place, shift):
+    memory = ArrayMemory(SLOT, N, place, shift)
+    store, load = threads.routes(memory)
+    assert (store.src, store.dst, load.src, load.dst) == (place, Place.NVME, Place.NVME, place)
+    original = memory.fill()
+    rng = np.random.default_rng(1)
+    everything = np.arange(N, dtype=np.int32)
+    disk = rng.permutation(everything)
+    assert move(store, everything, disk).error is None
+    memory.bytes[:] = 0
+    back = rng.permutation(N).astype(np.int32)
+    done = move(load, disk[back], everything)
+    assert done.error is None
+    assert done.failed is None
+    assert (memory.bytes == original[back]).all()
+
+
+def test_a_page_larger_than_the_claim_moves_whole(where):
+    big = 2 << 20
+    memory = ArrayMemory(big, 6)
+    with Slab(where, big, 6, prewrite=False) as slab, DiskThreads(slab, threads=3) as threads:
+        store, load = threads.routes(memory)
+        original = memory.fill()
+        assert move(store, slots(0, 1, 2, 3, 4, 5), slots(5, 4, 3, 2, 1, 0)).error is None
+        memory.bytes[:] = 0
+        assert move(load, slots(5, 4, 3, 2, 1, 0), slots(0, 1, 2, 3, 4, 5)).error is None
+        assert (memory.bytes == original).all()
+
+
+def test_a_flipped_bit_on_disk_fails_that_entry_and_no_other(threads, slab, memory):
+    store, load = threads.routes(memory)
+    original = memory.fill()
+    move(store, slots(0, 1, 2), slots(10, 11, 12))
+    spoiled = ArrayMemory(SLOT, 1)
+    spoiled.bytes[0] = original[1]
+    spoiled.bytes[0, 777] ^= 4
+    slab.io.pwrite(slab.fd, memoryview(spoiled.bytes[0]), slab.offset(11))
+    done = move(load, slots(10, 11, 12), slots(20, 21, 22))
+    assert isinstance(done.error, PageLost)
+    assert list(done.failed) == [False, True, False]
+    assert (memory.bytes[20] == original[0]).all()
+    assert (memory.bytes[22] == original[2]).all()
+    assert threads.statistics().torn == 1
+
+
+def test_a_slot_that_was_never_stored_cannot_be_loaded(threads, memory):
+    _, load = threads.routes(memory)
+    done = move(load, slots(7), slots(0))
+    assert isinstance(done.error, PageLost)
+    assert list(done.failed) == [True]
+
+
+def test_a_slot_that_was_forgotten_cannot_be_loaded(threads, slab, memory):
+    store, load = threads.routes(memory)
+    memory.fill()
+    move(store, slots(0), slots(7))
+    slab.forget(slots(7))
+    assert isinstance(move(load, slots(7), slots(0)).error, PageLost)
+
+
+def test_a_read_error_keeps_its_errno_fails_its_entry_and_later_reads_are_tried(
+    threads, io, memory
+):
+    store, load = threads.routes(memory)
+    original = memory.fill()
+    move(store, slots(0), slots(0))
+    io.on_read = failing(errno.EIO)
+    done = move(load, slots(0), slots(1))
+    assert isinstance(done.error, OSError)
+    assert done.error.errno == errno.EIO
+    assert list(done.failed) == [True]
+    io.on_read = lambda n, offset: None
+    assert move(load, slots(0), slots(1)).error is None
+    assert (memory.bytes[1] == original[0]).all()
+    assert threads.statistics().read_errors == 1
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC, errno.EROFS])
+def test_a_write_error_ends_stores_and_loads_go_on(threads, slab, io, memory, number):
+    store, load = threads.routes(memory)
+    original = memory.fill()
+    move(store, slots(0), slots(0))
+    io.on_write = failing(number)
+    done = move(store, slots(1), slots(1))
+    assert done.error.errno == number
+    assert list(done.failed) == [True]
+    io.on_write = lambda n, offset: None
+    with pytest.raises(TierFailed, match="reopen"):
+        store.submit(slots(2), slots(2), PASSED)
+    assert slab.failure.errno == number
+    assert move(load, slots(0), slots(5)).error is None
+    assert (memory.bytes[5] == original[0]).all()
+    assert isinstance(move(load, slots(1), slots(6)).error, PageLost)
+
+
+def test_a_store_that_failed_over_an_older_one_never_serves_the_older_one(threads, io, memory):
+    store, load = threads.routes(memory)
+    memory.fill()
+    move(store, slots(0), slots(0))
+    io.on_write = failing(errno.EIO)
+    move(store, slots(1), slots(0))
+    assert isinstance(move(load, slots(0), slots(3)).error, PageLost)
+
+
+def test_short_reads_and_short_writes_are_gone_on_with(threads, io, memory):
+    io.on_read = io.on_write = shortened(4096)
+    store, load = threads.routes(memory)
+    original = memory.fill()
+    assert move(store, slots(0, 1), slots(0, 1)).error is None
+    assert move(load, slots(0, 1), slots(2, 3)).error is None
+    assert (memory.bytes[2:4] == original[:2]).all()
+
+
+def test_interrupted_calls_are_made_again(threads, io, memory):
+    io.on_read, io.on_write = interrupted_once(), interrupted_once()
+    store, load = threads.routes(memory)
+    original = memory.fill()
+    assert move(store, slots(0), slots(0)).error is None
+    assert move(load, slots(0), slots(1)).error is None
+    assert (memory.bytes[1] == original[0]).all()
+
+
+def test_a_file_that_was_cut_behind_our_back_is_a_miss(threads, slab, memory):
+    import os
+
+    store, load = threads.routes(memory)
+    memory.fill()
+    move(store, slots(0), slots(N - 1))
+    os.ftruncate(slab.fd, slab.offset(N - 1) + 4096)
+    done = move(load, slots(N - 1), slots(1))
+    assert done.error.errno == errno.ENODATA
+    assert list(done.failed) == [True]
+
+
+def test_a_store_waits_for_its_fence_before_it_reads(threads, memory):
+    streams = GatedStreams()
+    store, _ = threads.routes(memory, streams)
+    _, load = threads.routes(memory)
+    memory.fill()
+    fence = Fence(((0, 7),))
+    done = store.submit(slots(0), slots(0), fence)
+    assert not done.ready()
+    late = np.arange(SLOT, dtype=np.uint32).astype(np.uint8)
+    memory.bytes[0] = late
+    streams.gate.set()
+    assert done.wait(LONG_S)
+    assert streams.asked == [fence]
+    assert move(load, slots(0), slots(1)).error is None
+    assert (memory.bytes[1] == late).all()
+
+
+def test_a_fence_without_streams_is_refused(threads, memory):
+    store, _ = threads.routes(memory)
+    with pytest.raises(ValueError, match="no streams"):
+        store.submit(slots(0), slots(0), Fence(((0, 1),)))
+
+
+def test_a_load_overtakes_stores_that_wait(slab, io, memory):
+    order: list[str] = []
+    started, gate = threading.Event(), threading.Event()
+
+    def write(n: int, offset: int) -> None:
+        started.set()
+        assert gate.wait(LONG_S)
+        order.append("store")
+
+    with DiskThreads(slab, threads=1) as threads:
+        store, load = threads.routes(memory)
+        move(store, slots(0), slots(0))
+        io.on_write = write
+        io.on_read = lambda n, offset: order.append("load")
+        first = store.submit(slots(1), slots(1), PASSED)
+        assert started.wait(LONG_S)
+        second = store.submit(slots(2), slots(2), PASSED)
+        wanted = load.submit(slots(0), slots(5), PASSED)
+        gate.set()
+        assert all(done.wait(LONG_S) for done in (first, second, wanted))
+    assert order == ["store", "load", "store"]
+
+
+def test_cancelling_ends_what_no_thread_has_begun(slab, io, memory):
+    started, gate = threading.Event(), threading.Event()
+
+    def write(n: int, offset: int) -> None:
+        started.set()
+        assert gate.wait(LONG_S)
+
+    io.on_write = write
+    with DiskThreads(slab, threads=1) as threads:
+        store, _ = threads.routes(memory)
+        first = store.submit(slots(0), slots(0), PASSED)
+        assert started.wait(LONG_S)
+        second = store.submit(slots(1, 2), slots(1, 2), PASSED)
+        assert second.cancel() == 2
+        assert second.ready()
+        assert isinstance(second.error, CancelledError)
+        assert second.failed.all()
+        assert first.cancel() == 0
+        gate.set()
+        assert first.wait(LONG_S)
+        assert first.error is None
+        assert threads.statistics().cancelled == 2
+
+
+def test_a_full_queue_blocks_the_submitter_until_there_is_room(slab, io, memory):
+    started, gate, through = threading.Event(), threading.Event(), threading.Event()
+
+    def write(n: int, offset: int) -> None:
+        started.set()
+        assert gate.wait(LONG_S)
+
+    io.on_write = write
+    with DiskThreads(slab, threads=1, queue_slots=2) as threads:
+        store, _ = threads.routes(memory)
+        dones = [store.submit(slots(0), slots(0), PASSED)]
+        assert started.wait(LONG_S)
+        dones.append(store.submit(slots(1, 2), slots(1, 2), PASSED))
+
+        def third() -> None:
+            dones.append(store.submit(slots(3), slots(3), PASSED))
+            through.set()
+
+        submitter = threading.Thread(target=third)
+        submitter.start()
+        assert threads.statistics().queued_stores == 2
+        assert not through.is_set()
+        gate.set()
+        submitter.join(LONG_S)
+        assert all(done.wait(LONG_S) for done in dones)
+
+
+def test_closing_ends_every_done(slab, io, memory):
+    started, gate = threading.Event(), threading.Event()
+
+    def write(n: int, offset: int) -> None:
+        started.set()
+        assert gate.wait(LONG_S)
+
+    io.on_write = write
+    threads = DiskThreads(slab, threads=1)
+    store, load = threads.routes(memory)
+    first = store.submit(slots(0), slots(0), PASSED)
+    assert started.wait(LONG_S)
+    second = store.submit(slots(1), slots(1), PASSED)
+    closing = threading.Thread(target=threads.close)
+    closing.start()
+    assert second.wait(LONG_S)
+    assert isinstance(second.error, Closed)
+    gate.set()
+    closing.join(LONG_S)
+    assert first.ready()
+    assert first.error is None
+    with pytest.raises(Closed):
+        load.submit(slots(0), slots(1), PASSED)
+
+
+def test_a_closed_route_refuses_work_after_ending_what_it_had(threads, memory):
+    store, _ = threads.routes(memory)
+    done = store.submit(np.arange(N, dtype=np.int32), np.arange(N, dtype=np.int32), PASSED)
+    store.close()
+    assert done.ready()
+    with pytest.raises(Closed):
+        store.submit(slots(0), slots(0), PASSED)
+
+
+def test_slots_of_another_size_are_refused(threads):
+    with pytest.raises(ValueError, match="slots of 4096 bytes"):
+        threads.routes(ArrayMemory(4096, 2))
+
+
+def test_many_submissions_from_many_threads_all_come_back(threads, memory):
+    store, load = threads.routes(memory)
+    original = memory.fill()
+    wrong: list[int] = []
+
+    def work(mine: np.ndarray) -> None:
+        rng = np.random.default_rng(int(mine[0]))
+        for _ in range(20):
+            some = rng.permutation(mine)[:5].astype(np.int32)
+            move(store, some, some)
+            memory.bytes[some] = 0
+            if move(load, some, some).error or (memory.bytes[some] != original[some]).any():
+                wrong.append(int(mine[0]))
+
+    workers = [threading.Thread(target=work, args=(np.arange(i, i + 16),)) for i in range(0, N, 16)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(LONG_S)
+    assert wrong == []

@@ -1,0 +1,424 @@
+"""Routes between memory and the slab: O_DIRECT reads and writes in long-lived threads.
+
+One `DiskThreads` serves all routes of a slab. A submission is a list of slots; threads claim a few
+of them at a time, loads before stores, so one submission is spread over all threads and a demand
+load overtakes the stores that wait. A store hashes its source and writes it; a load reads and
+hashes what arrived: an entry whose bytes are not those that were stored is failed, never data.
+"""
+
+from __future__ import annotations
+
+import logging
+import mmap
+import threading
+import time
+from collections import deque
+from concurrent.futures import CancelledError
+from dataclasses import dataclass, field
+
+import numpy as np
+import xxhash
+
+from tiermem.errors import Closed, PageLost, TierFailed
+from tiermem.nvme.files import Buffer, memory_at, read_whole, write_whole
+from tiermem.nvme.slab import GRAIN, Slab, Words
+from tiermem.tier import Addresses, Fence, Mask, Memory, Place, Slots, Streams
+
+log = logging.getLogger(__name__)
+
+THREADS = 8
+QUEUE_SLOTS = 4096
+CLAIM_BYTES = 512 << 10
+"""Small slots are claimed in groups of this size: a claim costs some 5 us of interpreter."""
+
+
+@dataclass(frozen=True, slots=True)
+class DiskStatistics:
+    """What the threads have done since they started, in slots, bytes and busy microseconds."""
+
+    loaded: int = 0
+    stored: int = 0
+    load_us: float = 0.0
+    store_us: float = 0.0
+    torn: int = 0
+    read_errors: int = 0
+    write_errors: int = 0
+    cancelled: int = 0
+    queued_loads: int = 0
+    queued_stores: int = 0
+    slot_bytes: int = 0
+
+
+class Transfer:
+    """The Done of one submission to the disk threads."""
+
+    def __init__(self, n: int, threads: DiskThreads) -> None:
+        self._failed: Mask | None = None
+        self._error: Exception | None = None
+        self._n = n
+        self._left = n
+        self._threads = threads
+        self._ended = threading.Event()
+
+    @property
+    def error(self) -> Exception | None:
+        return self._error if self._ended.is_set() else None
+
+    @property
+    def failed(self) -> Mask | None:
+        return self._failed if self._ended.is_set() else None
+
+    def ready(self) -> bool:
+        return self._ended.is_set()
+
+    def wait(self, timeout_s: float | None = None) -> bool:
+        return self._ended.wait(timeout_s)
+
+    def cancel(self) -> int:
+        """Fail the entries that no thread has begun (CancelledError); how many there were."""
+        return self._threads.cancel(self)
+
+    def end(self, entries: slice, errors: dict[int, Exception]) -> None:
+        """These entries have ended, some with an error. Called under the threads' lock."""
+        if errors:
+            if self._failed is None:
+                self._failed = np.zeros(self._n, np.bool_)
+            self._failed[list(errors)] = True
+            self._error = self._error or next(iter(errors.values()))
+        self._left -= entries.stop - entries.start
+        if not self._left:
+            self._ended.set()
+
+
+@dataclass(slots=True, eq=False)
+class _Job:
+    """One submission: entry i moves between addresses[i] and slot slots[i] of the slab."""
+
+    route: PosixRoute
+    slots: Slots
+    addresses: Addresses
+    sequences: Words
+    checksums: Words
+    after: Fence
+    done: Transfer
+    claimed: int = 0
+
+    @property
+    def unclaimed(self) -> int:
+        return len(self.slots) - self.claimed
+
+
+@dataclass(slots=True)
+class _Lane:
+    """Loads or stores: what waits, how many threads are on it, and what they have done."""
+
+    jobs: deque[_Job] = field(default_factory=deque)
+    waiting: int = 0
+    running: int = 0
+    slots: int = 0
+    busy_s: float = 0.0
+    errors: int = 0
+
+
+class DiskThreads:
+    """The threads and the two bounded queues that all routes of one slab share."""
+
+    def __init__(
+        self,
+        slab: Slab,
+        *,
+        threads: int = THREADS,
+        store_threads: int | None = None,
+        queue_slots: int = QUEUE_SLOTS,
+    ) -> None:
+        """threads: reads and writes in flight at most. store_threads: writes among them, by
+        default all but one; while loads wait or run, one. queue_slots: entries that may wait in
+        each direction before `submit` blocks.
+        """
+        self.slab = slab
+        self._store_threads = min(threads, max(1, store_threads or threads - 1))
+        self._queue_slots = queue_slots
+        self._claim = max(1, CLAIM_BYTES // slab.slot_bytes)
+        self._lock = threading.Lock()
+        self._work = threading.Condition(self._lock)  # threads wait here
+        self._room = threading.Condition(self._lock)  # submitters and closers wait here
+        self._loads, self._stores = _Lane(), _Lane()
+        self._torn = self._cancelled = 0
+        self._closed = False
+        self._threads = [
+            threading.Thread(target=self._run, name=f"tiermem-disk-{i}", daemon=True)
+            for i in range(threads)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def routes(
+        self, memory: Memory, streams: Streams | None = None
+    ) -> tuple[PosixRoute, PosixRoute]:
+        """(memory to NVMe, NVMe to memory). streams: what the fences of submissions refer to."""
+        place = memory.place
+        return (
+            PosixRoute(self, memory, place, Place.NVME, streams),
+            PosixRoute(self, memory, Place.NVME, place, streams),
+        )
+
+    def submit(self, job: _Job, storing: bool) -> None:
+        """Queue a job; blocks while its queue is full. Raises Closed."""
+        n = len(job.slots)
+        lane = self._stores if storing else self._loads
+        with self._lock:
+            self._room.wait_for(
+                lambda: self._closed or not lane.waiting or lane.waiting + n <= self._queue_slots
+            )
+            if self._closed:
+                raise Closed("nvme: submit after close")
+            lane.jobs.append(job)
+            lane.waiting += n
+            self._work.notify(n)
+
+    def cancel(self, done: Transfer) -> int:
+        """Fail what no thread has begun of this submission; how many entries that were."""
+        with self._lock:
+            for lane in (self._loads, self._stores):
+                for job in lane.jobs:
+                    if job.done is done:
+                        lane.jobs.remove(job)
+                        return self._drop(lane, job, CancelledError("cancelled before it began"))
+            return 0
+
+    def statistics(self) -> DiskStatistics:
+        with self._lock:
+            return DiskStatistics(
+                loaded=self._loads.slots,
+                stored=self._stores.slots,
+                load_us=self._loads.busy_s * 1e6,
+                store_us=self._stores.busy_s * 1e6,
+                torn=self._torn,
+                read_errors=self._loads.errors,
+                write_errors=self._stores.errors,
+                cancelled=self._cancelled,
+                queued_loads=self._loads.waiting,
+                queued_stores=self._stores.waiting,
+                slot_bytes=self.slab.slot_bytes,
+            )
+
+    def close(self) -> None:
+        """Fail what waits, end what runs, end the threads; every Done handed out ends."""
+        with self._lock:
+            if not self._closed:
+                self._closed = True
+                for lane in (self._loads, self._stores):
+                    while lane.jobs:
+                        self._drop(lane, lane.jobs.popleft(), Closed("nvme: closed while queued"))
+                self._work.notify_all()
+        for thread in self._threads:
+            thread.join()
+
+    def __enter__(self) -> DiskThreads:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    # -- the threads -----------------------------------------------------------------------
+
+    def _run(self) -> None:
+        """A thread's life: claim some entries of a job, move them, settle them."""
+        mover = _Mover(self.slab)
+        while (claim := self._next()) is not None:
+            lane, job, entries = claim
+            began = time.perf_counter()
+            errors = mover.move(job, entries, storing=lane is self._stores)
+            self._settle(lane, job, entries, errors, time.perf_counter() - began)
+
+    def _next(self) -> tuple[_Lane, _Job, slice] | None:
+        with self._lock:
+            while True:
+                if (claim := self._claim_from(self._loads)) is not None:
+                    return claim
+                # One thread goes on storing while loads run, or full tiers would never drain.
+                limit = 1 if self._loads.running else self._store_threads
+                if self._stores.running < limit:
+                    claim = self._claim_from(self._stores)
+                    if claim is not None:
+                        return claim
+                if self._closed:
+                    return None
+                self._work.wait()
+
+    def _claim_from(self, lane: _Lane) -> tuple[_Lane, _Job, slice] | None:
+        if not lane.jobs:
+            return None
+        job = lane.jobs[0]
+        # A thread takes its share at most, so that the last entries end together.
+        share = -(-job.unclaimed // len(self._threads))
+        n = min(self._claim, share)
+        entries = slice(job.claimed, job.claimed + n)
+        job.claimed += n
+        lane.waiting -= n
+        lane.running += 1
+        if not job.unclaimed:
+            lane.jobs.popleft()
+        return lane, job, entries
+
+    def _settle(
+        self, lane: _Lane, job: _Job, entries: slice, errors: dict[int, Exception], took_s: float
+    ) -> None:
+        with self._lock:
+            lane.running -= 1
+            lane.busy_s += took_s
+            lane.slots += entries.stop - entries.start - len(errors)
+            lane.errors += sum(isinstance(e, OSError) for e in errors.values())
+            self._torn += sum(isinstance(e, PageLost) for e in errors.values())
+            job.route.outstanding -= entries.stop - entries.start
+            job.done.end(entries, errors)
+            self._room.notify_all()
+            if lane is self._loads and not lane.running and self._stores.jobs:
+                self._work.notify_all()  # the limit on stores has just been raised
+
+    def _drop(self, lane: _Lane, job: _Job, error: Exception) -> int:
+        """Fail the unclaimed entries of a job that is no longer queued."""
+        entries = slice(job.claimed, len(job.slots))
+        n = entries.stop - entries.start
+        lane.waiting -= n
+        self._cancelled += n
+        job.route.outstanding -= n
+        job.done.end(entries, dict.fromkeys(range(entries.start, entries.stop), error))
+        self._room.notify_all()
+        return n
+
+    def begin(self, route: PosixRoute, n: int) -> None:
+        with self._lock:
+            route.outstanding += n
+
+    def wait_for(self, route: PosixRoute) -> None:
+        """Block until nothing of this route is queued or running."""
+        with self._lock:
+            self._room.wait_for(lambda: not route.outstanding)
+
+
+class _Mover:
+    """What one thread needs to move slots: the slab and a buffer for memory O_DIRECT refuses."""
+
+    def __init__(self, slab: Slab) -> None:
+        self._slab = slab
+        self._scratch: mmap.mmap | None = None
+
+    def move(self, job: _Job, entries: slice, storing: bool) -> dict[int, Exception]:
+        """Move these entries; entry to error for those that failed."""
+        errors: dict[int, Exception] = {}
+        try:
+            job.route.wait_for(job.after)
+        except Exception as error:
+            return dict.fromkeys(range(entries.start, entries.stop), error)
+        one = self._store if storing else self._load
+        for i in range(entries.start, entries.stop):
+            try:
+                one(job, i)
+            except Exception as error:  # every transfer ends, whatever ended it
+                errors[i] = error
+                if storing and isinstance(error, OSError):
+                    self._slab.fail(error)
+        if storing:
+            good = [i for i in range(entries.start, entries.stop) if i not in errors]
+            self._slab.end_store(job.slots[good], job.sequences[good], job.checksums[good])
+        return errors
+
+    def _store(self, job: _Job, i: int) -> None:
+        slab, slot = self._slab, int(job.slots[i])
+        if slab.failure is not None:
+            raise TierFailed(f"nvme: slot {slot} not stored after: {slab.failure}")
+        address = int(job.addresses[i])
+        source = memory_at(address, slab.slot_bytes)
+        if slab.direct and address % GRAIN:
+            bounce = self._bounce()
+            bounce[:] = source
+            source = bounce
+        job.checksums[i] = xxhash.xxh3_64_intdigest(source)
+        write_whole(slab.io, slab.fd, source, slab.offset(slot))
+
+    def _load(self, job: _Job, i: int) -> None:
+        slab, slot = self._slab, int(job.slots[i])
+        if not job.sequences[i]:
+            raise PageLost(f"nvme: slot {slot} holds nothing; compute the page again")
+        address = int(job.addresses[i])
+        target = memory_at(address, slab.slot_bytes)
+        landing = self._bounce() if slab.direct and address % GRAIN else target
+        read_whole(slab.io, slab.fd, landing, slab.offset(slot))
+        if xxhash.xxh3_64_intdigest(landing) != int(job.checksums[i]):
+            raise PageLost(
+                f"nvme: slot {slot} holds other bytes than were stored; compute the page again"
+            )
+        if landing is not target:
+            target[:] = landing
+
+    def _bounce(self) -> Buffer:
+        if self._scratch is None:
+            self._scratch = mmap.mmap(-1, self._slab.slot_bytes)
+        return memoryview(self._scratch)
+
+
+class PosixRoute:
+    """Moves whole slots between a memory and the slab, in one direction."""
+
+    def __init__(
+        self,
+        threads: DiskThreads,
+        memory: Memory,
+        src: Place,
+        dst: Place,
+        streams: Streams | None = None,
+    ) -> None:
+        """streams: who knows whether a fence has passed; without it only passed fences come."""
+        if memory.slot_bytes != threads.slab.slot_bytes:
+            raise ValueError(
+                f"slots of {memory.slot_bytes} bytes cannot move to slots of "
+                f"{threads.slab.slot_bytes}"
+            )
+        self.src = src
+        self.dst = dst
+        self.outstanding = 0
+        self._threads = threads
+        self._memory = memory
+        self._streams = streams
+        self._closed = False
+
+    def submit(self, src: Slots, dst: Slots, after: Fence) -> Transfer:
+        """Copy whole slots once `after` has passed; see `Route.submit`.
+
+        Blocks while more than `queue_slots` entries wait in this direction. Raises TierFailed for
+        a store after a failed write; loads are tried whatever happened before.
+        """
+        if self._closed:
+            raise Closed("nvme: submit on a closed route")
+        if after.ticks and self._streams is None:
+            raise ValueError("a fence was given to a route that knows no streams")
+        storing = self.dst is Place.NVME
+        memory_slots, disk_slots = (src, dst) if storing else (dst, src)
+        slab, n = self._threads.slab, len(src)
+        if storing:
+            first = slab.begin_store(disk_slots)
+            sequences = np.arange(first, first + n, dtype=np.uint64)
+            checksums = np.zeros(n, np.uint64)
+        else:
+            sequences, checksums = slab.expected(disk_slots)
+        done = Transfer(n, self._threads)
+        addresses = self._memory.addresses(memory_slots)
+        job = _Job(self, disk_slots.copy(), addresses, sequences, checksums, after, done)
+        self._threads.begin(self, n)
+        try:
+            self._threads.submit(job, storing)
+        except Closed:
+            self._threads.begin(self, -n)
+            raise
+        return done
+
+    def wait_for(self, fence: Fence) -> None:
+        """Block until the fence has passed. Called by a disk thread."""
+        if fence.ticks and self._streams is not None:
+            self._streams.wait(fence)
+
+    def close(self) -> None:
+        """Refuse new work and wait until what was submitted has ended."""
+        self._closed = True
+        self._threads.wait_for(self)
