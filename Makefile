@@ -1,0 +1,64 @@
+# Two commands are enough: `make demo` and `make test`. Both set up what they need in $(VENV).
+
+VENV ?= .venv
+BIN := $(VENV)/bin
+NEWEST := python3 python3.14 python3.13 python3.12 python3.11
+PYTHON ?= $(shell for p in $(NEWEST); do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+# An index or a folder that holds nothing but CPU builds of PyTorch, for the tests that need it.
+TORCH_INDEX ?=
+TORCH := torch==2.13.0
+# Handed on to the command or to pytest: make demo ARGS="--policy fifo"
+ARGS ?=
+
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+MADE := $(VENV)/.made
+RUN_READY := $(VENV)/.ready-to-run
+TEST_READY := $(VENV)/.ready-to-test
+
+.PHONY: demo test lint format types bench clean help
+.DEFAULT_GOAL := help
+
+help: ## this list
+	@sed -n 's/^\([a-z]*\):.*## /  make \1  /p' $(MAKEFILE_LIST)
+
+demo: $(RUN_READY) ## replay chats and agents over three tiers, every page verified
+	$(BIN)/tiermem demo $(ARGS)
+
+test: $(TEST_READY) ## all tests that need neither a GPU nor an engine
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(TEST_READY) ## ruff: rules and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(TEST_READY) ## ruff: mend what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+types: $(TEST_READY) ## mypy, strict
+	$(BIN)/mypy
+
+bench: $(RUN_READY) ## measure the routes between the tiers on this machine
+	$(BIN)/tiermem bench offload $(ARGS)
+
+clean: ## remove the environment and what tools left
+	rm -rf $(VENV) build dist out *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+
+$(MADE): scripts/make_environment.py
+	@test -n "$(PYTHON)" || { echo "tiermem needs Python 3.11 or newer, none was found:" \
+		"apt install python3 (Debian 12, Ubuntu 24.04), or python3.11 (Ubuntu 22.04)"; exit 1; }
+	$(PYTHON) scripts/make_environment.py $(VENV)
+	@touch $@
+
+$(RUN_READY): $(MADE) pyproject.toml
+	$(PIP) install --quiet -e '.[plot]'
+	@touch $@
+
+$(TEST_READY): $(RUN_READY)
+	$(PIP) install --quiet -e '.[dev]'
+	@$(PIP) install --quiet --no-index --no-deps '$(TORCH)' 2>/dev/null \
+		&& $(PIP) install --quiet '$(TORCH)' \
+		|| { test -n "$(TORCH_INDEX)" && $(PIP) install --quiet --index-url '$(TORCH_INDEX)' '$(TORCH)'; } \
+		|| echo "no CPU build of PyTorch at hand: tests that need it are skipped (TORCH_INDEX=... names one)"
+	@touch $@
