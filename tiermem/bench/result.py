@@ -72,7 +72,7 @@ class Row(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True)
     """One measured combination. `route` to `beside` name it; no two rows of a file share a name."""
 
     route: str
-    """Tier names and how: gpu-host, host-nvme, nvme-gpu, gpu-gpu, in-place."""
+    """Tiers in the order of travel (host-gpu, gpu-host, nvme-host, ..., gpu-gpu), or in-place."""
     src: str
     """Kind, and which one when it matters: gpu:0, host:node1, nvme:nvme0n1."""
     dst: str

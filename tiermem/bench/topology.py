@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from itertools import combinations
 from pathlib import Path
@@ -15,7 +14,7 @@ from rich.table import Table
 from rich.tree import Tree
 
 from tiermem.bench import nvml as nvml_reader
-from tiermem.bench import result, sysfs
+from tiermem.bench import output, result, sysfs
 from tiermem.bench.advice import Advice, LinkState, advise, link_state
 from tiermem.bench.graph import ENDS, Graph
 from tiermem.bench.links import Link
@@ -23,7 +22,6 @@ from tiermem.bench.nvml import Nvml
 from tiermem.bench.paths import Path as Way
 from tiermem.bench.paths import Paths, Peers, Triple
 from tiermem.bench.sysfs import Device, Node
-from tiermem.errors import TierMemError
 
 
 class Place(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -240,20 +238,11 @@ def command(
     every_node: Annotated[bool, typer.Option("--every-node", help="Paths by all nodes.")] = False,
 ) -> None:
     """Show how GPUs, memory, drives and NICs are connected, and what slows them."""
-    try:
-        rates = measured(result.read(measured_in)) if measured_in else {}
-    except TierMemError as error:
-        typer.echo(f"topo: {error}", err=True)
-        raise typer.Exit(2) from error
+    rates = measured(result.read(measured_in)) if measured_in else {}
     topology = survey(root, rates)
     if svg is not None:
         from tiermem.bench.topology_svg import draw
 
-        svg.write_text(draw(topology))
-    if json is not None:
-        text = msgspec.json.format(msgspec.json.encode(topology), indent=2).decode()
-        if json == "-":
-            sys.stdout.write(text + "\n")
-            return
-        Path(json).write_text(text + "\n")
-    show(topology, Console(), every_node)
+        output.save(svg, draw(topology))
+    if not output.emit(topology, json):
+        show(topology, Console(), every_node)
