@@ -15,14 +15,17 @@ is a stream: programs run in order. Several are a worker pool. A program may wai
 (another queue's ticks, or one that is moved by hand) natively. Linux only.
 """
 
+from tiermem.native.library import State
 from tiermem.native.program import (
     ALL,
     ARGS,
     CALL,
+    Argument,
     Calls,
     Failure,
     Kind,
     Program,
+    address,
     function,
     group,
     interleave,
@@ -34,6 +37,7 @@ __all__ = [
     "ALL",
     "ARGS",
     "CALL",
+    "Argument",
     "Calls",
     "Clock",
     "Explain",
@@ -41,7 +45,9 @@ __all__ = [
     "Kind",
     "Program",
     "Queue",
+    "State",
     "Ticket",
+    "address",
     "function",
     "group",
     "interleave",

@@ -44,12 +44,24 @@ _Running = deque[tuple[OutcomeArray, Program]]
 class Ticket:
     """One submitted program: a `Done`."""
 
-    __slots__ = ("_clock", "_error", "_explain", "_fenced", "_out", "program", "tick")
+    __slots__ = (
+        "_clock",
+        "_error",
+        "_explain",
+        "_fenced",
+        "_out",
+        "_patience_s",
+        "program",
+        "tick",
+    )
 
-    def __init__(self, clock: Clock, program: Program, explain: Explain) -> None:
+    def __init__(
+        self, clock: Clock, program: Program, explain: Explain, patience_s: float = 0.0
+    ) -> None:
         self.program = program
         self.tick = 0
         self._clock = clock
+        self._patience_s = patience_s
         self._explain = explain
         self._out = Outcome()
         self._error: Exception | None = None
@@ -68,8 +80,14 @@ class Ticket:
         return True
 
     def wait(self, timeout_s: float | None = None) -> bool:
-        """Block without the interpreter lock until ready or the timeout; returns `ready()`."""
-        return self.ready() or self._clock.block(self.tick, timeout_s, self._out, self.ready)
+        """Block until ready or the timeout; returns `ready()`.
+
+        Keeps the interpreter lock for the queue's `patience_s` at first, then releases it.
+        """
+        patience_s = self._patience_s if timeout_s is None else min(self._patience_s, timeout_s)
+        return self.hold(patience_s) or self._clock.block(
+            self.tick, timeout_s, self._out, self.ready
+        )
 
     def hold(self, limit_s: float) -> bool:
         """Like `wait`, but keep the interpreter lock: for work that ends within microseconds.
@@ -77,8 +95,8 @@ class Ticket:
         Beside a busy Python thread it costs nothing to come back. The limit bounds the harm when
         the program itself needs the lock.
         """
-        if self.ready():
-            return True
+        if self.ready() or limit_s <= 0.0:
+            return self.ready()
         out = ctypes.addressof(self._out)
         library().held.tm_wait(self._clock.handle, self.tick, out, int(limit_s * 1e9))
         return self.ready()
@@ -183,6 +201,8 @@ class Queue(Clock):
     setup: runs once in each thread before any program (cuCtxSetCurrent).
     explain: words a failure as an exception. sticky: after a failure nothing more runs (all later
     tickets end cancelled, with the code of the first failure), as on a CUDA stream.
+    patience_s: how long `Ticket.wait` keeps the interpreter lock before it releases it, since
+    coming back costs 5 ms beside a busy thread; 0 for programs that call Python.
     Raises DriverError if a thread cannot start or its setup fails.
     """
 
@@ -195,10 +215,12 @@ class Queue(Clock):
         setup: Program | None = None,
         explain: Explain | None = None,
         sticky: bool = False,
+        patience_s: float = 0.0,
         word: Word | None = None,
     ) -> None:
         self.name = name
         self._explain = explain or self._plain_error
+        self._patience_s = patience_s
         self._running: _Running = deque()
         self._closing = threading.Lock()
         self._closed = False
@@ -226,22 +248,25 @@ class Queue(Clock):
             self.close(cancel=True)
             raise self._explain(failure)
 
-    def submit(self, program: Program) -> Ticket:
-        """Queue a program; returns at once, or blocks while the queue is full. Raises Closed."""
-        return self._submit(program, False)
+    def submit(self, program: Program, explain: Explain | None = None) -> Ticket:
+        """Queue a program; returns at once, or blocks while the queue is full. Raises Closed.
 
-    def call(self, program: Program) -> Ticket:
+        explain: words this program's failure, instead of the queue's.
+        """
+        return self._submit(program, False, explain)
+
+    def call(self, program: Program, explain: Explain | None = None) -> Ticket:
         """Run a program behind all that was submitted: here and now if that is nothing.
 
         If the queue is idle the calling thread runs it with the interpreter lock kept and the
         ticket returned is ready: no thread hand-over. Else as `submit`. Order is the same.
         """
-        return self._submit(program, True)
+        return self._submit(program, True, explain)
 
-    def _submit(self, program: Program, here: bool) -> Ticket:
+    def _submit(self, program: Program, here: bool, explain: Explain | None) -> Ticket:
         if self.foreign:
             raise DriverError(_FORKED)
-        ticket = Ticket(self, program, self._explain)
+        ticket = Ticket(self, program, explain or self._explain, self._patience_s)
         out = ctypes.addressof(ticket._out)
         # First kept, then submitted: an exception in between must not free what a thread reads.
         self._forget_ended()
