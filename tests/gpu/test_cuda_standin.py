@@ -1,0 +1,374 @@
+"""The CUDA device over the stand-in driver: the device contract, and planted driver faults."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import pytest
+
+from tests.gpu.device_contract import (
+    DeviceContract,
+    Engine,
+    fence,
+    finish,
+    pages,
+    refusal,
+    slots,
+)
+from tests.gpu.standin import StandIn
+from tiermem.errors import Closed, DriverError, NotOurs, PageInUse, TierFull
+from tiermem.gpu import calibrate
+from tiermem.gpu.calibrate import Calibration
+from tiermem.gpu.copy import open_stream
+from tiermem.gpu.driver import Context, CudaError, DeviceLost
+from tiermem.gpu.frames import DEVICE, Backing
+from tiermem.gpu.vmm import CudaDevice, HostPages
+from tiermem.tier import PASSED, Device
+
+PAGE = 2 << 20
+
+
+class StandInEngine:
+    """An engine on the stand-in driver: its memory can be read by the processor."""
+
+    def __init__(self, device: CudaDevice, fake: StandIn) -> None:
+        self.device = device
+        self.fake = fake
+        self.words: list[np.ndarray] = []
+
+    def host(self, slots: int) -> HostPages:
+        return self.device.host_pages(slots)
+
+    def stream(self) -> int:
+        return open_stream(self.device.context)
+
+    def hold(self, stream: int) -> Callable[[], None]:
+        word = np.zeros(1, np.uint32)
+        self.words.append(word)
+        with self.device.context:
+            self.fake.hold(stream, word)
+
+        def release() -> None:
+            word[0] = 1
+
+        return release
+
+    def fill(self, stream: int | None, address: int, value: int, nbytes: int) -> None:
+        driver = self.device.context.driver
+        with self.device.context:
+            driver.call("cuMemsetD32Async", address, value * 0x01010101, nbytes // 4, stream or 0)
+            if stream is None:
+                driver.call("cuStreamSynchronize", 0)
+
+    def read(self, stream: int | None, address: int, nbytes: int) -> Callable[[], bytes]:
+        out = np.zeros(nbytes, np.uint8)
+        driver = self.device.context.driver
+        with self.device.context:
+            driver.call("cuMemcpyAsync", out.ctypes.data, address, nbytes, stream or 0)
+
+        def result() -> bytes:
+            driver.call("cuStreamSynchronize", stream or 0)
+            return out.tobytes()
+
+        return result
+
+    def close(self) -> None:
+        self.words.clear()
+
+
+@pytest.fixture
+def fake() -> Iterator[StandIn]:
+    fake = StandIn()
+    yield fake
+    fake.reset()
+
+
+@contextlib.contextmanager
+def opened(fake: StandIn, **options: object) -> Iterator[tuple[CudaDevice, StandInEngine]]:
+    settings = {"frames": 8, "max_frames": 12, "calibration": Calibration(page_bytes=PAGE)}
+    device = CudaDevice(0, PAGE, driver=fake.driver(), **{**settings, **options})
+    engine = StandInEngine(device, fake)
+    assert device.frames.wait_ready(30)
+    before = fake.in_use() - device.frames.capacity * PAGE
+    try:
+        yield device, engine
+    finally:
+        fake.reset()
+        device.close()
+        engine.close()
+    assert fake.in_use() <= before, "device memory was not given back"
+
+
+class TestContract(DeviceContract):
+    guard = False
+
+    @contextlib.contextmanager
+    def open(self, frames: int, max_frames: int) -> Iterator[tuple[Device, Engine]]:
+        fake = StandIn()
+        with opened(fake, frames=frames, max_frames=max_frames, guard=self.guard) as parts:
+            yield parts
+
+
+class TestContractWithAGuardPage(TestContract):
+    guard = True
+
+    def test_a_page_that_shows_nothing_can_be_read(self, parts):
+        device, engine = parts
+        start = device.reserve(4 * PAGE)
+        assert len(engine.read(None, start + PAGE, 64)()) == 64
+        finish(device.window.show(pages(device, start, 1), slots(0)))
+        finish(device.window.hide(pages(device, start, 1)))
+        assert len(engine.read(None, start + PAGE, 64)()) == 64
+        device.release(start, 4 * PAGE)
+
+
+class TestContractWithoutBatchedCopies(DeviceContract):
+    """A driver before CUDA 12.8, and one without stream writes: other ways, same promises."""
+
+    lacks = "cuMemcpyBatchAsync"
+
+    @contextlib.contextmanager
+    def open(self, frames: int, max_frames: int) -> Iterator[tuple[Device, Engine]]:
+        fake = StandIn()
+        fake.lack(self.lacks)
+        with opened(fake, frames=frames, max_frames=max_frames) as parts:
+            yield parts
+
+
+class TestContractWithoutStreamWrites(TestContractWithoutBatchedCopies):
+    lacks = "cuStreamWriteValue64"
+
+
+@pytest.mark.parametrize("guard", [False, True])
+@pytest.mark.parametrize("n", [2, 6])
+@pytest.mark.parametrize("call", ["cuMemMap", "cuMemSetAccess", "cuMemUnmap"])
+@pytest.mark.parametrize("nth", [1, 2])
+def test_a_group_in_which_any_driver_call_fails_changes_nothing(fake, guard, n, call, nth):
+    with opened(fake, guard=guard) as (device, engine):
+        start = device.reserve(16 * PAGE)
+        at, frames = pages(device, start, *range(n)), slots(*range(n))
+        for frame, alias in zip(frames, device.frames.addresses(frames), strict=True):
+            engine.fill(None, int(alias), 30 + int(frame), PAGE)
+        before = fake.mappings()
+        if call != "cuMemUnmap" or guard:
+            fake.fail(call, nth, 2)
+            error = refusal(lambda: device.window.show(at, frames))
+            assert call in str(error)
+            assert "CUDA_ERROR_OUT_OF_MEMORY" in str(error)
+            assert fake.mappings() == before
+        finish(device.window.show(at, frames))
+        shown = fake.mappings()
+        if call == "cuMemUnmap" or guard:
+            fake.fail(call, nth, 2)
+            assert call in str(refusal(lambda: device.window.hide(at)))
+            assert fake.mappings() == shown
+        read = [engine.read(None, int(a), 64)()[0] for a in at]
+        assert read == [30 + f for f in range(n)]
+        finish(device.window.hide(at))
+        assert fake.mappings() == before
+
+
+def test_a_full_device_is_a_full_tier_and_keeps_what_it_had(fake):
+    with opened(fake) as (device, _):
+        fake.limit(fake.in_use() + 2 * PAGE)
+        before = fake.in_use()
+        with pytest.raises(TierFull, match=r"need 4 pages of 2.*the device gave 2"):
+            device.back(slots(8, 9, 10, 11))
+        assert fake.in_use() == before
+        device.back(slots(8, 9))
+
+
+def test_a_failed_alias_gives_the_new_memory_back(fake):
+    with opened(fake) as (device, _):
+        before = fake.in_use()
+        fake.fail("cuMemSetAccess", 3, 1)
+        with pytest.raises(CudaError, match=r"cuMemSetAccess.*alias"):
+            device.back(slots(8, 9, 10, 11))
+        assert fake.in_use() == before
+        device.back(slots(8, 9, 10, 11))
+
+
+def test_frames_beyond_the_device_stay_missing_and_the_reason_is_kept(fake):
+    fake.limit(fake.in_use() + 300 * PAGE)
+    driver = fake.driver()
+    device = CudaDevice(0, PAGE, 600, driver=driver, calibration=Calibration(page_bytes=PAGE))
+    try:
+        assert not device.frames.wait_ready(60)
+        assert device.frames.ready == 256
+        assert isinstance(device.frames.shortage, TierFull)
+    finally:
+        device.close()
+
+
+def test_resize_gives_memory_back_and_takes_it_again(fake):
+    with opened(fake, frames=8, max_frames=32) as (device, _):
+        before = fake.in_use()
+        device.frames.resize(20)
+        assert fake.in_use() == before + 12 * PAGE
+        device.frames.resize(3)
+        assert fake.in_use() == before - 5 * PAGE
+        with pytest.raises(TierFull, match="33 frames asked for, 32 at most"):
+            device.frames.resize(33)
+        device.frames.resize(8)
+
+
+def test_a_copy_that_the_driver_refuses_names_the_entry_and_leaves_the_route_usable(fake):
+    with opened(fake) as (device, engine):
+        down, _ = device.routes(engine.host(4))
+        fake.fail("entry", 3, 1)
+        with pytest.raises(CudaError, match=r"cuMemcpyBatchAsync.*entry 2 of 4"):
+            down.submit(slots(0, 1, 2, 3), slots(0, 1, 2, 3), PASSED)
+        finish(down.submit(slots(0), slots(0), PASSED))
+
+
+def test_a_lost_device_ends_every_done_and_latches_the_route(fake):
+    with opened(fake) as (device, engine):
+        down, _ = device.routes(engine.host(4))
+        stream = engine.stream()
+        release = engine.hold(stream)
+        now = fence(device, stream)
+        done = down.submit(slots(0), slots(0), now)
+        fake.fail("cuEventQuery", 1, 700)
+        assert done.wait(30)
+        assert isinstance(done.error, DeviceLost)
+        with pytest.raises(DeviceLost):
+            down.submit(slots(1), slots(1), PASSED)
+        fake.fail("cuEventQuery", 1, 700)
+        with pytest.raises(DeviceLost):
+            device.streams.wait(now, 30)
+        release()
+
+
+def test_pieces_below_the_measured_size_go_through_the_kernel_and_arrive(fake):
+    calibration = Calibration(page_bytes=PAGE, gather_below_down=64 << 10, gather_below_up=64 << 10)
+    with opened(fake, calibration=calibration) as (device, engine):
+        host = engine.host(2)
+        down, up = device.routes(host)
+        frame, there = (int(m.addresses(slots(1))[0]) for m in (device.frames, host))
+        engine.fill(None, frame, 5, PAGE)
+        at = np.arange(128, dtype=np.uint64) * np.uint64(PAGE // 128)
+        sizes = np.full(128, PAGE // 128, np.uint64)
+        fake.fail("cuMemcpyBatchAsync", 1, 1)
+        finish(down.submit_pieces(at + np.uint64(frame), at + np.uint64(there), sizes, PASSED))
+        assert ctypes.string_at(there, PAGE) == bytes([5]) * PAGE
+        finish(device.zero(slots(1)))
+        finish(up.submit_pieces(at + np.uint64(there), at + np.uint64(frame), sizes, PASSED))
+        assert engine.read(None, frame, PAGE)() == bytes([5]) * PAGE
+        with pytest.raises(CudaError, match="cuMemcpyBatchAsync"):
+            down.submit(slots(0), slots(0), PASSED)
+
+
+def test_a_host_page_is_shown_in_place_and_later_replaced_by_a_frame(fake):
+    with opened(fake) as (device, engine):
+        host = device.host_pages(3)
+        start = device.reserve(4 * PAGE)
+        ctypes.memset(int(host.addresses(slots(2))[0]), 9, PAGE)
+        at = pages(device, start, 1)
+        finish(device.window.show_in_place(at, slots(2), host.arena))
+        assert engine.read(None, start + PAGE, 64)() == bytes([9]) * 64
+        refusal(lambda: device.window.show(at, slots(0)))
+        finish(device.window.hide(at))
+        _, up = device.routes(host)
+        finish(up.submit(slots(2), slots(4), PASSED))
+        ctypes.memset(int(host.addresses(slots(2))[0]), 1, PAGE)
+        finish(device.window.show(at, slots(4)))
+        assert engine.read(None, start + PAGE, 64)() == bytes([9]) * 64
+        many, three = pages(device, start, 0, 2, 3), slots(0, 1, 2)
+        finish(device.window.show_in_place(many, three, host.arena))
+        mixed = pages(device, start, 0, 1, 2, 3)
+        fake.fail("cuMemUnmap", 4, 1)
+        refusal(lambda: device.window.hide(mixed))
+        assert engine.read(None, start + 3 * PAGE, 64)() == bytes([1]) * 64
+        finish(device.window.hide(mixed))
+
+
+def test_a_reservation_that_still_shows_something_is_not_given_back(fake):
+    with opened(fake) as (device, _):
+        start = device.reserve(2 * PAGE)
+        finish(device.window.show(pages(device, start, 1), slots(0)))
+        with pytest.raises(PageInUse, match="1 pages"):
+            device.release(start, 2 * PAGE)
+        with pytest.raises(NotOurs):
+            device.release(start + PAGE, PAGE)
+        finish(device.window.hide(pages(device, start, 1)))
+        device.release(start, 2 * PAGE)
+        with pytest.raises(NotOurs):
+            device.window.show(pages(device, start, 0), slots(0))
+
+
+def test_a_stream_that_is_being_captured_takes_no_tick(fake):
+    with opened(fake) as (device, engine):
+        stream = engine.stream()
+        fake.fail("cuStreamIsCapturing", 1, 1)
+        with pytest.raises(DriverError, match="captured into a CUDA graph"):
+            device.streams.tick(stream)
+
+
+def test_host_memory_that_cannot_be_pinned_says_so(fake):
+    with opened(fake) as (device, _):
+        memory = np.zeros(PAGE, np.uint8)
+        fake.fail("cuMemHostRegister", 1, 712)
+        with pytest.raises(CudaError, match="cuMemHostRegister"):
+            device.register(memory.ctypes.data, PAGE)
+        device.register(memory.ctypes.data, PAGE)
+        device.unregister(memory.ctypes.data)
+
+
+@pytest.mark.parametrize("page", [4096, 3 << 20, 0])
+def test_a_page_size_that_the_device_cannot_map_is_refused(fake, page):
+    before = fake.in_use()
+    with pytest.raises(DriverError, match="not a multiple of 2"):
+        CudaDevice(0, page, 4, driver=fake.driver(), calibration=Calibration(page_bytes=PAGE))
+    assert fake.in_use() == before
+
+
+def test_the_page_is_large_enough_that_the_link_sets_the_pace():
+    fast = Calibration(page_bytes=0, show_us=36, hide_us=20, both_gbps=92)
+    assert calibrate.page_for(fast, PAGE) == 2 * PAGE
+    slow_driver = Calibration(page_bytes=0, show_us=3600, hide_us=2000, both_gbps=92)
+    assert calibrate.page_for(slow_driver, PAGE) == 16 * PAGE
+    slow_link = Calibration(page_bytes=0, show_us=36, hide_us=20, both_gbps=20)
+    assert calibrate.page_for(slow_link, PAGE) == PAGE
+
+
+def test_a_calibration_is_measured_once_and_then_read(fake, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    context = Context(fake.driver(), 0)
+    backing = Backing(context, DEVICE, 0)
+    taken = []
+
+    def short(context: Context, backing: Backing) -> Calibration:
+        taken.append(real(context, backing, PAGE))
+        return taken[-1]
+
+    real = calibrate.measure
+    monkeypatch.setattr(calibrate, "measure", short)
+    first = calibrate.load(context, backing)
+    assert first.page_bytes % PAGE == 0
+    assert first.down_gbps > 0
+    assert calibrate.load(context, backing) == first
+    assert len(taken) == 1
+    calibrate.path(context).write_text('{"format": 0}')
+    calibrate.load(context, backing)
+    assert len(taken) == 2
+    context.close()
+
+
+def test_nothing_is_taken_by_a_device_after_close(fake):
+    with opened(fake) as (device, engine):
+        host = engine.host(2)
+        start = device.reserve(2 * PAGE)
+        done = device.zero(slots(0))
+        device.close()
+        assert done.wait(30)
+        for call in (
+            lambda: device.window.show(pages(device, start, 0), slots(0)),
+            lambda: device.zero(slots(0)),
+            lambda: device.routes(host),
+            lambda: device.back(slots(9)),
+        ):
+            with pytest.raises(Closed):
+                call()
