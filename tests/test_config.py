@@ -8,6 +8,7 @@ import pytest
 from tiermem import config
 from tiermem.config import Config, Gpu, Host, Nvme, Share
 from tiermem.errors import ConfigError
+from tiermem.policies import names
 
 FULL = """\
 # a comment with gpu.budget = 3 in it
@@ -31,6 +32,7 @@ write_budget = "400MiB/s"
 [evict]
 gpu = "classq"
 nvme = "my_module:MyPolicy"
+gpu_params = { decay = 0.5, probe = "a\\"b", strict = true, window = 3 }
 
 [prefetch]
 name = "queue"
@@ -89,7 +91,7 @@ def test_every_value_knows_its_source(tmp_path: Path) -> None:
     cfg = config.load(env=env, overrides={"gpu.budget": "32GiB"})
     assert cfg.source("gpu.budget") == "override"
     assert cfg.source("gpu.page") == f"{file}:4"
-    assert cfg.source("share.weight") == f"{file}:29"
+    assert cfg.source("share.weight") == f"{file}:30"
     assert cfg.source("evict.host") == "default"
     assert cfg.source("log.level") == "$TIERMEM_LOG"
     assert cfg.log.level == "debug"
@@ -110,6 +112,8 @@ def test_dotted_and_inline_keys_have_lines_too(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("toml", "says"),
     [
+        ('[evict]\ngpu_params = "x"', r"must be a table .* such as \{ decay = 0\.5 \}"),
+        ("[evict.gpu_params]\ndecay = [1]", "must be a table of numbers"),
         ('[gpu]\nbudgte = "1GiB"', r"toml:2: unknown key gpu\.budgte; did you mean gpu\.budget\?"),
         (
             '[gpu]\n\ncapacity = "1GiB"',
@@ -222,6 +226,17 @@ def test_a_written_file_reads_back_as_the_same_settings(tmp_path: Path) -> None:
     again = tmp_path / "again.toml"
     again.write_text(before.toml())
     assert config.load(again, env={}).settings() == before.settings()
+
+
+def test_a_policy_takes_arguments_from_a_table_of_its_own(tmp_path: Path) -> None:
+    cfg = config.load(written(tmp_path, "[evict.nvme_params]\ndecay = 0.25\n"), env={})
+    assert cfg.evict.nvme_params == {"decay": 0.25}
+    assert cfg.evict.gpu_params == {}
+
+
+def test_the_default_policies_exist() -> None:
+    evict = Config().evict
+    assert {evict.gpu, evict.host, evict.nvme} <= set(names())
 
 
 def test_a_written_file_says_every_key_even_at_its_default(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ LEVEL = {
     **dict.fromkeys(("config", "errors", "sections", "settings", "units"), 0),
     **dict.fromkeys(("fences", "native", "plan", "table", "tier", "toolchain"), 1),
     **dict.fromkeys(LEAVES, 2),
-    **dict.fromkeys(("executor", "ledger", "planner", "ranking", "stats", "trace"), 3),
+    **dict.fromkeys(("executor", "ledger", "pager", "planner", "ranking", "stats", "trace"), 3),
     "space": 4,
     **dict.fromkeys(("__init__", "__main__", "bench", "cli", "integrations", "testing"), 5),
 }

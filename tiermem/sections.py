@@ -13,6 +13,7 @@ from tiermem.settings import (
     Section,
     Setting,
     Size,
+    arguments,
     at_least,
     choice,
     default,
@@ -32,6 +33,7 @@ from tiermem.settings import (
 
 CUDA_PAGE = 2 * 2**20
 SMALLEST_PAGE = 4096
+_NO_ARGUMENTS: Mapping[str, object] = MappingProxyType({})
 _POLICY = text(r"\S+", '"lru" or "my_module:MyPolicy"')
 
 
@@ -138,10 +140,16 @@ class Evict(Section, frozen=True, kw_only=True):
         "gpu": Key(_POLICY, 'a policy by name, or "my_module:MyPolicy"'),
         "host": Key(_POLICY, "the same for pinned host memory"),
         "nvme": Key(_POLICY, "the same for the drive"),
+        "gpu_params": Key(arguments, "further arguments of the GPU tier's policy"),
+        "host_params": Key(arguments, "the same for pinned host memory"),
+        "nvme_params": Key(arguments, "the same for the drive"),
     }
     gpu: str = "lru"
     host: str = "lru"
     nvme: str = "lru"
+    gpu_params: Mapping[str, object] = _NO_ARGUMENTS
+    host_params: Mapping[str, object] = _NO_ARGUMENTS
+    nvme_params: Mapping[str, object] = _NO_ARGUMENTS
 
 
 class Prefetch(Section, frozen=True, kw_only=True):
@@ -198,6 +206,7 @@ SECTIONS: Mapping[str, type[Section]] = MappingProxyType(
 KEYS = tuple(f"{name}.{key}" for name, cls in SECTIONS.items() for key in cls.keys)
 RUNNING = frozenset(
     [f"{tier}.{mark}" for tier in ("gpu", "host", "nvme") for mark in ("high", "low")]
-    + ["evict.gpu", "evict.host", "evict.nvme", "prefetch.name", "nvme.write_budget", "log.level"]
+    + [f"evict.{key}" for key in Evict.keys]
+    + ["prefetch.name", "nvme.write_budget", "log.level"]
 )
 """Keys that may change while a space is open."""

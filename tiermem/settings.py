@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from difflib import get_close_matches
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, TypeVar
 
 import msgspec
@@ -209,6 +210,19 @@ def text(pattern: str, example: str) -> Reader:
     return read
 
 
+def arguments(given: object) -> Mapping[str, object]:
+    """Named arguments, each a number, text or flag; kept read-only."""
+    plain = isinstance(given, Mapping) and all(
+        isinstance(name, str)
+        and name.isidentifier()
+        and isinstance(value, bool | int | float | str)
+        for name, value in given.items()
+    )
+    if not isinstance(given, Mapping) or not plain:
+        raise ValueError("must be a table of numbers, text and flags, such as { decay = 0.5 }")
+    return MappingProxyType(dict(given))
+
+
 def optional(read: Reader, word: str = "off") -> Reader:
     """None where nothing or `word` was given, else what `read` makes of it."""
     return lambda given: None if given is None or given == word else read(given)
@@ -232,6 +246,9 @@ def literal(value: object) -> str:
         return json.dumps(str(value), ensure_ascii=False)
     if isinstance(value, bool):
         return str(value).lower()
+    if isinstance(value, Mapping):
+        inner = ", ".join(f"{name} = {literal(each)}" for name, each in value.items())
+        return f"{{ {inner} }}" if inner else "{}"
     return str(value)
 
 
