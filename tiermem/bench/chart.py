@@ -8,7 +8,9 @@ from dataclasses import dataclass
 
 from tiermem.bench import svg
 
-WIDTH, LEFT, RIGHT, TOP = 760.0, 64.0, 20.0, 56.0
+WIDTH, LEFT, RIGHT, TOP = 760.0, 64.0, 36.0, 56.0
+LETTER = 6.6
+"""Pixels that a letter of 12 pixels takes at most, on average."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +52,9 @@ def bars(title: str, unit: str, series: Sequence[str], groups: Sequence[Group]) 
 
     title says what is shown, unit what the axis counts, series names the bars of each group.
     """
-    thick, label_width = 15.0, 218.0
+    thick = 15.0
+    longest = max((len(group.label) for group in groups), default=0)
+    label_width = min(max(longest, len(unit), 12) * LETTER + 24, 320.0)
     top = _top([bar for group in groups for bar in group.bars if bar])
     plot = WIDTH - label_width - 74
     tall = [len(group.bars) * (thick + 3) + 12 for group in groups]
@@ -64,7 +68,7 @@ def bars(title: str, unit: str, series: Sequence[str], groups: Sequence[Group]) 
     y = TOP
     for group, room in zip(groups, tall, strict=True):
         middle = y + (room - 8) / 2
-        parts.append(svg.text(label_width - 10, middle, svg.shorten(group.label, 36), "", "end"))
+        parts.append(svg.text(label_width - 10, middle, svg.shorten(group.label, 45), "", "end"))
         for i, bar in enumerate(group.bars):
             if bar is not None:
                 at = y + i * (thick + 3)
@@ -101,15 +105,16 @@ def curves(
         parts.append(svg.text(at_x(x), bottom + 16, f"{x:,.0f}", "small soft", "middle"))
     for y in _decades(min(ys), max(ys)):
         parts.append(svg.line([(LEFT, at_y(y)), (WIDTH - RIGHT, at_y(y))], "var(--grid)"))
-        parts.append(svg.text(LEFT - 8, at_y(y) + 4, f"{y:g}", "small soft", "end"))
+        parts.append(svg.text(LEFT - 8, at_y(y) + 4, f"{y:,g}", "small soft", "end"))
     for i, line in enumerate(lines):
         places = [(at_x(x), at_y(y)) for x, y in line.points]
         parts.append(svg.line(places, svg.PALETTE[i % 6], 2.2, line.dash))
     for mark in marks:
         parts.append(svg.dot(at_x(mark.x), at_y(mark.y), 4.5, "var(--ink)", mark.text))
-        left = at_x(mark.x) > WIDTH * 0.6
-        x = at_x(mark.x) + (-9 if left else 9)
-        parts.append(svg.text(x, at_y(mark.y) - 9, mark.text, "head", "end" if left else "start"))
+        # beside rising lines the free corners are the upper left and the lower right
+        left = at_x(mark.x) > WIDTH * 0.5
+        x, y = at_x(mark.x) + (-9 if left else 9), at_y(mark.y) + (-9 if left else 17)
+        parts.append(svg.text(x, y, mark.text, "head", "end" if left else "start"))
     parts += _legend([line.name for line in lines], WIDTH - RIGHT)
     parts.append(svg.text((LEFT + WIDTH) / 2, height - 10, x_unit, "small soft", "middle"))
     parts.append(svg.text(16, TOP - 8, y_unit, "small soft"))
@@ -121,7 +126,7 @@ def _legend(names: Sequence[str], right: float) -> list[str]:
     parts: list[str] = []
     x = right
     for i in reversed(range(len(names))):
-        x -= len(names[i]) * 6.6 + 24
+        x -= len(names[i]) * LETTER + 34
         parts.append(svg.rect(x, 33, 11, 11, svg.PALETTE[i % 6], radius=2))
         parts.append(svg.text(x + 16, 43, names[i], "small"))
     return parts
