@@ -1,5 +1,6 @@
 """Configuration: what is read, from where, and what is refused with which words."""
 
+import pickle
 import re
 from pathlib import Path
 
@@ -232,6 +233,13 @@ def test_a_policy_takes_arguments_from_a_table_of_its_own(tmp_path: Path) -> Non
     cfg = config.load(written(tmp_path, "[evict.nvme_params]\ndecay = 0.25\n"), env={})
     assert cfg.evict.nvme_params == {"decay": 0.25}
     assert cfg.evict.gpu_params == {}
+
+
+def test_a_configuration_travels_to_another_process(tmp_path: Path) -> None:
+    cfg = config.load(written(tmp_path, FULL), env={})
+    again: Config = pickle.loads(pickle.dumps(cfg))
+    assert again == cfg
+    assert again.source("gpu.page") == cfg.source("gpu.page")
 
 
 def test_the_default_policies_exist() -> None:

@@ -33,7 +33,6 @@ from tiermem.settings import (
 
 CUDA_PAGE = 2 * 2**20
 SMALLEST_PAGE = 4096
-_NO_ARGUMENTS: Mapping[str, object] = MappingProxyType({})
 _POLICY = text(r"\S+", '"lru" or "my_module:MyPolicy"')
 
 
@@ -147,9 +146,9 @@ class Evict(Section, frozen=True, kw_only=True):
     gpu: str = "lru"
     host: str = "lru"
     nvme: str = "lru"
-    gpu_params: Mapping[str, object] = _NO_ARGUMENTS
-    host_params: Mapping[str, object] = _NO_ARGUMENTS
-    nvme_params: Mapping[str, object] = _NO_ARGUMENTS
+    gpu_params: Mapping[str, object] = {}
+    host_params: Mapping[str, object] = {}
+    nvme_params: Mapping[str, object] = {}
 
 
 class Prefetch(Section, frozen=True, kw_only=True):

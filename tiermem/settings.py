@@ -12,7 +12,6 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from difflib import get_close_matches
 from pathlib import Path
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, TypeVar
 
 import msgspec
@@ -91,7 +90,8 @@ class Section(msgspec.Struct, frozen=True, kw_only=True):
 
     @classmethod
     def default_of(cls, key: str) -> object:
-        return {field.name: field.default for field in msgspec.structs.fields(cls)}[key]
+        (field,) = (each for each in msgspec.structs.fields(cls) if each.name == key)
+        return {} if field.default is msgspec.NODEFAULT else field.default
 
     def ordered(self, low: str, high: str) -> None:
         """Refuse a low mark above the high one."""
@@ -211,7 +211,7 @@ def text(pattern: str, example: str) -> Reader:
 
 
 def arguments(given: object) -> Mapping[str, object]:
-    """Named arguments, each a number, text or flag; kept read-only."""
+    """Named arguments, each a number, text or flag."""
     plain = isinstance(given, Mapping) and all(
         isinstance(name, str)
         and name.isidentifier()
@@ -220,7 +220,7 @@ def arguments(given: object) -> Mapping[str, object]:
     )
     if not isinstance(given, Mapping) or not plain:
         raise ValueError("must be a table of numbers, text and flags, such as { decay = 0.5 }")
-    return MappingProxyType(dict(given))
+    return dict(given)
 
 
 def optional(read: Reader, word: str = "off") -> Reader:
