@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from tiermem.bench import svg
 
-WIDTH, LEFT, RIGHT, TOP = 760.0, 64.0, 36.0, 56.0
+WIDTH, LEFT, RIGHT, TOP = 1040.0, 64.0, 36.0, 56.0
 LETTER = 6.6
 """Pixels that a letter of 12 pixels takes at most, on average."""
 
@@ -25,7 +25,7 @@ class Bar:
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Bars side by side above one label; None leaves a gap."""
+    """Bars of one label, one for each series; None: the series has none here."""
 
     label: str
     bars: tuple[Bar | None, ...]
@@ -57,9 +57,12 @@ def bars(title: str, unit: str, series: Sequence[str], groups: Sequence[Group]) 
     label_width = min(max(longest, len(unit), 12) * LETTER + 24, 320.0)
     top = _top([bar for group in groups for bar in group.bars if bar])
     plot = WIDTH - label_width - 74
-    tall = [len(group.bars) * (thick + 3) + 12 for group in groups]
+    tall = [sum(bar is not None for bar in group.bars) * (thick + 3) + 12 for group in groups]
     height = TOP + sum(tall) + 30
-    parts = [svg.text(16, 24, title, "head"), *_legend(series, WIDTH - 20)]
+    parts = [
+        svg.text(16, 24, title, "head"),
+        *(_legend(series, WIDTH - 20) if len(series) > 1 else ()),
+    ]
     for step in _ticks(top):
         x = label_width + plot * step / top
         parts.append(svg.line([(x, TOP - 4), (x, height - 26)], "var(--grid)"))
@@ -67,12 +70,12 @@ def bars(title: str, unit: str, series: Sequence[str], groups: Sequence[Group]) 
     parts.append(svg.text(label_width - 10, height - 11, unit, "small soft", "end"))
     y = TOP
     for group, room in zip(groups, tall, strict=True):
-        middle = y + (room - 8) / 2
+        middle = y + (room - 12) / 2 + 3
         parts.append(svg.text(label_width - 10, middle, svg.shorten(group.label, 45), "", "end"))
-        for i, bar in enumerate(group.bars):
-            if bar is not None:
-                at = y + i * (thick + 3)
-                parts += _bar(bar, label_width, at, plot / top, thick, svg.PALETTE[i % 6])
+        drawn = [(i, bar) for i, bar in enumerate(group.bars) if bar is not None]
+        for line, (i, bar) in enumerate(drawn):
+            at = y + line * (thick + 3)
+            parts += _bar(bar, label_width, at, plot / top, thick, svg.PALETTE[i % 6])
         y += room
     return svg.document(WIDTH, height, parts, f"{title}, {unit}")
 
@@ -137,8 +140,8 @@ def _top(values: Sequence[Bar]) -> float:
 
 
 def _ticks(top: float) -> list[float]:
-    """Four to eight round steps from 0."""
-    raw = top / 5
+    """Four to nine round steps from 0."""
+    raw = top / 6
     power: float = 10.0 ** math.floor(math.log10(raw))
     step = next(power * f for f in (1, 2, 2.5, 5, 10) if power * f >= raw)
     return [round(i * step, 9) for i in range(int(top / step + 1e-9) + 1)]
