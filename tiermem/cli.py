@@ -118,10 +118,12 @@ def command(
         typer.echo(f"written: {write}")
     elif as_json:
         values = {
-            key: {"value": value if value is None else _plain(value), "source": config.source(key)}
+            key: {"value": value, "source": config.source(key)}
             for key, value in config.settings().items()
         }
-        typer.echo(json.dumps({"schema": "tiermem.config.v1", "settings": values}, indent=2))
+        typer.echo(
+            json.dumps({"schema": "tiermem.config.v1", "settings": values}, indent=2, default=str)
+        )
     else:
         typer.echo("\n".join(config.describe()))
 
@@ -199,7 +201,3 @@ def _write(path: Path, text: str, force: bool) -> None:
         raise ConfigError(f"{path} is there already; --force replaces it") from None
     except OSError as error:
         raise ConfigError(f"{path} cannot be written: {error.strerror}") from None
-
-
-def _plain(value: object) -> bool | int | float | str:
-    return value if isinstance(value, bool | int | float | str) else str(value)
