@@ -46,7 +46,8 @@ class Lane:
         self.closed = False
         self.gather_below = gather_below
         self.line = Timeline(words, open_stream(context))
-        self._gather: Gather | None = None
+        # Made now: loading a module may wait for running kernels.
+        self._gather = Gather(context, self.line) if gather_below else None
         self._failure: CudaError | None = None
         self._queued: deque[tuple[int, int]] = deque()
         self._entries = 0

@@ -155,6 +155,19 @@ class Arena:
         address = self.context.driver.address("cuMemRelease")
         return Program(group(address, Kind.STATUS, handles)).run()
 
+    def export(self, slot: int) -> int:
+        """A file descriptor of one slot's memory, for another process to import; the caller's."""
+        fd = ctypes.c_int()
+        with self._lock, self.context:
+            self.context.driver.call(
+                "cuMemExportToShareableHandle",
+                ctypes.byref(fd),
+                int(self.handles[slot]),
+                _POSIX_FD,
+                0,
+            )
+        return fd.value
+
     def park(self, slots: Slots) -> None:
         """Unmap the aliases of slots and give their memory back; unbacked ones are skipped."""
         with self._lock, self.context:

@@ -1,0 +1,499 @@
+"""What the driver and the link give on this GPU, and what our device layer makes of them.
+
+    python bench/gpu_floor.py [--out floor.json] [--only SECTION ...]
+
+Prints JSON: medians of at least five rounds, per section; a section that is in the output file
+already is not measured again, so a run that was cut short can be continued. Sections:
+
+ceilings  one 256 MiB copy down, up, both at once (GB/s)
+floors    cuMemCreate, cuMemMap, cuMemSetAccess, cuMemUnmap, cuMemRelease of 2 MiB, one native
+          program of 64 calls each (us a call)
+window    show and hide through CudaWindow, groups of 64, and of 1 in the calling thread
+          (us a page), 2 and 8 MiB
+routes    submit to end, groups of 64 and 256, four groups in flight, each way and both (GB/s)
+load      copy by alias and show together, groups of 64, into free and into stolen frames (GB/s)
+fault     one page: submit, show, wait (us, p50 and p99)
+busy      window, routes and load again beside one thread of pure Python, and that thread's loss
+pieces    batched copies against the gather kernel by piece size, through `calibrate`
+in_place  host pages: create, show, hide (us), the kernel's read rate (GB/s); read-only access
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import mmap
+
+import numpy as np
+
+from tiermem.gpu import calibrate
+from tiermem.gpu.calibrate import Calibration
+from tiermem.gpu.driver import Context, load
+from tiermem.gpu.frames import DEVICE, Backing, access, reserve
+from tiermem.gpu.vmm import CudaDevice
+from tiermem.native import Kind, Program, group
+from tiermem.tier import PASSED, Place
+
+MIB = 1 << 20
+PAGE = 2 * MIB
+POOL = 1 << 30
+Figures = dict[str, object]
+
+
+class Pinned:
+    """Host slots in anonymous memory, pinned through the device."""
+
+    place = Place.HOST
+
+    def __init__(self, device: CudaDevice, slot_bytes: int) -> None:
+        self.slot_bytes = slot_bytes
+        self.capacity = self.ready = POOL // slot_bytes
+        self.memory = np.frombuffer(mmap.mmap(-1, POOL), np.uint8)
+        self.memory[::4096] = 1
+        self.address = int(self.memory.ctypes.data)
+        self._device = device
+        device.register(self.address, POOL)
+
+    def addresses(self, slots: np.ndarray) -> np.ndarray:
+        return slots.astype(np.uint64) * np.uint64(self.slot_bytes) + np.uint64(self.address)
+
+    def resize(self, capacity: int) -> None:
+        raise NotImplementedError
+
+    def close(self) -> None:
+        self._device.unregister(self.address)
+
+
+class Rig:
+    """One device with a gigabyte of frames, of host slots and of addresses, for a page size."""
+
+    def __init__(self, page: int) -> None:
+        self.page = page
+        self.n = POOL // page
+        self.device = CudaDevice(0, page, self.n, calibration=Calibration(page_bytes=page))
+        self.device.frames.wait_ready()
+        self.host = Pinned(self.device, page)
+        self.down, self.up = self.device.routes(self.host)
+        self.start = self.device.reserve(2 * POOL)
+        self.frames = np.arange(self.n, dtype=np.int32)
+
+    def at(self, first: int, count: int) -> np.ndarray:
+        numbers = np.arange(first, first + count, dtype=np.uint64)
+        return numbers * np.uint64(self.page) + np.uint64(self.start)
+
+    def groups(self, size: int) -> list[np.ndarray]:
+        order = np.random.default_rng(size).permutation(self.n).astype(np.int32)
+        return [order[i : i + size] for i in range(0, self.n, size)]
+
+    def close(self) -> None:
+        self.host.close()
+        self.device.close()
+
+
+@contextmanager
+def rig(page: int) -> Iterator[Rig]:
+    made = Rig(page)
+    try:
+        yield made
+    finally:
+        made.close()
+
+
+def median(run: Callable[[], float], rounds: int = 5) -> float:
+    run()
+    return round(statistics.median(run() for _ in range(rounds)), 3)
+
+
+def seconds(work: Callable[[], None]) -> float:
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
+
+
+def end(*dones: object) -> None:
+    for done in dones:
+        assert done.wait(60), "did not end"
+        if done.error is not None:
+            raise done.error
+
+
+def ceilings() -> Figures:
+    size = 256 * MIB
+    with rig(size) as r:
+        a, b = np.array([0], np.int32), np.array([1], np.int32)
+
+        def one(route: object) -> float:
+            return size / seconds(lambda: end(route.submit(a, a, PASSED))) / 1e9
+
+        def both() -> float:
+            return (
+                2
+                * size
+                / seconds(lambda: end(r.down.submit(a, a, PASSED), r.up.submit(b, b, PASSED)))
+                / 1e9
+            )
+
+        return {
+            "down_gbps": median(lambda: one(r.down)),
+            "up_gbps": median(lambda: one(r.up)),
+            "both_gbps": median(both),
+        }
+
+
+def floors() -> Figures:
+    context = Context(load(), 0)
+    driver, n = context.driver, 64
+    backing = Backing(context, DEVICE, context.device)
+    with context:
+        start = reserve(context, n * PAGE, PAGE)
+        at = np.arange(n, dtype=np.uint64) * np.uint64(PAGE) + np.uint64(start)
+        handles = np.zeros(n, np.uint64)
+        into = np.arange(n, dtype=np.uint64) * np.uint64(8) + np.uint64(handles.ctypes.data)
+        desc = backing.access
+        times: dict[str, list[float]] = {}
+
+        def call(name: str, *columns: object) -> None:
+            program = Program(group(driver.address(name), Kind.STATUS, *columns))
+            began = time.perf_counter()
+            failure = program.run()
+            times.setdefault(name, []).append((time.perf_counter() - began) / n * 1e6)
+            assert failure is None, f"{name}: {failure}"
+
+        for _ in range(7):
+            call("cuMemCreate", into, PAGE, backing.prop.ctypes.data, 0)
+            call("cuMemMap", at, PAGE, 0, handles, 0)
+            call("cuMemSetAccess", at, PAGE, desc.ctypes.data, len(desc) // 3)
+            call("cuMemUnmap", at, PAGE)
+            call("cuMemRelease", handles)
+        driver.call("cuMemAddressFree", start, n * PAGE)
+    context.close()
+    found: Figures = {f"{name}_us": round(statistics.median(t[1:]), 2) for name, t in times.items()}
+    found["show_us"] = round(
+        sum(float(found[f"{c}_us"]) for c in ("cuMemMap", "cuMemSetAccess")), 2
+    )
+    found["hide_us"] = found["cuMemUnmap_us"]
+    return found
+
+
+def window_of(r: Rig, size: int, rounds: int = 5) -> tuple[float, float]:
+    window, shows, hides = r.device.window, [], []
+    for _ in range(rounds + 1):
+        for first in range(0, min(r.n, 4 * max(size, 16)), size):
+            at, frames = r.at(first, size), r.frames[first : first + size]
+            shows.append(seconds(lambda a=at, f=frames: end(window.show(a, f))) / size * 1e6)
+            hides.append(seconds(lambda a=at: end(window.hide(a))) / size * 1e6)
+    return round(statistics.median(shows), 2), round(statistics.median(hides), 2)
+
+
+def window() -> Figures:
+    found: Figures = {}
+    for page in (PAGE, 4 * PAGE):
+        with rig(page) as r:
+            for size in (1, 64):
+                show, hide = window_of(r, size)
+                found[f"{page // MIB}MiB_x{size}"] = {"show_us": show, "hide_us": hide}
+    return found
+
+
+def stream(r: Rig, submit: Callable[[np.ndarray], list[object]], size: int) -> float:
+    """GB/s one way of a gigabyte in groups, four in flight."""
+
+    def run() -> float:
+        waiting: list[list[object]] = []
+
+        def work() -> None:
+            for group_ in r.groups(size):
+                waiting.append(submit(group_))
+                if len(waiting) == 4:
+                    end(*waiting.pop(0))
+            while waiting:
+                end(*waiting.pop(0))
+
+        return POOL / seconds(work) / 1e9
+
+    return median(run)
+
+
+def routes_of(r: Rig, sizes: tuple[int, ...] = (64, 256)) -> Figures:
+    found: Figures = {}
+    for size in sizes:
+        if size > r.n:
+            continue
+        key = f"{r.page // MIB}MiB_x{size}"
+        found[key] = {
+            "down_gbps": stream(r, lambda g: [r.down.submit(g, g, PASSED)], size),
+            "up_gbps": stream(r, lambda g: [r.up.submit(g, g, PASSED)], size),
+            "both_gbps": round(
+                2
+                * stream(
+                    r,
+                    lambda g: [
+                        r.down.submit(g, g, PASSED),
+                        r.up.submit(r.n - 1 - g, r.n - 1 - g, PASSED),
+                    ],
+                    size,
+                ),
+                2,
+            ),
+        }
+    return found
+
+
+def routes() -> Figures:
+    found: Figures = {}
+    for page in (PAGE, 4 * PAGE):
+        with rig(page) as r:
+            found |= routes_of(r)
+    return found
+
+
+def load_of(r: Rig, size: int = 64) -> Figures:
+    """Into free frames: copy and show. Into stolen ones: hide, copy, show."""
+    window = r.device.window
+    low, high = r.at(0, r.n), r.at(r.n, r.n)
+
+    def free(group_: np.ndarray) -> list[object]:
+        return [r.up.submit(group_, group_, PASSED), window.show(low[group_], group_)]
+
+    def clear(at: np.ndarray) -> None:
+        end(window.hide(at))
+
+    fills, steals = [], []
+    for _ in range(6):
+        fills.append(_gbps(r, free, size))
+        gone, here = low, high
+        for _ in range(2):
+
+            def steal(g: np.ndarray, gone: np.ndarray = gone, here: np.ndarray = here) -> list:
+                hidden = window.hide(gone[g])
+                copy = r.up.submit(g, g, PASSED)
+                return [hidden, copy, window.show(here[g], g)]
+
+            steals.append(_gbps(r, steal, size))
+            gone, here = here, gone
+        clear(low)
+    key = f"{r.page // MIB}MiB_x{size}"
+    return {
+        key: {
+            "free_gbps": round(statistics.median(fills[1:]), 2),
+            "stolen_gbps": round(statistics.median(steals[1:]), 2),
+        }
+    }
+
+
+def _gbps(r: Rig, submit: Callable[[np.ndarray], list[object]], size: int) -> float:
+    waiting: list[list[object]] = []
+
+    def work() -> None:
+        for group_ in r.groups(size):
+            waiting.append(submit(group_))
+            if len(waiting) == 4:
+                end(*waiting.pop(0))
+        while waiting:
+            end(*waiting.pop(0))
+
+    return POOL / seconds(work) / 1e9
+
+
+def loads() -> Figures:
+    found: Figures = {}
+    for page in (PAGE, 4 * PAGE):
+        with rig(page) as r:
+            found |= load_of(r)
+    return found
+
+
+def fault_of(r: Rig) -> Figures:
+    times = []
+    for n in range(min(r.n, 400)):
+        one, at = r.frames[n : n + 1], r.at(n, 1)
+        began = time.perf_counter()
+        copy = r.up.submit(one, one, PASSED)
+        shown = r.device.window.show(at, one)
+        shown.wait()
+        copy.wait()
+        times.append((time.perf_counter() - began) * 1e6)
+    end(r.device.window.hide(r.at(0, len(times))))
+    p50, p99 = np.percentile(times[20:], [50, 99])
+    return {"p50_us": round(float(p50), 1), "p99_us": round(float(p99), 1), "n": len(times) - 20}
+
+
+def fault() -> Figures:
+    with rig(PAGE) as r:
+        return {"2MiB": fault_of(r)}
+
+
+class Busy:
+    """A thread that counts in pure Python; `rate` is counts a second of wall time."""
+
+    def __enter__(self) -> Busy:
+        self.count, self.stop = 0, False
+        self.began = time.perf_counter()
+        self.thread = threading.Thread(target=self._run)
+        self.thread.start()
+        return self
+
+    def _run(self) -> None:
+        while not self.stop:
+            for _ in range(10_000):
+                self.count += 1
+
+    def __exit__(self, *_: object) -> None:
+        self.stop = True
+        self.thread.join()
+        self.rate = self.count / (time.perf_counter() - self.began)
+
+
+def busy() -> Figures:
+    with Busy() as alone:
+        time.sleep(1)
+    found: Figures = {"alone_counts_per_s": round(alone.rate)}
+    with rig(PAGE) as r:
+        for name, work in (
+            (
+                "window_x64",
+                lambda: dict(zip(("show_us", "hide_us"), window_of(r, 64), strict=True)),
+            ),
+            ("window_x1", lambda: dict(zip(("show_us", "hide_us"), window_of(r, 1), strict=True))),
+            ("routes", lambda: routes_of(r, (64,))),
+            ("load", lambda: load_of(r)),
+            ("fault", lambda: fault_of(r)),
+        ):
+            with Busy() as beside:
+                figures = work()
+            figures["thread_slower_pct"] = round(100 * (1 - beside.rate / alone.rate), 1)
+            found[name] = figures
+    return found
+
+
+def pieces() -> Figures:
+    context = Context(load(), 0)
+    backing = Backing(context, DEVICE, context.device)
+    began = time.perf_counter()
+    found = calibrate.measure(context, backing)
+    took = time.perf_counter() - began
+    bench = None
+    table = {}
+    with context:
+        bench = calibrate._Bench(context, backing, 64 * MIB)
+        for size in (4096, 16384, 65536, 262144, 1 << 20):
+            for up in (False, True):
+                moved = min(64 * MIB // size, 2048) * size
+                for gather in (False, True):
+                    took_s = bench._seconds(
+                        lambda s=size, u=up, g=gather: bench._copy(s, up=u, gather=g)
+                    )
+                    key = f"{size // 1024}KiB_{'up' if up else 'down'}"
+                    way = "gather_gbps" if gather else "batch_gbps"
+                    table.setdefault(key, {})[way] = round(moved / took_s / 1e9, 1)
+        bench.close()
+    context.close()
+    return {"calibration": asdict(found), "took_s": round(took, 2), "table": table}
+
+
+def in_place() -> Figures:
+    return {f"{page // MIB}MiB": in_place_of(page) for page in (PAGE, 4 * PAGE, 16 * PAGE)}
+
+
+def in_place_of(page: int) -> Figures:
+    n = 128 * MIB // page
+    settings = Calibration(page_bytes=page, gather_below_down=1 << 30, gather_below_up=1 << 30)
+    device = CudaDevice(0, page, 2 * n, calibration=settings)
+    window = device.window
+    began = time.perf_counter()
+    host = device.host_pages(n)
+    made_us = (time.perf_counter() - began) / n * 1e6
+    start = device.reserve(n * page)
+    at = np.arange(n, dtype=np.uint64) * np.uint64(page) + np.uint64(start)
+    slots = np.arange(n, dtype=np.int32)
+    there, sizes = device.frames.addresses(slots), np.full(n, page, np.uint64)
+    up = device.routes(host)[1]
+    show, hide, read = [], [], []
+    for _ in range(6):
+        show.append(seconds(lambda: end(window.show_in_place(at, slots, host.arena))) / n * 1e6)
+        took = seconds(lambda: end(up.submit_pieces(at, there, sizes, PASSED)))
+        read.append(n * page / took / 1e9)
+        hide.append(seconds(lambda: end(window.hide(at))) / n * 1e6)
+    found: Figures = {
+        "create_us": round(made_us, 1),
+        "show_us": round(statistics.median(show), 1),
+        "hide_us": round(statistics.median(hide), 1),
+        "read_gbps": round(statistics.median(read), 1),
+    }
+    for kind, arena in (("host", host.arena), ("device", device.frames.arena)):
+        found[f"read_only_{kind}_page_code"] = read_only(device, int(at[0]), int(arena.handles[0]))
+    device.close()
+    return found
+
+
+def read_only(device: CudaDevice, address: int, handle: int) -> int:
+    """The CUresult of asking for read-only access for the device."""
+    driver, size = device.context.driver, device.page_bytes
+    desc = access(device.context.device, flags=1)
+    with device.context:
+        driver.call("cuMemMap", address, size, 0, handle, 0)
+        code = driver.attempt("cuMemSetAccess", address, size, desc.ctypes.data, 1)
+        driver.call("cuMemUnmap", address, size)
+    return code
+
+
+SECTIONS: dict[str, Callable[[], Figures]] = {
+    "ceilings": ceilings,
+    "floors": floors,
+    "window": window,
+    "routes": routes,
+    "load": loads,
+    "fault": fault,
+    "busy": busy,
+    "pieces": pieces,
+    "in_place": in_place,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--only", nargs="*", choices=list(SECTIONS), default=list(SECTIONS))
+    options = parser.parse_args()
+    result: dict[str, Figures] = {}
+    if options.out and options.out.exists():
+        result = json.loads(options.out.read_text())
+    context = Context(load(), 0)
+    result["machine"] = {
+        "device": context.name,
+        "driver": context.driver.version_text,
+        "cores": os.cpu_count(),
+        "python": sys.version.split()[0],
+        "numpy": np.__version__,
+    }
+    context.close()
+    for name in options.only:
+        if name in result and "error" not in result[name]:
+            continue
+        began = time.perf_counter()
+        try:
+            figures = SECTIONS[name]()
+        except Exception as error:
+            figures = {"error": f"{type(error).__name__}: {error}"}
+        figures["section_s"] = round(time.perf_counter() - began, 1)
+        result[name] = figures
+        print(name, json.dumps(figures), flush=True)
+        if options.out:
+            options.out.write_text(json.dumps(result, indent=1))
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
