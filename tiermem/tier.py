@@ -9,10 +9,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import IntEnum
+from itertools import islice
 from typing import Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
+
+from tiermem.errors import TierFull
 
 Slots = npt.NDArray[np.int32]
 Addresses = npt.NDArray[np.uint64]
@@ -103,7 +106,7 @@ class Tier(Protocol):
         """Slots [0, ready) may be used now; never shrinks except by `resize`."""
 
     def resize(self, capacity: int) -> None:
-        """Change the capacity. Slots at or above a smaller capacity are unused when this is called."""
+        """Change the capacity. Slots at or above a smaller one are unused when this is called."""
 
     def close(self) -> None:
         """Give everything back; a second call does nothing."""
@@ -194,3 +197,103 @@ class Device(Protocol):
 
     def close(self) -> None:
         """End all work, give all memory back; a second call does nothing."""
+
+
+class SlotPool:
+    """Which slots of one tier are used, kept or free, and whose. Counts only; holds no bytes.
+
+    used   the newest bytes of `owner` are here, or a transfer is filling the slot
+    kept   a valid copy of bytes whose newest place is elsewhere: a retired GPU frame, a spare in
+           a lower tier. May be taken at no cost, oldest first; `owner` is the page it copies
+    free   nobody's; `owner` is -1
+
+    used + kept + free == capacity, always. `tenant` is whose bytes the slot last held.
+    """
+
+    def __init__(self, place: Place, capacity: int) -> None:
+        self.place = place
+        self.capacity = 0
+        self.owner: Slots = np.empty(0, np.int32)
+        self.tenant: npt.NDArray[np.uint16] = np.empty(0, np.uint16)
+        self._kept: dict[int, None] = {}
+        self._free: Slots = np.empty(0, np.int32)
+        self._top = 0
+        self.add(np.arange(capacity, dtype=np.int32))
+
+    @property
+    def free(self) -> int:
+        return self._top
+
+    @property
+    def kept(self) -> int:
+        return len(self._kept)
+
+    @property
+    def used(self) -> int:
+        return self.capacity - self._top - len(self._kept)
+
+    def add(self, slots: Slots) -> None:
+        """Slots that bytes now stand behind: new ones, or ones that `remove` took away."""
+        if not len(slots):
+            return
+        size = max(len(self.owner), int(slots.max()) + 1)
+        if size > len(self.owner):
+            more = size - len(self.owner)
+            self.owner = np.concatenate([self.owner, np.full(more, -1, np.int32)])
+            self.tenant = np.concatenate([self.tenant, np.zeros(more, np.uint16)])
+            self._free = np.concatenate([self._free, np.empty(more, np.int32)])
+        self.capacity += len(slots)
+        self._push(slots[::-1])
+
+    def remove(self, n: int) -> Slots:
+        """Take up to n free slots out of the pool, to give their bytes back."""
+        slots = self.take_free(max(0, min(n, self._top)))
+        self.capacity -= len(slots)
+        return slots
+
+    def take_free(self, n: int) -> Slots:
+        """int32[n] free slots, now used; raises TierFull, taking none, if there are fewer."""
+        if n > self._top:
+            raise TierFull(
+                f"{self.place.name.lower()}: need {n} slots, {self._top} free, "
+                f"{self.kept} kept, {self.used} used of {self.capacity}"
+            )
+        self._top -= n
+        return self._free[self._top : self._top + n][::-1].copy()
+
+    def oldest_kept(self, n: int | None = None) -> Slots:
+        """int32[<= n]: kept slots, oldest first; nothing changes."""
+        return np.fromiter(islice(self._kept, n), np.int32)
+
+    def keep(self, slots: Slots) -> None:
+        """Used slots become kept, the newest of them."""
+        self._kept.update(dict.fromkeys(slots.tolist()))
+
+    def reuse(self, slots: Slots) -> None:
+        """Kept slots become used."""
+        for slot in slots.tolist():
+            del self._kept[slot]
+
+    def is_kept(self, slot: int) -> bool:
+        return slot in self._kept
+
+    def release(self, slots: Slots) -> None:
+        """Used or kept slots become free. The caller clears the owners' references to them."""
+        for slot in slots.tolist() if self._kept else ():
+            self._kept.pop(slot, None)
+        self._push(slots)
+
+    def _push(self, slots: Slots) -> None:
+        n = len(slots)
+        self.owner[slots] = -1
+        self._free[self._top : self._top + n] = slots
+        self._top += n
+
+    def check(self) -> None:
+        """Assert that every slot is in exactly one state."""
+        free = self._free[: self._top]
+        kept = self.oldest_kept()
+        assert len(np.unique(free)) == len(free), f"{self.place.name}: a slot is free twice"
+        assert not np.isin(kept, free).any(), f"{self.place.name}: a kept slot is free"
+        assert (self.owner[free] == -1).all(), f"{self.place.name}: a free slot has an owner"
+        assert self.used >= 0, f"{self.place.name}: more slots free or kept than there are"

@@ -1,0 +1,290 @@
+"""A pager over adversarial fakes, beside a model that knows what every page must hold."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from tiermem.errors import TierFull
+from tiermem.executor import Executor, Flight
+from tiermem.plan import Plan
+from tiermem.planner import Access, Marks, Planner, Request
+from tiermem.policies.base import Candidates, EvictionBase, Ids, Keys
+from tiermem.ranking import Ranking
+from tiermem.table import PageTable, Rows
+from tiermem.testing import GARBAGE, WORDS, FakeMemory, FakeRoute, FakeWindow, World
+from tiermem.tier import TIERS, Place, SlotPool, Slots
+
+ALL_ROUTES = tuple((a, b) for a in TIERS for b in TIERS if a != b)
+TENANT = 1_000_000
+
+
+class SimpleLru(EvictionBase):
+    """The plainest possible policy, so that a test of the pager tests the pager."""
+
+    name = "simple"
+    leaf_first = True
+
+    def __init__(self, capacity: int = 0, seed: int = 0) -> None:
+        super().__init__(capacity, seed)
+        self._order: dict[int, None] = {}
+
+    def inserted(self, units: Ids, parents: Ids, depths: Ids, keys: Keys | None, now: int) -> None:
+        for unit in units.tolist():
+            assert unit not in self._order, f"unit {unit} entered twice"
+            self._order[unit] = None
+
+    def accessed(self, units: Ids, now: int) -> None:
+        for unit in units.tolist():
+            if unit in self._order:
+                del self._order[unit]
+                self._order[unit] = None
+
+    def removed(self, units: Ids, now: int) -> None:
+        for unit in units.tolist():
+            del self._order[unit]
+
+    def victims(self, candidates: Candidates, n: int, now: int) -> Ids:
+        units = np.fromiter(self._order, np.int32)
+        return units[candidates.keep(units)][:n]
+
+
+class Harness:
+    """Planner and executor over fakes, driven step by step.
+
+    Every page's two words are (value, value); `model` says which value. A read that finds
+    anything else, through the address and the frame shown there, is wrong bytes.
+    """
+
+    def __init__(
+        self,
+        *,
+        gpu: int = 4,
+        host: int = 3,
+        nvme: int = 6,
+        regions: tuple[tuple[int, int, int], ...] = ((12, 1, 0), (6, 1, 1)),
+        eager: bool = False,
+        routes: tuple[tuple[Place, Place], ...] = ALL_ROUTES,
+        marks: Marks | None = None,
+        seed: int = 0,
+    ) -> None:
+        """regions: (pages, unit pages, tenant) each."""
+        self.world = World(seed)
+        self.table = PageTable()
+        sizes = {Place.GPU: gpu, Place.HOST: host, Place.NVME: nvme}
+        self.memories = {place: FakeMemory(place, n) for place, n in sizes.items()}
+        self.pools = {place: SlotPool(place, n) for place, n in sizes.items()}
+        rankings = {p: Ranking(p, SimpleLru(), self.table) for p in TIERS}
+        self.window = FakeWindow(self.world)
+        self.routes = {
+            (a, b): FakeRoute(self.world, self.memories[a], self.memories[b])
+            for a, b in routes
+            if sizes[a] and sizes[b]
+        }
+        self.gone: list[tuple[int, str]] = []
+        self.planner = Planner(
+            self.table,
+            self.pools,
+            rankings,
+            routes=self.routes,
+            eager=eager,
+            marks={p: marks for p in TIERS} if marks else None,
+        )
+        self.executor = Executor(
+            window=self.window,
+            routes=self.routes,
+            zero=self._zero,
+            addresses=lambda rows: rows.astype(np.uint64) * 100,
+            on_gone=self._on_gone,
+        )
+        for pages, unit, tenant in regions:
+            self.table.extend(pages, unit, tenant)
+        self.vacant = list(range(self.table.rows))
+        self.flights: dict[int, Flight] = {}
+        self.model: dict[int, int] = {}  # page -> value, for pages that have been written
+        self.now = 0
+        self.next_value = 1
+        self.wrong: list[str] = []
+
+    # ------------------------------------------------------------ carrying out and settling
+
+    def carry(self, plans: list[Plan]) -> None:
+        for plan in plans:
+            self.flights[plan.id] = self.executor.start(plan)
+
+    def settle_ready(self) -> None:
+        progress = True
+        while progress:
+            ended = [f for f in self.flights.values() if f.ready()]
+            progress = bool(ended)
+            for flight in ended:
+                del self.flights[flight.plan.id]
+                self.carry(self.planner.settle(flight.outcome(), self.now))
+            self.observe()
+            self.carry(self.planner.settle_idle())
+        for row in self.planner.take_reaped().tolist():
+            assert row not in self.vacant
+            self.vacant.append(row)
+            self.model.pop(row, None)
+
+    def observe(self) -> None:
+        self.table.fences.observe(self.world.streams.passed())
+
+    def step(self) -> None:
+        self.world.finish()
+        self.settle_ready()
+
+    def drain(self) -> None:
+        """Run everything to its end."""
+        for stream in range(2):
+            self.world.streams.advance(stream, 1000)
+        while self.flights or self.world.pending or self.planner.settle_idle():
+            self.world.finish_all()
+            self.settle_ready()
+        self.settle_ready()
+
+    # ------------------------------------------------------------ verbs with their checks
+
+    def rows(self, units: list[int]) -> Rows:
+        return self.table.pages(np.array(units, np.int32))
+
+    def allocate(self, units: list[int]) -> bool:
+        """Allocate vacant units, waiting as long as it takes; False if the tiers are full."""
+        rows = self.rows(units)
+        while True:
+            self.now += 1
+            self.observe()
+            try:
+                request = self.planner.allocate(rows, self.now)
+            except TierFull:
+                return False
+            self.carry(request.plans)
+            if request.taken:
+                break
+            self.advance_for(request)
+        while request.pending:
+            self.advance_for(request)
+        if request.failed:
+            self.carry(self.planner.free(rows, self.now))
+            return False
+        for row in rows.tolist():
+            self.vacant.remove(row)
+            self._check_fresh(row)
+        return True
+
+    def begin(self, units: list[int], access: Access) -> Request:
+        """One attempt at a fault; the caller finishes it or abandons it."""
+        self.now += 1
+        self.observe()
+        request = self.planner.fault(self.rows(units), access, self.now)
+        self.carry(request.plans)
+        return request
+
+    def advance_for(self, request: Request) -> None:
+        """Make something happen that the request may be waiting for."""
+        if request.pending:
+            plan_id = sorted(request.pending)[0]
+            self.flights[plan_id].wait()
+        elif request.fence.ticks:
+            self.world.streams.reach(request.fence)
+        self.settle_ready()
+
+    def enter(self, request: Request, access: Access) -> None:
+        """The pages of a taken request are pinned: touch, and check or write them."""
+        self.planner.touch(request.rows, self.now)
+        if access != "read":
+            self.planner.wrote(request.rows)
+        for row in request.rows.tolist():
+            assert self.table.pins[row] > 0, f"page {row} is not pinned"
+            if access == "read":
+                self.verify(row)
+
+    def launch(self, rows: Rows, stream: int, write: bool) -> None:
+        """Queue a kernel that reads, or writes, pinned pages when the stream gets there."""
+        values = {}
+        for row in rows.tolist():
+            if write:
+                self.model[row] = self.next_value + TENANT * int(self.table.tenant[row])
+                self.next_value += 1
+            values[row] = self.model.get(row)
+
+        def kernel() -> None:
+            for row, value in values.items():
+                frame = self.window.shown.get(row * 100)
+                if frame is None:
+                    self.wrong.append(f"kernel touched page {row}, which shows nothing")
+                elif write:
+                    self.memories[Place.GPU].words[frame] = value
+                elif value is not None:
+                    found = self.memories[Place.GPU].words[frame].tolist()
+                    if found != [value] * WORDS:
+                        self.wrong.append(f"kernel read {found} in page {row}, not {value}")
+
+        self.world.streams.launch(stream, kernel)
+
+    def leave(self, request: Request, stream: int | None) -> None:
+        self.planner.unpin(request.rows, self.world.streams.tick(stream))
+
+    def write_now(self, request: Request) -> None:
+        """The caller's own thread writes pinned pages, through their addresses."""
+        for row in request.rows.tolist():
+            self.model[row] = self.next_value + TENANT * int(self.table.tenant[row])
+            self.next_value += 1
+            self.memories[Place.GPU].words[self.window.shown[row * 100]] = self.model[row]
+
+    def verify(self, row: int) -> None:
+        if row not in self.model:
+            return
+        frame = self.window.shown.get(row * 100)
+        if frame is None:
+            self.wrong.append(f"page {row} shows nothing")
+            return
+        found = self.memories[Place.GPU].words[frame].tolist()
+        if found != [self.model[row]] * WORDS and not self._kernel_pending(row):
+            self.wrong.append(f"read {found} in page {row}, not {self.model[row]}")
+
+    def check(self) -> None:
+        assert not self.wrong, self.wrong
+        self.planner.check()
+
+    def snapshot(self) -> dict[str, list[int]]:
+        """The table, for comparison with another's."""
+        columns = ("at", "to", "flags", "pins", "gen")
+        return {name: getattr(self.table, name).tolist() for name in columns}
+
+    # ------------------------------------------------------------ parts
+
+    def _kernel_pending(self, row: int) -> bool:
+        return not self.table.fences.is_passed(self.table.fence[[row]]).all()
+
+    def _check_fresh(self, row: int) -> None:
+        """A newly allocated page must not show another tenant's bytes."""
+        frame = self.window.shown[row * 100]
+        word = int(self.memories[Place.GPU].words[frame][0])
+        if word > 0 and word // TENANT != int(self.table.tenant[row]):
+            self.wrong.append(f"page {row} shows bytes of tenant {word // TENANT}")
+
+    def _zero(self, frames: Slots) -> object:
+        def run(done: object) -> None:
+            self.memories[Place.GPU].words[frames] = 0
+
+        done = self.world.submit(run)
+        done.wait()
+        return done
+
+    def _on_gone(self, units: Rows, reason: str) -> None:
+        for row in self.table.pages(units).tolist():
+            self.gone.append((row, reason))
+            self.model.pop(row, None)
+
+
+def settle_until(harness: Harness, condition: Callable[[], bool]) -> None:
+    for _ in range(1000):
+        if condition():
+            return
+        harness.step()
+    raise AssertionError("nothing more happens")
+
+
+__all__ = ["GARBAGE", "Harness", "SimpleLru", "settle_until"]

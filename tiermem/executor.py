@@ -1,0 +1,201 @@
+"""Carries plans out on windows, routes and devices, and reports what became of them.
+
+Plain: it decides nothing, knows no policy and never touches the table. A step that cannot even be
+submitted is an outcome like any other: its entries failed, and the planner settles that.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from tiermem.errors import TierMemError
+from tiermem.plan import Copy, Drop, Hide, Outcome, Plan, Show, Step, Zero
+from tiermem.table import Rows
+from tiermem.tier import (
+    Addresses,
+    Done,
+    Finished,
+    Mask,
+    Orderable,
+    Place,
+    Route,
+    Slots,
+    Window,
+)
+
+log = logging.getLogger(__name__)
+
+OnGone = Callable[[Rows, str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class RouteCounts:
+    """What a route has moved so far. busy_s: wall time during which a copy was under way."""
+
+    pages: int
+    failed: int
+    busy_s: float
+
+
+class _Meter:
+    """Counts one route's copies; overlapping copies count their time once."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._running = 0
+        self._since = 0.0
+        self.counts = RouteCounts(0, 0, 0.0)
+
+    def start(self) -> None:
+        with self._lock:
+            if not self._running:
+                self._since = time.perf_counter()
+            self._running += 1
+
+    def stop(self, pages: int, failed: int) -> None:
+        with self._lock:
+            self._running -= 1
+            busy_s = 0.0 if self._running else time.perf_counter() - self._since
+            old = self.counts
+            self.counts = RouteCounts(old.pages + pages, old.failed + failed, old.busy_s + busy_s)
+
+
+class Flight:
+    """A plan that is being carried out."""
+
+    def __init__(self, plan: Plan, dones: list[Done], meters: dict[int, _Meter]) -> None:
+        self.plan = plan
+        self._dones = dones
+        self._meters = meters
+
+    def ready(self) -> bool:
+        return all(done.ready() for done in self._dones)
+
+    def wait(self, timeout_s: float | None = None) -> bool:
+        """Block until every step has ended, or until the timeout."""
+        if timeout_s is None:
+            return all(done.wait() for done in self._dones)
+        until = time.monotonic() + timeout_s
+        return all(done.wait(max(0.0, until - time.monotonic())) for done in self._dones)
+
+    def order(self, stream: int | None) -> bool:
+        """Make a stream wait for the copies and the caller for the rest; False if it cannot."""
+        for step, done in zip(self.plan.steps, self._dones, strict=True):
+            if not isinstance(step, Copy):
+                done.wait()
+                if done.error is not None:
+                    return False
+            elif isinstance(done, Orderable):
+                done.order(stream)
+            else:
+                return False
+        return True
+
+    def outcome(self) -> Outcome:
+        """What became of each step; only once `ready`."""
+        failed, error = [], None
+        for i, (step, done) in enumerate(zip(self.plan.steps, self._dones, strict=True)):
+            bad = _failed(step, done)
+            failed.append(bad)
+            error = error or done.error
+            if i in self._meters and isinstance(step, Copy):
+                lost = 0 if bad is None else int(bad.sum())
+                self._meters[i].stop(len(step.pages) - lost, lost)
+        return Outcome(self.plan.id, tuple(failed), error)
+
+
+def _failed(step: Step, done: Done) -> Mask | None:
+    if done.error is None and done.failed is None:
+        return None
+    entries = _entries(step)
+    if done.failed is None or len(done.failed) != entries:
+        return np.ones(entries, np.bool_)
+    return done.failed if done.failed.any() else None
+
+
+def _entries(step: Step) -> int:
+    match step:
+        case Copy() | Hide() | Show():
+            return len(step.pages)
+        case Zero():
+            return len(step.frames)
+        case Drop():
+            return len(step.units)
+
+
+class Executor:
+    """One device's window and routes. Any thread may start plans; nothing here blocks for long."""
+
+    def __init__(
+        self,
+        *,
+        window: Window,
+        routes: Mapping[tuple[Place, Place], Route],
+        zero: Callable[[Slots], Done],
+        addresses: Callable[[Rows], Addresses],
+        on_gone: OnGone,
+    ) -> None:
+        """addresses: page rows to virtual addresses. on_gone: called before slots are reused."""
+        self._window = window
+        self._routes = dict(routes)
+        self._zero = zero
+        self._addresses = addresses
+        self._on_gone = on_gone
+        self._meters = {key: _Meter() for key in self._routes}
+        self.failed_callbacks = 0
+
+    @property
+    def routes(self) -> set[tuple[Place, Place]]:
+        return set(self._routes)
+
+    def counts(self) -> dict[tuple[Place, Place], RouteCounts]:
+        return {key: meter.counts for key, meter in self._meters.items()}
+
+    def start(self, plan: Plan) -> Flight:
+        """Submit every step in order; returns at once. Never raises for what a step does."""
+        dones: list[Done] = []
+        meters: dict[int, _Meter] = {}
+        for i, step in enumerate(plan.steps):
+            if isinstance(step, Copy):
+                meters[i] = self._meters[step.src, step.dst]
+                meters[i].start()
+            try:
+                dones.append(self._submit(step))
+            except TierMemError as error:
+                log.debug("step failed plan=%d step=%s: %s", plan.id, type(step).__name__, error)
+                dones.append(Finished(error))
+        return Flight(plan, dones, meters)
+
+    def _submit(self, step: Step) -> Done:
+        match step:
+            case Copy():
+                route = self._routes[step.src, step.dst]
+                return route.submit(step.src_slots, step.dst_slots, step.after)
+            case Show():
+                return self._window.show(self._addresses(step.pages), step.frames)
+            case Hide():
+                return self._window.hide(self._addresses(step.pages))
+            case Zero():
+                done = self._zero(step.frames)
+                done.wait()  # before a later step copies into the frame or shows it
+                return done
+            case Drop():
+                return self._tell(step)
+
+    def _tell(self, step: Drop) -> Done:
+        try:
+            self._on_gone(step.units, step.reason)
+        except Exception:
+            self.failed_callbacks += 1
+            log.exception("on_gone failed units=%d reason=%s", len(step.units), step.reason)
+        return Finished()
+
+    def close(self) -> None:
+        for route in self._routes.values():
+            route.close()

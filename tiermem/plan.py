@@ -1,0 +1,92 @@
+"""What travels between planner and executors: plans with explicit pages and slots, and outcomes.
+
+Plans hold no addresses and no objects of a process, so one plan can be carried out by the
+executors of several ranks; its outcome counts once all of them have reported (`merge`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from tiermem.table import Rows
+from tiermem.tier import Fence, Mask, Place, Slots
+
+
+@dataclass(frozen=True, slots=True)
+class Drop:
+    """Tell the owner that these units are gone, before any slot of theirs is reused."""
+
+    units: Rows
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Hide:
+    """Show nothing at these pages. `frees`: frames that become free once it is done."""
+
+    pages: Rows
+    frees: Slots
+
+
+@dataclass(frozen=True, slots=True)
+class Zero:
+    """Fill frames that last held another tenant's bytes with zeros."""
+
+    frames: Slots
+
+
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """Copy src_slots[i] of tier `src` to dst_slots[i] of `dst`, for pages[i], after a fence."""
+
+    src: Place
+    dst: Place
+    pages: Rows
+    src_slots: Slots
+    dst_slots: Slots
+    after: Fence
+
+
+@dataclass(frozen=True, slots=True)
+class Show:
+    """Show frames[i] at pages[i]."""
+
+    pages: Rows
+    frames: Slots
+
+
+Step = Drop | Hide | Zero | Copy | Show
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Steps in order; settled as a whole. No plan depends on another that is not settled."""
+
+    id: int
+    steps: tuple[Step, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of a plan: for each step, which entries failed (None: none did)."""
+
+    plan: int
+    failed: tuple[Mask | None, ...]
+    error: Exception | None = None
+
+
+def merge(outcomes: Sequence[Outcome]) -> Outcome:
+    """The outcome of one plan over several ranks: an entry failed if it failed anywhere."""
+    first, *others = outcomes
+    failed = list(first.failed)
+    for other in others:
+        assert other.plan == first.plan, "outcomes of different plans"
+        for i, mask in enumerate(other.failed):
+            mine = failed[i]
+            if mask is not None:
+                failed[i] = mask if mine is None else np.logical_or(mine, mask)
+    error = next((o.error for o in outcomes if o.error is not None), None)
+    return Outcome(first.plan, tuple(failed), error)

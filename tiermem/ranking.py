@@ -1,0 +1,206 @@
+"""The boundary between the planner and one tier's policy: facts in, checked answers out.
+
+Facts are passed on in order; every answer is checked. A wrong one is replaced by leaf-first LRU
+from the table's own access order and counted; a policy that is late eight times in a row is
+retired for good. Everything that crosses the boundary can be recorded and replayed.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+
+import numpy as np
+
+from tiermem.policies.base import Eviction, Keys, RequestFacts
+from tiermem.table import PageTable, Rows
+from tiermem.tier import Mask, Place
+
+log = logging.getLogger(__name__)
+
+LATE_S = 1e-3
+LATE_IN_A_ROW = 8
+
+Recorder = Callable[[Mapping[str, object]], None]
+
+
+class TableCandidates:
+    """The units of one tier that may leave now, as the table knows them."""
+
+    def __init__(self, table: PageTable, place: Place, recording: bool = False) -> None:
+        self._table = table
+        self._place = place
+        self._recording = recording
+        self.refused: list[int] = []
+
+    def keep(self, units: Rows) -> Mask:
+        kept = self._table.movable(units, self._place)
+        if self._recording:
+            self.refused.extend(units[~kept].tolist())
+        return kept
+
+    def all(self) -> Rows:
+        table = self._table
+        here = np.flatnonzero(table.at == self._place).astype(np.int32)
+        if table.max_unit_pages > 1:
+            here = here[table.unit[here] == here]
+        return here[table.movable(here, self._place)]
+
+
+class Ranking:
+    """One tier's policy, guarded. All calls are made under the space's lock."""
+
+    def __init__(
+        self,
+        place: Place,
+        policy: Eviction,
+        table: PageTable,
+        record: Recorder | None = None,
+        clock: Callable[[], float] | None = None,
+    ) -> None:
+        self.place = place
+        self.fallbacks = 0
+        self.late = 0
+        self._policy: Eviction | None = policy
+        self._name = policy.name
+        self._table = table
+        self._record = record
+        self._clock = clock
+        self._late_in_a_row = 0
+        self._touched: list[Rows] = []
+        self._touched_at = 0
+        self._tier = place.name.lower()
+
+    @property
+    def name(self) -> str:
+        """The policy that answers now."""
+        return self._name if self._policy is not None else "lru (fallback)"
+
+    def swap(self, policy: Eviction, now: int) -> None:
+        """Another policy takes over; it is told what is in the tier, oldest access first."""
+        self._flush()
+        table = self._table
+        here = np.flatnonzero((table.at == self.place) & (table.unit >= 0)).astype(np.int32)
+        here = here[table.unit[here] == here]
+        here = here[np.argsort(table.stamp[here], kind="stable")]
+        self._policy, self._name, self._late_in_a_row = policy, policy.name, 0
+        if len(here):
+            self.inserted(here, None, now)
+
+    def inserted(self, units: Rows, keys: Keys | None, now: int) -> None:
+        self._flush()
+        parents, depths = self._table.parent[units], self._table.depth[units]
+        if self._record:
+            self._write(
+                "inserted", units, now, parents=parents.tolist(), depths=depths.tolist(),
+                keys=None if keys is None else keys.tolist(),
+            )  # fmt: skip
+        if self._policy is not None:
+            self._policy.inserted(units, parents, depths, keys, now)
+
+    def accessed(self, units: Rows, now: int) -> None:
+        """Buffered: passed on, in order, before the next other call."""
+        if self._touched and now != self._touched_at:
+            self._flush()
+        self._touched.append(units)
+        self._touched_at = now
+
+    def removed(self, units: Rows, now: int) -> None:
+        self._flush()
+        if self._record:
+            self._write("removed", units, now)
+        if self._policy is not None:
+            self._policy.removed(units, now)
+
+    def finished(self, units: Rows, facts: RequestFacts, now: int) -> None:
+        self._flush()
+        if self._record:
+            self._write(
+                "finished", units, now, session=facts.session, turn=facts.turn,
+                reason=facts.reason, output_tokens=facts.output_tokens,
+            )  # fmt: skip
+        if self._policy is not None:
+            self._policy.finished(units, facts, now)
+
+    def victims(self, n: int, now: int) -> Rows:
+        """Up to n units that may leave, first to leave first; fewer only if there are no more."""
+        self._flush()
+        candidates = TableCandidates(self._table, self.place, self._record is not None)
+        answer = self._ask(candidates, n, now)
+        if answer is None:
+            answer = self._oldest(candidates.all(), n)
+        if self._record:
+            self._write("victims", answer, now, n=n, refused=candidates.refused)
+        return answer
+
+    def _ask(self, candidates: TableCandidates, n: int, now: int) -> Rows | None:
+        if self._policy is None:
+            return None
+        start = self._clock() if self._clock else 0.0
+        answer = np.asarray(self._policy.victims(candidates, n, now), np.int32)
+        if self._clock:
+            self._judge_time(self._clock() - start)
+        fault = self._fault(answer, n)
+        if fault is None:
+            return answer
+        self.fallbacks += 1
+        if self.fallbacks == 1:
+            log.warning(
+                "policy fallback tier=%s policy=%s reason=%s", self._tier, self._name, fault
+            )
+        if self._record:
+            self._write("fallback", answer, now, reason=fault)
+        return None
+
+    def _fault(self, answer: Rows, n: int) -> str | None:
+        """Why an answer breaks the rules, or None."""
+        table = self._table
+        if answer.ndim != 1 or len(answer) > n:
+            return f"{answer.size} victims in an array of {answer.ndim} dimensions, {n} asked for"
+        if not len(answer):
+            return None
+        if answer.min() < 0 or answer.max() >= table.rows:
+            return f"unit {int(answer.min())}..{int(answer.max())} of {table.rows} rows"
+        if len(np.unique(answer)) != len(answer):
+            return "a unit twice"
+        if not ((table.unit[answer] == answer) & table.movable(answer, self.place)).all():
+            return "a unit that may not leave"
+        if self._policy is not None and self._policy.leaf_first and self._parent_first(answer):
+            return "a parent before its child"
+        return None
+
+    def _parent_first(self, answer: Rows) -> bool:
+        position = {unit: i for i, unit in enumerate(answer.tolist())}
+        parents = self._table.parent[answer].tolist()
+        return any(position.get(p, len(answer)) < i for i, p in enumerate(parents))
+
+    def _judge_time(self, took_s: float) -> None:
+        self._late_in_a_row = self._late_in_a_row + 1 if took_s > LATE_S else 0
+        self.late += took_s > LATE_S
+        if self._late_in_a_row == LATE_IN_A_ROW:
+            log.warning(
+                "policy replaced tier=%s policy=%s by=lru reason=%d answers over %.1f ms in a row",
+                self._tier, self._name, LATE_IN_A_ROW, LATE_S * 1e3,
+            )  # fmt: skip
+            self._policy = None
+
+    def _oldest(self, units: Rows, n: int) -> Rows:
+        stamps = self._table.stamp[units]
+        if n < len(units):
+            first = np.argpartition(stamps, n)[:n]
+            units, stamps = units[first], stamps[first]
+        return units[np.argsort(stamps, kind="stable")]
+
+    def _flush(self) -> None:
+        if not self._touched:
+            return
+        units = self._touched[0] if len(self._touched) == 1 else np.concatenate(self._touched)
+        self._touched.clear()
+        if self._record:
+            self._write("accessed", units, self._touched_at)
+        if self._policy is not None:
+            self._policy.accessed(units, self._touched_at)
+
+    def _write(self, event: str, units: Rows, now: int, **more: object) -> None:
+        assert self._record is not None
+        self._record({"e": event, "tier": self._tier, "units": units.tolist(), "now": now, **more})

@@ -1,0 +1,92 @@
+"""Frozen snapshots of what a space holds and has done."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from tiermem.tier import Place
+
+
+@dataclass(frozen=True, slots=True)
+class TierStatistics:
+    """Slots of one tier, in pages. used + kept + free == capacity <= configured."""
+
+    place: Place
+    configured: int
+    capacity: int
+    used: int
+    kept: int
+    free: int
+    bytes_used: int
+    policy: str
+    fallbacks: int
+    late: int
+    failed: bool
+
+
+@dataclass(frozen=True, slots=True)
+class RouteStatistics:
+    """What one route moved. busy_s: wall time with a copy under way; path: the way really taken."""
+
+    src: Place
+    dst: Place
+    pages: int
+    nbytes: int
+    failed: int
+    busy_s: float
+    path: str
+
+    @property
+    def gbps(self) -> float:
+        """10^9 bytes a second while busy; 0 if nothing moved."""
+        return self.nbytes / self.busy_s / 1e9 if self.busy_s else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class LatencyStatistics:
+    """Percentiles of the last samples, in seconds; 0 without samples."""
+
+    n: int
+    p50_s: float
+    p99_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Statistics:
+    """One moment of a space. counts: how often each arc of the state drawing was taken."""
+
+    page_bytes: int
+    pages: int
+    tiers: tuple[TierStatistics, ...]
+    routes: tuple[RouteStatistics, ...]
+    counts: Mapping[str, int]
+    fault: LatencyStatistics
+
+    def tier(self, place: Place) -> TierStatistics:
+        return next(t for t in self.tiers if t.place == place)
+
+
+class Latencies:
+    """The last `size` samples of a duration."""
+
+    def __init__(self, size: int = 1 << 16) -> None:
+        self._lock = threading.Lock()
+        self._samples = np.zeros(size, np.float32)
+        self._n = 0
+
+    def add(self, took_s: float) -> None:
+        with self._lock:
+            self._samples[self._n % len(self._samples)] = took_s
+            self._n += 1
+
+    def statistics(self) -> LatencyStatistics:
+        with self._lock:
+            samples = self._samples[: min(self._n, len(self._samples))].copy()
+        if not len(samples):
+            return LatencyStatistics(0, 0.0, 0.0)
+        p50, p99 = np.percentile(samples, [50, 99])
+        return LatencyStatistics(self._n, float(p50), float(p99))
