@@ -1,0 +1,246 @@
+"""The CPU device's window: frames mapped at reserved addresses, in groups, in order."""
+
+from __future__ import annotations
+
+import threading
+from bisect import bisect_right
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from tiermem.errors import Closed, DriverError, NotOurs, PageInUse
+from tiermem.gpu import mappings
+from tiermem.gpu.emulated_frames import EmulatedFrames, InFlight
+from tiermem.native import Calls, Program, Queue, Ticket
+from tiermem.tier import Addresses, Mask, Slots
+
+_NOTHING = -1
+_INLINE = 4
+"""Pages at most that the calling thread maps itself when nothing is queued: 3 us to show and 7
+to hide a 64 KiB page, a hand-over about 30 (gpu/emulated.py's measurement, 2-core, 2026-11)."""
+_DEPTH = 128
+"""Groups queued at most: 64 pages in each are 25 ms of work, five times what the submitter waits
+for the interpreter lock beside a busy thread."""
+_PATIENCE_S = 300e-6
+"""A group of 64 pages takes 200-400 us; coming back to the interpreter lock costs 5 ms."""
+
+
+@dataclass(slots=True)
+class _Range:
+    """One reservation; shown[p] is the frame that page p shows, -1 for nothing."""
+
+    address: int
+    nbytes: int
+    shown: Slots
+
+
+@dataclass(frozen=True, slots=True)
+class _Change:
+    """A group on its way, and what its pages showed before it."""
+
+    ticket: Ticket
+    where: _Range
+    pages: npt.NDArray[np.int64]
+    before: Slots
+
+
+class EmulatedWindow:
+    """Shows frames at reserved addresses with mmap; refuses what CUDA refuses, with DriverError.
+
+    A group is one native program with an undo for each page. Groups take effect in the order in
+    which they are made: all pass one queue of one thread, but a group of up to 4 pages is mapped
+    by the calling thread when the queue is idle, so that a fault pays no hand-over.
+
+    guard: absent addresses read as zeros (one page of the kernel's, shared by all) instead of
+    ending the process; a write still ends it.
+    """
+
+    def __init__(self, frames: EmulatedFrames, *, guard: bool = False) -> None:
+        self.frames = frames
+        self.in_flight = InFlight()
+        self._page_bytes = frames.slot_bytes
+        self._absent = mappings.READ if guard else mappings.NO_ACCESS
+        self._ranges: list[_Range] = []
+        self._starts: list[int] = []
+        self._lock = threading.Lock()
+        self._closed = False
+        self._changes: deque[_Change] = deque()
+        self._queue = Queue(
+            "tm-window", depth=_DEPTH, patience_s=_PATIENCE_S, explain=mappings.explain
+        )
+        self._show_rows = mappings.shown(frames.fd, self._page_bytes, 64)
+        self._hide_rows = mappings.hidden(self._page_bytes, 64, self._absent)
+
+    def reserve(self, nbytes: int) -> int:
+        """Reserve addresses that show nothing; where they start."""
+        if nbytes <= 0 or nbytes % self._page_bytes:
+            raise DriverError(f"reserve: {nbytes} bytes are no whole pages of {self._page_bytes}")
+        address = mappings.reserve(nbytes, self._page_bytes, self._absent)
+        where = _Range(address, nbytes, np.full(nbytes // self._page_bytes, _NOTHING, np.int32))
+        with self._lock:
+            self._set_ranges([*self._ranges, where])
+        return address
+
+    def release(self, address: int, nbytes: int) -> None:
+        """Give a reservation back; PageInUse while it shows something."""
+        with self._lock:
+            where = next((r for r in self._ranges if r.address == address), None)
+            if where is None or where.nbytes != nbytes:
+                raise NotOurs(f"release: {address:#x} + {nbytes} is no reservation of this device")
+            self._settle()
+            if count := int(np.count_nonzero(where.shown != _NOTHING)):
+                raise PageInUse(f"release: {count} pages of {address:#x} are still shown")
+            ticket = self._queue.submit(Program(mappings.unmapped(address, nbytes)))
+            self._set_ranges([r for r in self._ranges if r is not where])
+        ticket.wait()
+        if ticket.error is not None:
+            raise ticket.error
+
+    def _set_ranges(self, ranges: list[_Range]) -> None:
+        self._ranges = sorted(ranges, key=lambda r: r.address)
+        self._starts = [r.address for r in self._ranges]
+
+    def show(self, addresses: Addresses, frames: Slots) -> Ticket:
+        """Map frame frames[i] at addresses[i], whole and read-write. All or nothing."""
+        with self._lock:
+            where, pages = self._locate(addresses)
+            if len(frames) != len(pages):
+                raise DriverError(f"window: {len(pages)} addresses for {len(frames)} frames")
+            before = where.shown[pages]
+            if np.maximum.reduce(before) != _NOTHING:
+                self._refuse(before != _NOTHING, addresses, "show something; hide them first")
+            self.frames.check(frames)
+            program = Program(self._showing(addresses, frames), self._hiding(addresses))
+            return self._submit(program, where, pages, before, frames)
+
+    def hide(self, addresses: Addresses) -> Ticket:
+        """Unmap the pages at these addresses, which all show something. All or nothing."""
+        with self._lock:
+            where, pages = self._locate(addresses)
+            before = where.shown[pages]
+            if np.minimum.reduce(before) == _NOTHING:
+                self._refuse(before == _NOTHING, addresses, "show nothing")
+            used = self.in_flight.using(addresses)
+            if used is not None and used.any():
+                self._refuse(used, addresses, "are used by launched work; wait for its fence")
+            program = Program(self._hiding(addresses), self._showing(addresses, before))
+            return self._submit(program, where, pages, before, _NOTHING)
+
+    def occupy(self, addresses: Addresses, submit: Callable[[], Ticket]) -> Ticket:
+        """Submit work that uses shown pages; until it has ended they cannot be hidden."""
+        with self._lock:
+            self._refuse_closed()
+            if len(addresses):
+                where, pages = self._locate(addresses)
+                self._refuse(where.shown[pages] == _NOTHING, addresses, "show nothing")
+            ticket = submit()
+            if len(addresses):
+                self.in_flight.add(ticket, addresses.copy())
+            return ticket
+
+    def shown(self, frames: Slots) -> Mask:
+        """bool[n]: which of these frames some address shows, or shall show."""
+        with self._lock:
+            self._settle()
+            ranges = [where.shown for where in self._ranges]
+        return np.isin(frames, np.concatenate(ranges)) if ranges else np.zeros(len(frames), bool)
+
+    def _submit(
+        self,
+        program: Program,
+        where: _Range,
+        pages: npt.NDArray[np.int64],
+        before: Slots,
+        after: Slots | int,
+    ) -> Ticket:
+        """The lock is held, so that the order of submission is the order of the checks."""
+        enter = self._queue.call if len(pages) <= _INLINE else self._queue.submit
+        ticket = enter(program)
+        where.shown[pages] = after
+        if not ticket.ready() or ticket.failure is not None:
+            self._changes.append(_Change(ticket, where, pages, before))
+        return ticket
+
+    def _settle(self) -> None:
+        """Set pages of failed groups back to what they show, unless a later group changed them."""
+        changes = self._changes
+        while changes and changes[0].ticket.ready():
+            ended = changes.popleft()
+            if ended.ticket.failure is None:
+                continue
+            later = [c.pages for c in changes if c.where is ended.where]
+            pages, before = ended.pages, ended.before
+            if later:
+                ours = ~np.isin(pages, np.concatenate(later))
+                pages, before = pages[ours], before[ours]
+            ended.where.shown[pages] = before
+
+    def _locate(self, addresses: Addresses) -> tuple[_Range, npt.NDArray[np.int64]]:
+        """The reservation that holds all of a group, and the page numbers in it; settled."""
+        self._refuse_closed()
+        if not len(addresses):
+            raise DriverError("window: a group of no pages")
+        self._settle()
+        index = bisect_right(self._starts, int(addresses[0])) - 1
+        where = self._ranges[index] if index >= 0 else None
+        if where is None:
+            raise NotOurs(f"window: {int(addresses[0]):#x} is in no reservation of this device")
+        # An address before the start wraps round to far behind the end.
+        offsets = addresses - np.uint64(where.address)
+        if int(np.maximum.reduce(offsets)) >= where.nbytes:
+            self._refuse(offsets >= where.nbytes, addresses, "are outside the reservation")
+        pages, rest = np.divmod(offsets, np.uint64(self._page_bytes))
+        if np.bitwise_or.reduce(rest):
+            self._refuse(rest != 0, addresses, "are not at a page's start; pages map whole")
+        numbers = pages.view(np.int64)
+        if len(numbers) > 1 and not _distinct(numbers):
+            raise DriverError(f"window: an address stands twice in a group of {len(numbers)}")
+        return where, numbers
+
+    def _showing(self, addresses: Addresses, frames: Slots) -> Calls:
+        n = len(addresses)
+        if n > len(self._show_rows):
+            self._show_rows = mappings.shown(self.frames.fd, self._page_bytes, 2 * n)
+        rows = self._show_rows[:n].copy()
+        arguments = rows["args"]
+        arguments[:, 0] = addresses
+        arguments[:, 5] = frames.astype(np.uint64) * np.uint64(self._page_bytes)
+        return rows
+
+    def _hiding(self, addresses: Addresses) -> Calls:
+        n = len(addresses)
+        if n > len(self._hide_rows):
+            self._hide_rows = mappings.hidden(self._page_bytes, 2 * n, self._absent)
+        rows = self._hide_rows[:n].copy()
+        rows["args"][:, 0] = addresses
+        return rows
+
+    def _refuse(self, bad: Mask, addresses: Addresses, why: str) -> None:
+        if bad.any():
+            raise DriverError(
+                f"window: {int(bad.sum())} of {len(bad)} addresses {why}; "
+                f"the first is {int(addresses[bad.argmax()]):#x}"
+            )
+
+    def _refuse_closed(self) -> None:
+        if self._closed:
+            raise Closed("window: the device is closed")
+
+    def close(self) -> None:
+        """End what is queued, give all addresses back; a second call does nothing."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+        self._queue.close()
+        for where in self._ranges:
+            mappings.unmap(where.address, where.nbytes)
+        self._set_ranges([])
+
+
+def _distinct(numbers: npt.NDArray[np.int64]) -> bool:
+    steps = numbers[1:] > numbers[:-1]
+    return bool(np.logical_and.reduce(steps)) or len(np.unique(numbers)) == len(numbers)

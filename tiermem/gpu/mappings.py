@@ -1,0 +1,105 @@
+"""Memory mappings of this process, as the CPU device needs them: Linux mmap at fixed addresses.
+
+Python's own `mmap` module cannot map at a given address. Errors are worded here, among them the
+one that a window meets in practice: the kernel's limit on the number of mappings.
+"""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+from pathlib import Path
+
+import numpy as np
+
+from tiermem.errors import DriverError
+from tiermem.native import Calls, Failure, Kind, Program, function, group
+
+PAGE = mmap.PAGESIZE
+HUGE = 2 << 20
+NO_ACCESS, READ, READ_WRITE = 0, mmap.PROT_READ, mmap.PROT_READ | mmap.PROT_WRITE
+_FIXED, _NORESERVE = 0x10, 0x4000
+_ABSENT_FLAGS = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NORESERVE
+_PUNCH_HOLE_KEEP_SIZE = 0x03
+_MADV_HUGEPAGE = 14
+
+_MMAP, _MUNMAP = function("mmap"), function("munmap")
+_MADVISE, _FALLOCATE = function("madvise"), function("fallocate")
+
+
+def reserve(nbytes: int, align: int, protection: int = NO_ACCESS) -> int:
+    """Address of `nbytes` with nothing behind them, at a multiple of `align`."""
+    total = nbytes + align
+    start = _made(group(_MMAP, Kind.POINTER, 0, total, protection, _ABSENT_FLAGS, -1, 0), "reserve")
+    address = -(-start // align) * align
+    unmap(start, address - start)
+    unmap(address + nbytes, start + total - (address + nbytes))
+    return address
+
+
+def unmap(address: int, nbytes: int) -> None:
+    """Give addresses back, whatever they show; nothing happens for 0 bytes."""
+    if nbytes:
+        _made(unmapped(address, nbytes), "munmap")
+
+
+def alias(address: int, fd: int, nbytes: int, *, huge: bool) -> None:
+    """Map a whole file at a reserved address; huge: ask for huge pages (refusal is no error)."""
+    flags = mmap.MAP_SHARED | _FIXED | _NORESERVE
+    _made(group(_MMAP, Kind.POINTER, address, nbytes, READ_WRITE, flags, fd, 0), "map frames")
+    if huge:
+        Program(group(_MADVISE, Kind.PLAIN, address, nbytes, _MADV_HUGEPAGE)).run()
+
+
+def punch(fd: int, offset: int, nbytes: int) -> None:
+    """Give the memory behind a part of a memory file back; it reads as zeros."""
+    _made(group(_FALLOCATE, Kind.INT, fd, _PUNCH_HOLE_KEEP_SIZE, offset, nbytes), "fallocate")
+
+
+def shown(fd: int, nbytes: int, n: int) -> Calls:
+    """n calls that map `nbytes` of a file; the caller fills addresses (0) and offsets (5) in."""
+    flags = mmap.MAP_SHARED | _FIXED
+    return group(_MMAP, Kind.POINTER, np.zeros(n, np.uint64), nbytes, READ_WRITE, flags, fd, 0)
+
+
+def hidden(nbytes: int, n: int, protection: int) -> Calls:
+    """n calls that put nothing at `nbytes` of addresses; the caller fills addresses (0) in."""
+    flags = _ABSENT_FLAGS | _FIXED
+    return group(_MMAP, Kind.POINTER, np.zeros(n, np.uint64), nbytes, protection, flags, -1, 0)
+
+
+def unmapped(address: int, nbytes: int) -> Calls:
+    """The call that gives addresses back."""
+    return group(_MUNMAP, Kind.INT, address, nbytes)
+
+
+def explain(failure: Failure, what: str = "map") -> DriverError:
+    """A failed mapping call in words, with the way out where the kernel's limit is the cause."""
+    name = errno.errorcode.get(failure.code, str(failure.code))
+    text = f"{what}: call {failure.index}: {name} ({os.strerror(failure.code)})"
+    if failure.code == errno.ENOMEM and (limit := _limit()) is not None:
+        count = Path("/proc/self/maps").read_bytes().count(b"\n")
+        # A group that failed was undone, so the count is a little under the limit again.
+        if count > limit * 0.9:
+            text += (
+                f"; this process has {count} mappings and vm.max_map_count is {limit}, which stops "
+                f"at about {limit // 2} isolated pages: larger pages, or "
+                f"`sysctl -w vm.max_map_count={16 * limit}`"
+            )
+    return DriverError(text)
+
+
+def _limit() -> int | None:
+    try:
+        return int(Path("/proc/sys/vm/max_map_count").read_text())
+    except OSError:
+        return None
+
+
+def _made(calls: Calls, what: str) -> int:
+    """Make one call with the interpreter lock kept; what it returned."""
+    program = Program(calls)
+    if (failure := program.run_holding()) is not None:
+        raise explain(failure, what)
+    return int(program.calls["result"][0]) & (1 << 64) - 1
