@@ -24,7 +24,7 @@ def tree(root: Path, files: dict[str, str]) -> Path:
 V2_MOUNT = "24 1 0:21 / /sys/fs/cgroup rw,nosuid shared:4 - cgroup2 cgroup2 rw,nsdelegate\n"
 
 
-def test_v2_takes_the_tightest_level_up_to_the_root(tmp_path):
+def test_v2_takes_the_tightest_level_up_to_the_root(tmp_path: Path) -> None:
     root = tree(tmp_path, {
         "proc/self/cgroup": "0::/kube/pod7/app\n",
         "proc/self/mountinfo": "1 0 8:1 / / rw - ext4 /dev/sda rw\n" + V2_MOUNT,
@@ -42,7 +42,7 @@ def test_v2_takes_the_tightest_level_up_to_the_root(tmp_path):
     assert tightest.source.endswith("sys/fs/cgroup/kube/pod7/memory.max")
 
 
-def test_v2_counts_memory_high_because_above_it_everything_crawls(tmp_path):
+def test_v2_counts_memory_high_because_above_it_everything_crawls(tmp_path: Path) -> None:
     root = tree(tmp_path, {
         "proc/self/cgroup": "0::/a\n",
         "proc/self/mountinfo": V2_MOUNT,
@@ -54,7 +54,7 @@ def test_v2_counts_memory_high_because_above_it_everything_crawls(tmp_path):
     assert limits(root, available=100 * GIB)[0].source.endswith("memory.high")
 
 
-def test_v1_walks_up_and_ignores_the_number_that_means_no_limit(tmp_path):
+def test_v1_walks_up_and_ignores_the_number_that_means_no_limit(tmp_path: Path) -> None:
     base = "sys/fs/cgroup/memory"
     root = tree(tmp_path, {
         "proc/self/cgroup": "5:cpu,cpuacct:/x\n4:memory:/slurm/job1/step0\n0::/\n",
@@ -70,7 +70,7 @@ def test_v1_walks_up_and_ignores_the_number_that_means_no_limit(tmp_path):
     assert "job1" in found[0].source
 
 
-def test_hybrid_reads_memory_from_v1_although_v2_is_mounted_beside_it(tmp_path):
+def test_hybrid_reads_memory_from_v1_although_v2_is_mounted_beside_it(tmp_path: Path) -> None:
     root = tree(tmp_path, {
         "proc/self/cgroup": "9:name=systemd:/\n4:memory:/api/box\n0::/api/box\n",
         "proc/self/mountinfo": (
@@ -83,7 +83,7 @@ def test_hybrid_reads_memory_from_v1_although_v2_is_mounted_beside_it(tmp_path):
     assert [limit.total for limit in cgroup_limits(root)] == [2 * GIB]
 
 
-def test_a_container_that_sees_only_its_part_of_the_tree_finds_its_limit(tmp_path):
+def test_a_container_that_sees_only_its_part_of_the_tree_finds_its_limit(tmp_path: Path) -> None:
     root = tree(tmp_path, {
         "proc/self/cgroup": "4:memory:/docker/abc/inner\n",
         "proc/self/mountinfo": (
@@ -95,7 +95,7 @@ def test_a_container_that_sees_only_its_part_of_the_tree_finds_its_limit(tmp_pat
     assert sorted(limit.total for limit in cgroup_limits(root)) == [3 * GIB, 4 * GIB]
 
 
-def test_a_path_that_is_not_mounted_falls_back_to_the_top_of_the_mount(tmp_path):
+def test_a_path_that_is_not_mounted_falls_back_to_the_top_of_the_mount(tmp_path: Path) -> None:
     root = tree(tmp_path, {
         "proc/self/cgroup": "0::/../../other\n",
         "proc/self/mountinfo": V2_MOUNT,
@@ -104,11 +104,11 @@ def test_a_path_that_is_not_mounted_falls_back_to_the_top_of_the_mount(tmp_path)
     assert [limit.total for limit in cgroup_limits(root)] == [GIB]
 
 
-def test_without_any_cgroup_the_machine_is_the_limit(tmp_path):
+def test_without_any_cgroup_the_machine_is_the_limit(tmp_path: Path) -> None:
     assert limits(tmp_path, available=7)[0].room == 7
 
 
-def test_a_capacity_over_the_limit_is_refused_with_numbers_and_the_file(tmp_path):
+def test_a_capacity_over_the_limit_is_refused_with_numbers_and_the_file(tmp_path: Path) -> None:
     root = tree(tmp_path, {
         "proc/self/cgroup": "0::/a\n",
         "proc/self/mountinfo": V2_MOUNT,
@@ -120,5 +120,5 @@ def test_a_capacity_over_the_limit_is_refused_with_numbers_and_the_file(tmp_path
         check(GIB * 3 // 2, root, available=100 * GIB)
 
 
-def test_this_machine_has_some_room():
+def test_this_machine_has_some_room() -> None:
     assert available_bytes() > 0

@@ -25,7 +25,7 @@ def bytes_at(address: int, nbytes: int = SLOT) -> np.ndarray:
     return np.ctypeslib.as_array((ctypes.c_uint8 * nbytes).from_address(int(address)))
 
 
-def test_every_slot_holds_its_own_bytes():
+def test_every_slot_holds_its_own_bytes() -> None:
     with HostPool(SLOT, 37, chunk_bytes=8 * SLOT) as pool:
         assert pool.wait_ready(37, LONG_S)
         assert pool.place is Place.HOST
@@ -38,7 +38,7 @@ def test_every_slot_holds_its_own_bytes():
         assert all((bytes_at(address) == i).all() for i, address in enumerate(every))
 
 
-def test_slot_sizes_that_do_not_divide_a_huge_page_work():
+def test_slot_sizes_that_do_not_divide_a_huge_page_work() -> None:
     size = 12 << 10
     with HostPool(size, 1000, chunk_bytes=1 << 20) as pool:
         assert pool.wait_ready(1000, LONG_S)
@@ -46,7 +46,7 @@ def test_slot_sizes_that_do_not_divide_a_huge_page_work():
         assert pool.statistics().bytes_held == 1000 * size
 
 
-def test_ready_grows_by_chunks_while_a_chunk_is_still_being_pinned():
+def test_ready_grows_by_chunks_while_a_chunk_is_still_being_pinned() -> None:
     first_done, may_go_on = threading.Event(), threading.Event()
     pinned: list[int] = []
 
@@ -67,7 +67,7 @@ def test_ready_grows_by_chunks_while_a_chunk_is_still_being_pinned():
         assert pool.statistics().registered == 3
 
 
-def test_growing_keeps_addresses_and_bytes():
+def test_growing_keeps_addresses_and_bytes() -> None:
     with HostPool(SLOT, 5, chunk_bytes=2 * SLOT) as pool:
         assert pool.wait_ready(5, LONG_S)
         before = pool.addresses(np.arange(5, dtype=np.int32))
@@ -80,7 +80,7 @@ def test_growing_keeps_addresses_and_bytes():
         assert len(np.unique(pool.addresses(np.arange(23, dtype=np.int32)))) == 23
 
 
-def test_shrinking_unpins_and_frees_whole_chunks_and_growing_takes_them_back_zeroed():
+def test_shrinking_unpins_and_frees_whole_chunks_and_growing_takes_them_back_zeroed() -> None:
     pinned: set[int] = set()
     register = Register(lambda address, nbytes: pinned.add(address), pinned.remove)
     with HostPool(SLOT, 16, chunk_bytes=4 * SLOT, register=register) as pool:
@@ -98,7 +98,9 @@ def test_shrinking_unpins_and_frees_whole_chunks_and_growing_takes_them_back_zer
     assert not pinned
 
 
-def test_a_chunk_that_cannot_be_pinned_leaves_the_pool_at_what_it_has(caplog):
+def test_a_chunk_that_cannot_be_pinned_leaves_the_pool_at_what_it_has(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     pinned: list[int] = []
 
     def pin(address: int, nbytes: int) -> None:
@@ -117,7 +119,7 @@ def test_a_chunk_that_cannot_be_pinned_leaves_the_pool_at_what_it_has(caplog):
     assert len([r for r in caplog.records if "stays at" in r.message]) == 1
 
 
-def test_a_resize_after_a_failure_tries_again():
+def test_a_resize_after_a_failure_tries_again() -> None:
     calls: list[int] = []
 
     def pin(address: int, nbytes: int) -> None:
@@ -131,7 +133,7 @@ def test_a_resize_after_a_failure_tries_again():
         assert pool.wait_ready(4, LONG_S)
 
 
-def test_use_after_close_is_refused_and_a_second_close_does_nothing():
+def test_use_after_close_is_refused_and_a_second_close_does_nothing() -> None:
     pool = HostPool(SLOT, 4)
     pool.close()
     pool.close()
@@ -140,7 +142,7 @@ def test_use_after_close_is_refused_and_a_second_close_does_nothing():
     assert not pool.wait_ready(4, LONG_S)
 
 
-def test_closing_while_it_grows_waits_for_the_chunk_in_hand_and_unpins_it():
+def test_closing_while_it_grows_waits_for_the_chunk_in_hand_and_unpins_it() -> None:
     started, may_go_on = threading.Event(), threading.Event()
     pinned: set[int] = set()
 
@@ -161,12 +163,12 @@ def test_closing_while_it_grows_waits_for_the_chunk_in_hand_and_unpins_it():
 
 
 @pytest.mark.parametrize(("slot", "capacity"), [(0, 1), (1000, 1), (-4096, 1), (4096, -1)])
-def test_sizes_that_cannot_be_meant_are_refused(slot, capacity):
+def test_sizes_that_cannot_be_meant_are_refused(slot: int, capacity: int) -> None:
     with pytest.raises(ConfigError):
         HostPool(slot, capacity)
 
 
-def test_an_empty_pool_is_ready_and_can_grow():
+def test_an_empty_pool_is_ready_and_can_grow() -> None:
     with HostPool(SLOT, 0) as pool:
         assert pool.wait_ready(0, LONG_S)
         assert len(pool.addresses(slots())) == 0

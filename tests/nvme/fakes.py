@@ -7,11 +7,12 @@ import mmap
 import os
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 
 from tiermem.nvme.files import Buffer, PosixIo
-from tiermem.tier import Addresses, Fence, Place, Slots
+from tiermem.tier import PASSED, Addresses, Done, Fence, Place, Route, Slots
 
 LONG_S = 30.0
 
@@ -111,3 +112,38 @@ def interrupted_once() -> Callable[[int, int], int | None]:
 
 def shortened(to: int) -> Callable[[int, int], int | None]:
     return lambda n, offset: min(n, to)
+
+
+@dataclass(frozen=True)
+class Moved:
+    """How a submission ended; `failed` lists the entries that did."""
+
+    error: Exception | None
+    failed: list[int]
+
+    @property
+    def errno(self) -> int | None:
+        return self.error.errno if isinstance(self.error, OSError) else None
+
+
+def move(route: Route, src: Slots, dst: Slots, after: Fence = PASSED) -> Moved:
+    """Submit and wait for the end."""
+    return ended(route.submit(src, dst, after))
+
+
+def ended(done: Done) -> Moved:
+    """Wait for the end of a submission."""
+    assert done.wait(LONG_S)
+    assert done.ready()
+    failed = done.failed
+    return Moved(done.error, [] if failed is None else np.flatnonzero(failed).tolist())
+
+
+def noting(order: list[str], what: str) -> Callable[[int, int], int | None]:
+    """A fault that is none, but writes down that the call was made."""
+
+    def note(n: int, offset: int) -> int | None:
+        order.append(what)
+        return None
+
+    return note

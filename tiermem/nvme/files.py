@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import fcntl
 import logging
 import os
 import stat
+import struct
 from pathlib import Path
 from typing import Protocol
 
@@ -180,3 +182,28 @@ def take_room(fd: int, offset: int, nbytes: int, floor: int, where: Path) -> Non
 
 def _cannot_open(path: Path, error: OSError) -> ConfigError:
     return ConfigError(f"nvme.path: cannot open {path}: {error.strerror}")
+
+
+def open_index(path: Path, *, truncate: bool) -> int:
+    """Open a small metadata file of ours for appending, 0600; OSError if the system refuses."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
+    return os.open(path, flags | (os.O_TRUNC if truncate else 0), 0o600)
+
+
+def write_all(fd: int, data: bytes) -> None:
+    """Append the data whole."""
+    view = memoryview(data)
+    while view:
+        view = view[os.write(fd, view) :]
+
+
+def lock(fd: int) -> bool:
+    """Own the file until its descriptor is closed (OFD lock); False if somebody else does."""
+    request = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+    try:
+        fcntl.fcntl(fd, fcntl.F_OFD_SETLK, request)
+    except OSError as error:
+        if error.errno in (errno.EAGAIN, errno.EACCES):
+            return False
+        raise
+    return True

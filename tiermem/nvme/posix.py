@@ -397,8 +397,7 @@ class PosixRoute:
         memory_slots, disk_slots = (src, dst) if storing else (dst, src)
         slab, n = self._threads.slab, len(src)
         if storing:
-            first = slab.begin_store(disk_slots)
-            sequences = np.arange(first, first + n, dtype=np.uint64)
+            sequences = slab.begin_store(disk_slots)
             checksums = np.zeros(n, np.uint64)
         else:
             sequences, checksums = slab.expected(disk_slots)

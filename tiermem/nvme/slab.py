@@ -1,10 +1,14 @@
 """The NVMe tier: one preallocated file of equal slots, and what is known of each slot.
 
-    [ header | slot 0 | slot 1 | ... ]      slots of exactly `slot_bytes`, aligned to 4 KiB
+    [ superblock A | superblock B | slot 0 | slot 1 | ... ]    slots of exactly `slot_bytes`
 
 The slab moves nothing: routes read and write its file and report here. Two columns say what a
 slot should hold: the checksum of its bytes and a slab-wide sequence number, 0 while a store is
-under way and before the first. A load is only believed if both are as they were recorded.
+under way and before the first. A load is believed only if both are as they were recorded.
+
+A slab that persists keeps its file, and a catalog says which content is in which slot. A sequence
+number is the epoch of this opening (24 bits) and a count (40 bits), so that no number is ever
+drawn twice for one file, also not after a kill.
 """
 
 from __future__ import annotations
@@ -20,6 +24,8 @@ import numpy as np
 import numpy.typing as npt
 
 from tiermem.errors import Closed, ConfigError, TierFailed, TierFull
+from tiermem.nvme.budget import WriteBudget
+from tiermem.nvme.catalog import Catalog, Numbers
 from tiermem.nvme.files import (
     FileIo,
     PosixIo,
@@ -28,29 +34,41 @@ from tiermem.nvme.files import (
     take_room,
     write_whole,
 )
-from tiermem.tier import Place, Slots
+from tiermem.nvme.index import Keys
+from tiermem.nvme.kept import Kept, Persist, Recovered, none_recovered, open_kept
+from tiermem.nvme.records import RECORD, Algorithm, Kind, Records
+from tiermem.nvme.superblock import HEADER_BYTES
+from tiermem.tier import Mask, Place, Slots
 
 log = logging.getLogger(__name__)
 
 GRAIN = 4096
-HEADER_BYTES = 64 << 10
+INDEX_BYTES = 64 << 10
+"""Bytes set aside for index files beside what each slot brings."""
 PREWRITE_BYTES = 8 << 20
-GIB = 1 << 30
+EPOCH_SHIFT = 40
 
 Words = npt.NDArray[np.uint64]
 
 
 @dataclass(frozen=True, slots=True)
 class SlabStatistics:
-    """Sizes of a slab. bytes_held is what the file system charges for it (st_blocks)."""
+    """Sizes of a slab. bytes_held is what the file system charges for it, index files included.
+
+    written: bytes stored since it was opened; prewritten: bytes of zeros written before that.
+    """
 
     capacity: int
     ready: int
     stored: int
+    keyed: int
     bytes_held: int
     byte_cap: int
+    written: int
+    prewritten: int
     direct: bool
     failure: str | None
+    persistence: str
 
 
 class Slab:
@@ -67,15 +85,18 @@ class Slab:
         byte_cap: int | None = None,
         floor_bytes: int = 0,
         prewrite: bool = True,
+        write_budget: int | None = None,
+        persist: Persist | None = None,
         io: FileIo | None = None,
     ) -> None:
-        """Allocate a nameless file for `capacity` slots in the directory `path`.
+        """Allocate a file for `capacity` slots in the directory `path`, or open the one kept there.
 
-        byte_cap: bytes that may be on disk at most, metadata included; by default what `capacity`
-        slots need. floor_bytes: space that must stay free for others. prewrite: write every slot
-        once in the background and count it ready only then, because a first write into space
-        that was only allocated is about 10 times slower than a later one (FACTS, ext4). io: the
-        data calls. Raises ConfigError (path, sizes, cap), TierFull (disk).
+        byte_cap: bytes that may be on disk at most, index files included; by default what
+        `capacity` slots need. floor_bytes: space that must stay free for others. prewrite: write
+        every slot once in the background and count it ready only then, because a first write
+        into space that was only allocated is about 10 times slower than a later one (FACTS,
+        ext4). write_budget: bytes per second that stores may write. io: the data calls.
+        Raises ConfigError (path, sizes, cap, another's slab), TierFull (disk).
         """
         if slot_bytes <= 0 or slot_bytes % GRAIN:
             raise ConfigError(f"nvme: slot_bytes {slot_bytes} is not a positive multiple of 4096")
@@ -83,22 +104,30 @@ class Slab:
             raise ConfigError(f"nvme: capacity {capacity} slots")
         self.slot_bytes = slot_bytes
         self.io: FileIo = io if io is not None else PosixIo()
+        self.budget = WriteBudget(write_budget)
         self._path = private_directory(path)
         self._floor = floor_bytes
         self._byte_cap = byte_cap if byte_cap is not None else bytes_for(capacity, slot_bytes)
         self._prewrite = prewrite
         self._lock = threading.Condition()
         self._capacity = self._ready = 0
-        self._writing = 0
-        self._next = 1
+        self._writing = self._prewritten = 0
+        self._count = 1
         self._closed = False
         self._failure: OSError | None = None
         self._checksum: Words = np.zeros(0, np.uint64)
         self._sequence: Words = np.zeros(0, np.uint64)
-        self.fd, self.direct = open_nameless(self._path)
-        self._finalizer = weakref.finalize(self, os.close, self.fd)
         self._thread: threading.Thread | None = None
+        self._kept: Kept | None = None
+        if persist is None:
+            self.fd, self.direct = open_nameless(self._path)
+        else:
+            self.fd, self.direct = open_kept(self._path, persist.name)
+        self._finalizer = weakref.finalize(self, os.close, self.fd)
         try:
+            self._check_cap(capacity)
+            if persist is not None:
+                self._open(persist)
             self.resize(capacity)
         except BaseException:
             self.close()
@@ -143,18 +172,23 @@ class Slab:
     def statistics(self) -> SlabStatistics:
         with self._lock:
             held = 0 if self._closed else os.fstat(self.fd).st_blocks * 512
+            catalog = self._catalog
             return SlabStatistics(
                 capacity=self._capacity,
                 ready=self._ready,
                 stored=int(np.count_nonzero(self._sequence)),
-                bytes_held=held,
+                keyed=0 if catalog is None else len(catalog.held()),
+                bytes_held=held + (0 if catalog is None else catalog.files_bytes()),
                 byte_cap=self._byte_cap,
+                written=self.budget.spent,
+                prewritten=self._prewritten,
                 direct=self.direct,
                 failure=None if self._failure is None else str(self._failure),
+                persistence=self._persistence(),
             )
 
     def close(self) -> None:
-        """End pre-writing and close the file; routes over this slab are closed before."""
+        """Close the file, in order if it is kept; routes over this slab are closed before."""
         with self._lock:
             if self._closed:
                 return
@@ -163,6 +197,9 @@ class Slab:
             thread = self._thread
         if thread is not None:
             thread.join()
+        with self._lock:
+            if self._kept is not None:
+                self._kept.close(self._capacity, self._ready, clean=self._failure is None)
         self._finalizer()
 
     def __enter__(self) -> Slab:
@@ -182,8 +219,8 @@ class Slab:
         """Where a slot begins in the file."""
         return HEADER_BYTES + slot * self.slot_bytes
 
-    def begin_store(self, slots: Slots) -> int:
-        """Forget what these slots held and draw sequence numbers; the first of len(slots).
+    def begin_store(self, slots: Slots) -> Words:
+        """Forget what these slots held, on disk too, and draw a sequence number for each.
 
         Raises TierFailed if stores have failed, Closed after close, TierFull beyond `ready`.
         """
@@ -199,10 +236,12 @@ class Slab:
                     f"nvme: slot {int(slots.max())} is not ready: {self._ready} of "
                     f"{self._capacity} slots are; wait_ready()"
                 )
-            self._sequence[slots] = 0
-            first = self._next
-            self._next += len(slots)
-            return first
+            self._forget(slots)
+            first = self._count
+            self._count += len(slots)
+            epoch = 1 if self._kept is None else self._kept.superblock.epoch
+            base = (epoch << EPOCH_SHIFT) + first
+            return np.arange(base, base + len(slots), dtype=np.uint64)
 
     def end_store(self, slots: Slots, sequences: Words, checksums: Words) -> None:
         """Record what was written whole. The Done of the store is not ready before this."""
@@ -216,9 +255,9 @@ class Slab:
             return self._sequence[slots], self._checksum[slots]
 
     def forget(self, slots: Slots) -> None:
-        """These slots hold nothing any more."""
+        """These slots hold nothing any more; on disk too before this returns."""
         with self._lock:
-            self._sequence[slots] = 0
+            self._forget(slots)
 
     def fail(self, error: OSError) -> None:
         """A write failed: latch the tier for stores. What was stored before can still be read."""
@@ -229,7 +268,62 @@ class Slab:
             self._lock.notify_all()
         log.warning("nvme stores=off path=%s reason=%s", self._path, error)
 
+    # -- content keys ----------------------------------------------------------------------
+
+    def record(self, slots: Slots, keys: Keys, depths: Numbers, tenants: Numbers) -> Mask:
+        """These slots, whose stores are done, hold the content of these keys.
+
+        slots int32[n], each once; keys uint64[n, 2], not zero; depths, tenants uint32[n].
+        bool[n]: which are kept for the next start; not those whose store failed, and none if the
+        slab is ephemeral or its index could not be written.
+        """
+        with self._lock:
+            if self._catalog is None or self._closed:
+                return np.zeros(len(slots), np.bool_)
+            good: Mask = (self._sequence[slots] != 0) & keys.any(axis=1)
+            self._catalog.drop(slots[good])
+            self._catalog.put(slots[good], keys[good], depths[good], tenants[good])
+            return good & (self._catalog.failure is None)
+
+    def find(self, keys: Keys) -> Slots:
+        """int32[n]: a slot that holds the content keys[i] (uint64[n, 2]), or -1."""
+        with self._lock:
+            if self._catalog is None:
+                return np.full(len(keys), -1, np.int32)
+            return self._catalog.find(keys)
+
+    def recovered(self) -> Recovered:
+        """What the slab held when it was opened; the owner of the slots reserves these first.
+
+        Whoever does not want a slot calls `forget` on it before it is used for anything else.
+        """
+        with self._lock:
+            kept, catalog = self._kept, self._catalog
+            if kept is None or catalog is None:
+                return none_recovered()
+            slots = catalog.held()
+            old = self._sequence[slots] < np.uint64(kept.first_epoch << EPOCH_SHIFT)
+            slots = slots[old]
+            slots = slots[np.argsort(self._sequence[slots])[::-1]]
+            return Recovered(
+                slots,
+                catalog.keys[slots],
+                catalog.depths[slots],
+                catalog.tenants[slots],
+                kept.was_clean,
+                catalog.damaged,
+            )
+
+    @property
+    def _catalog(self) -> Catalog | None:
+        return None if self._kept is None else self._kept.catalog
+
     # -- the file --------------------------------------------------------------------------
+
+    def _forget(self, slots: Slots) -> None:
+        self._sequence[slots] = 0
+        if self._catalog is not None:
+            self._catalog.drop(slots)
 
     def _check_cap(self, capacity: int) -> None:
         need = bytes_for(capacity, self.slot_bytes)
@@ -244,21 +338,30 @@ class Slab:
         start, end = self.offset(self._capacity), self.offset(capacity)
         size = os.fstat(self.fd).st_size
         take_room(self.fd, min(start, size), end - min(start, size), self._floor, self._path)
-        more = np.zeros(capacity - self._capacity, np.uint64)
-        self._checksum = np.concatenate([self._checksum, more])
-        self._sequence = np.concatenate([self._sequence, more])
+        self._set_columns(capacity)
         self._capacity = capacity
         if not self._prewrite:
             self._ready = capacity
+        self._mark()
 
     def _shrink(self, capacity: int) -> None:
-        self._capacity = capacity
+        old, self._capacity = self._capacity, capacity
         # A pre-write past the new end would make the file grow again: let it land first.
         self._lock.wait_for(lambda: self._writing <= capacity)
+        self._forget(np.arange(capacity, old, dtype=np.int32))
         self._ready = min(self._ready, capacity)
-        self._checksum = self._checksum[:capacity].copy()
-        self._sequence = self._sequence[:capacity].copy()
+        self._set_columns(capacity)
+        self._mark()
         os.ftruncate(self.fd, self.offset(capacity))
+
+    def _set_columns(self, capacity: int) -> None:
+        n = min(capacity, self._capacity)
+        for name in ("_checksum", "_sequence"):
+            new = np.zeros(capacity, np.uint64)
+            new[:n] = getattr(self, name)[:n]
+            setattr(self, name, new)
+        if self._catalog is not None:
+            self._catalog.resize(capacity)
 
     def _stuck(self, slots: int) -> bool:
         return self._closed or self._failure is not None or slots > self._capacity
@@ -280,6 +383,7 @@ class Slab:
             with self._lock:
                 self._writing = 0
                 if self._failure is None:
+                    self._prewritten += n * self.slot_bytes
                     self._ready = min(first + n, self._capacity)
                 self._lock.notify_all()
 
@@ -295,17 +399,71 @@ class Slab:
             self._writing = self._ready + n
             return self._ready, n
 
+    # -- what is kept ----------------------------------------------------------------------
+
+    def _open(self, persist: Persist) -> None:
+        """Take over the file that is there, or begin one."""
+        kept = Kept(self._path, persist, self.slot_bytes, self.io, self.fd)
+        self._kept = kept
+        self._capacity = kept.slots
+        self._checksum = np.zeros(self._capacity, np.uint64)
+        self._sequence = np.zeros(self._capacity, np.uint64)
+        found = kept.attach(self._journal_limit(), self._lock, self._records)
+        slots = found["slot"].astype(np.int32)
+        self._sequence[slots] = found["sequence"]
+        self._checksum[slots] = found["checksum"][:, 0]
+        highest = int(slots.max()) + 1 if len(slots) else 0
+        ready = max(kept.superblock.ready, highest) if self._prewrite else self._capacity
+        self._ready = min(self._capacity, ready)
+        with self._lock:
+            assert kept.catalog is not None
+            kept.catalog.begin()
+
+    def _journal_limit(self) -> int:
+        """What the cap leaves for journals beside slots, two snapshots and rounding to blocks."""
+        slots = slots_for(self._byte_cap, self.slot_bytes)
+        taken = HEADER_BYTES + slots * (self.slot_bytes + 2 * RECORD.itemsize) + 6 * GRAIN
+        return self._byte_cap - taken
+
+    def _records(self, slots: Slots) -> Records:
+        """PUT records of slots that are held, as they are now."""
+        catalog = self._catalog
+        assert catalog is not None
+        made = np.zeros(len(slots), RECORD)
+        made["kind"], made["algorithm"] = Kind.PUT, Algorithm.XXH3_64
+        made["slot"], made["length"] = slots, self.slot_bytes
+        made["sequence"] = self._sequence[slots]
+        made["checksum"][:, 0] = self._checksum[slots]
+        made["key"] = catalog.keys[slots]
+        made["depth"] = catalog.depths[slots]
+        made["tenant"] = catalog.tenants[slots]
+        return made
+
+    def _mark(self) -> None:
+        """Say in the superblock how large the file is; a refusal latches the tier."""
+        try:
+            if self._kept is not None:
+                self._kept.mark(self._capacity, self._ready, clean=False)
+        except OSError as error:
+            self.fail(error)
+
+    def _persistence(self) -> str:
+        if self._catalog is None:
+            return "off"
+        return "on" if self._catalog.failure is None else f"off: {self._catalog.failure}"
+
 
 def bytes_for(capacity: int, slot_bytes: int) -> int:
-    """Bytes on disk that a slab of `capacity` slots may come to, with its metadata."""
-    return HEADER_BYTES + capacity * (slot_bytes + metadata_bytes(slot_bytes))
+    """Bytes on disk that a slab of `capacity` slots may come to, with its index files."""
+    return HEADER_BYTES + INDEX_BYTES + capacity * (slot_bytes + metadata_bytes(slot_bytes))
 
 
 def slots_for(byte_cap: int, slot_bytes: int) -> int:
     """Slots that fit under a cap."""
-    return max(0, (byte_cap - HEADER_BYTES) // (slot_bytes + metadata_bytes(slot_bytes)))
+    room = byte_cap - HEADER_BYTES - INDEX_BYTES
+    return max(0, room // (slot_bytes + metadata_bytes(slot_bytes)))
 
 
 def metadata_bytes(slot_bytes: int) -> int:
-    """Bytes of metadata set aside a slot: 1 %."""
-    return max(slot_bytes // 100, 64)
+    """Bytes a slot of index files, two snapshots and the journals: 1 %, or four records."""
+    return max(slot_bytes // 100, 4 * RECORD.itemsize)
