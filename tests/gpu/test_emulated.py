@@ -427,6 +427,7 @@ def _child(code: str) -> subprocess.CompletedProcess[str]:
         text=True,
         timeout=60,
         check=False,
+        cwd=Path(__file__).parents[2],
     )
 
 
