@@ -166,6 +166,8 @@ def replay(directory: Path, name: str, uuid: bytes, slots: int) -> Replayed:
 def journals(directory: Path, name: str) -> dict[int, Path]:
     """Number to path of every journal of this slab."""
     pattern = re.compile(re.escape(name) + r"\.journal\.(\d+)")
+    if not directory.is_dir():  # taken away while the slab is in use
+        return {}
     found = ((pattern.fullmatch(p.name), p) for p in directory.iterdir())
     return {int(match[1]): p for match, p in found if match}
 
