@@ -11,6 +11,7 @@ import msgspec
 import numpy as np
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from tiermem.bench import chart, output, result, words
@@ -165,7 +166,7 @@ def _bar(row: Row) -> chart.Bar:
 
 
 def show(comparison: Comparison, console: Console) -> None:
-    table = Table(title=f"A = {comparison.a}, B = {comparison.b}", title_justify="left")
+    table = Table(title=escape(f"A = {comparison.a}, B = {comparison.b}"), title_justify="left")
     table.add_column("what", overflow="fold")
     for name in ("A GB/s", "B GB/s", "B/A", f"{LEVEL} %", "p99", "verdict"):
         table.add_column(name, justify="right" if name != "verdict" else "left")
@@ -178,9 +179,9 @@ def show(comparison: Comparison, console: Console) -> None:
         table.add_row(c.what, *rates, interval, p99, f"[{style}]{c.verdict}[/]")
     console.print(table)
     for kind in comparison.kinds:
-        console.print(f"B: {sentence(kind)}", highlight=False)
+        console.print(f"B: {sentence(kind)}", highlight=False, markup=False)
     for note in comparison.notes:
-        console.print(f"note: {note}", style="yellow", highlight=False)
+        console.print(f"note: {note}", style="yellow", highlight=False, markup=False)
 
 
 def command(

@@ -10,7 +10,9 @@ from typing import Annotated, Literal
 import msgspec
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 from rich.tree import Tree
 
 from tiermem.bench import nvml as nvml_reader
@@ -143,9 +145,10 @@ def show(topology: Topology, console: Console, every_node: bool = False) -> None
         console.print(_peers_table(topology))
     for advice in topology.advice:
         style = "bold red" if advice.level == "problem" else "yellow"
-        console.print(f"[{style}]{advice.level}[/] {advice.where}: {advice.text}. {advice.way_out}")
+        text = f"{advice.where}: {advice.text}. {advice.way_out}"
+        console.print(f"[{style}]{advice.level}[/] {escape(text)}", highlight=False)
     if topology.no_driver:
-        console.print(f"GPUs are shown as sysfs sees them: {topology.no_driver}", highlight=False)
+        console.print(f"GPUs are shown as sysfs sees them: {topology.no_driver}", markup=False)
 
 
 def link_text(place: Place) -> str:
@@ -190,7 +193,7 @@ def _tree(topology: Topology) -> Tree:
             "red" if place.state == "trained-down" else "green" if place.kind == "gpu" else "none"
         )
         text = "  ".join(part for part in (place.title, place.model, link_text(place)) if part)
-        branches[place.bdf] = (parent or branches[root]).add(f"[{style}]{text}[/]")
+        branches[place.bdf] = (parent or branches[root]).add(Text(text, style))
     return trunk
 
 
