@@ -16,7 +16,7 @@ LEVEL = {
     **dict.fromkeys(("fences", "native", "plan", "table", "tier", "toolchain"), 1),
     **dict.fromkeys(LEAVES, 2),
     **dict.fromkeys(("executor", "ledger", "pager", "planner", "ranking", "stats", "trace"), 3),
-    "space": 4,
+    **dict.fromkeys(("assemble", "mover", "region", "space"), 4),
     **dict.fromkeys(("__init__", "__main__", "bench", "cli", "integrations", "testing"), 5),
 }
 """The levels of the drawing in docs/design.md, by the first name below `tiermem`."""

@@ -10,8 +10,21 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from tiermem.config import Config, Evict, Gpu, Host, Log, Metrics, Nvme, Prefetch, Share, Trace
     from tiermem.config import load as load
-    from tiermem.errors import BadPolicy, BadTrace, Closed, ConfigError, DriverError, NotOurs
-    from tiermem.errors import PageInUse, PageLost, TierFailed, TierFull, TierMemError
+    from tiermem.errors import (
+        BadPolicy,
+        BadTrace,
+        Closed,
+        ConfigError,
+        DriverError,
+        NotOurs,
+        PageInUse,
+        PageLost,
+        TierFailed,
+        TierFull,
+        TierMemError,
+    )
+    from tiermem.region import Hint, Region
+    from tiermem.space import Space
 
 __version__ = "0.1.0"
 
@@ -24,6 +37,7 @@ __all__ = [
     "DriverError",
     "Evict",
     "Gpu",
+    "Hint",
     "Host",
     "Log",
     "Metrics",
@@ -32,7 +46,9 @@ __all__ = [
     "PageInUse",
     "PageLost",
     "Prefetch",
+    "Region",
     "Share",
+    "Space",
     "TierFailed",
     "TierFull",
     "TierMemError",
@@ -42,7 +58,7 @@ __all__ = [
 ]
 
 if not TYPE_CHECKING:  # a checker must see that a misspelt name does not exist
-    _HOMES = ("tiermem.errors", "tiermem.config")
+    _HOMES = ("tiermem.errors", "tiermem.config", "tiermem.region", "tiermem.space")
 
     def __getattr__(name: str) -> object:
         from importlib import import_module

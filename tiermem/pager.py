@@ -109,6 +109,10 @@ class Pager:
             self._refuse_closed()
             return self.planner.pin_one(row, write, self._now())
 
+    def unpin_one(self, row: int) -> None:
+        with self.lock:
+            self.planner.table.pins[row] -= 1
+
     def unpin(self, rows: Rows, tick: tuple[int, int] | None) -> None:
         with self.lock:
             self.planner.unpin(rows, tick)
@@ -297,4 +301,3 @@ class Pager:
     def _refuse_closed(self) -> None:
         if self._closed:
             raise Closed("the space is closed; open another one")
-

@@ -358,8 +358,26 @@ class Planner:
         self._reaped.clear()
         return rows
 
-    def open_plans(self) -> list[int]:
-        return list(self._open)
+    def is_doomed(self, rows: Rows) -> Mask:
+        return np.asarray((self.table.flags[rows] & DOOMED) != 0)
+
+    def room(self) -> int:
+        """Pages that an allocation could get frames for: free, retired, or movable."""
+        pool = self.pools[Place.GPU]
+        owners = pool.owner[pool.owner >= 0]
+        return pool.free + pool.kept + int(self.table.movable(owners, Place.GPU).sum())
+
+    def forget(self, rows: Rows, now: int) -> list[Plan]:
+        """Everything of a region that is being closed: free its pages, hide what it shows."""
+        table = self.table
+        alive = rows[(table.at[rows] != Place.NONE) & ((table.flags[rows] & DOOMED) == 0)]
+        plans = self.free(alive, now) if len(alive) else []
+        shown = rows[(table.shown[rows] == Shown.RETIRED) & (table.at[rows] == Place.NONE)]
+        if len(shown):
+            frames = table.slot(Place.GPU)[shown].copy()
+            self.pools[Place.GPU].reuse(frames)
+            plans.append(self._begin([self._hide_unowned(shown, frames)]))
+        return plans
 
     def is_idle(self) -> bool:
         """True if no plan is open and no page is waiting to become vacant."""
@@ -869,6 +887,11 @@ class Planner:
             return []
         rows, frames = self._take_kept(Place.GPU, excess)
         return [self._begin([self._hide_unowned(rows, frames)])] if len(rows) else []
+
+    def short_of_limit(self, place: Place) -> int:
+        """Slots that the limit allows beyond those that are there."""
+        capacity = self.pools[place].capacity
+        return self.limits.get(place, capacity) - capacity
 
     def surrender(self) -> Slots:
         """Free GPU frames above the limit leave the pool, for their memory to be given back."""

@@ -171,11 +171,23 @@ class Streams(Protocol):
 class Device(Protocol):
     """One GPU, or its stand-in on a CPU: address ranges, frames, window and streams."""
 
-    name: str
     page_bytes: int
-    frames: Memory
-    window: Window
-    streams: Streams
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def torch_device(self) -> str:
+        """What torch calls it: "cpu", "cuda:0"."""
+
+    @property
+    def frames(self) -> Memory: ...
+
+    @property
+    def window(self) -> Window: ...
+
+    @property
+    def streams(self) -> Streams: ...
 
     def reserve(self, nbytes: int) -> int:
         """Reserve addresses (nothing behind them); nbytes a multiple of page_bytes. Its start."""

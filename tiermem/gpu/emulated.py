@@ -40,6 +40,8 @@ class EmulatedDevice:
     max_frames that `back` can add up to. guard: absent addresses read as zeros.
     """
 
+    torch_device = "cpu"
+
     def __init__(
         self,
         page_bytes: int,

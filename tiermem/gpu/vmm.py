@@ -131,6 +131,10 @@ class CudaDevice:
             self.frames.close()
             raise
 
+    @property
+    def torch_device(self) -> str:
+        return f"cuda:{self.context.index}"
+
     def _lane(self, gather_below: int) -> Lane:
         lane = Lane(self.context, self._words, gather_below)
         self._lanes.append(lane)
@@ -186,7 +190,9 @@ class CudaDevice:
             self.context.driver.call("cuMemHostRegister", address, nbytes, _REGISTER)
 
     def unregister(self, address: int) -> None:
-        """Undo `register` of the memory that starts at `address`."""
+        """Undo `register` of the memory that starts at `address`; after close it is undone."""
+        if self._closed:
+            return
         with self.context:
             self.context.driver.call("cuMemHostUnregister", address)
 
@@ -208,3 +214,8 @@ class CudaDevice:
         self.frames.close()
         self._words.close()
         self.context.close()
+
+
+def automatic_page(context: Context) -> int:
+    """The page size that was measured best on this device, measured now if it never was."""
+    return calibrate.load(context, Backing(context, DEVICE, context.device)).page_bytes

@@ -1,0 +1,167 @@
+"""From a configuration to a device, tiers and routes: what a space is made of."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from tiermem.config import Capacities, Config
+from tiermem.errors import ConfigError, DriverError
+from tiermem.tier import Device, Memory, Place, Route, Tier
+
+CPU_PAGE = 2 << 20
+CPU_SHARE = 0.25
+"""Of the memory that this process may use: what a fraction in gpu.budget means on the CPU."""
+
+
+@dataclass(slots=True)
+class Parts:
+    """What a space composes. `paths`: the way that each route really takes, in words."""
+
+    device: Device
+    capacities: dict[Place, int]  # slots
+    tiers: dict[Place, Tier] = field(default_factory=dict)
+    routes: dict[tuple[Place, Place], Route] = field(default_factory=dict)
+    paths: dict[tuple[Place, Place], str] = field(default_factory=dict)
+    closers: list[Callable[[], None]] = field(default_factory=list)
+
+    def close(self) -> None:
+        """Close everything in the order opposite to its making; a second call does nothing."""
+        while self.closers:
+            self.closers.pop()()
+
+
+def assemble(config: Config) -> Parts:
+    """Open device, tiers and routes. On any error, what was opened is closed again."""
+    from tiermem.host import limits
+
+    available = limits.available_bytes()
+    parts = _cuda(config, available) if on_gpu(config) else _cpu(config, available)
+    try:
+        _add_host(config, parts)
+        _add_nvme(config, parts)
+    except BaseException:
+        parts.close()
+        raise
+    return parts
+
+
+def on_gpu(config: Config) -> bool:
+    """Whether the configuration means a GPU; "auto" takes one where CUDA works."""
+    if config.gpu.device != "auto":
+        return config.gpu.device.startswith("cuda")
+    from tiermem.gpu import driver
+
+    try:
+        driver.load()
+    except DriverError:
+        return False
+    return True
+
+
+def _cpu(config: Config, available: int) -> Parts:
+    from tiermem.gpu.emulated import EmulatedDevice
+
+    page = CPU_PAGE if config.gpu.page == "auto" else int(config.gpu.page)
+    total = available if isinstance(config.gpu.budget, int) else int(available * CPU_SHARE)
+    sizes = _resolve(config, page, total, available)
+    frames = sizes.gpu // page
+    device = EmulatedDevice(page, frames, guard=config.gpu.guard)
+    return Parts(device, _slots(sizes, page), closers=[device.close])
+
+
+def _cuda(config: Config, available: int) -> Parts:
+    from tiermem.gpu import driver
+    from tiermem.gpu.vmm import CudaDevice, automatic_page
+
+    index = int(config.gpu.device.partition(":")[2] or 0)
+    context = driver.Context(driver.load(), index)
+    try:
+        with context:
+            total = context.free_bytes()[1]
+        page = automatic_page(context) if config.gpu.page == "auto" else int(config.gpu.page)
+    finally:
+        context.close()
+    sizes = _resolve(config, page, total, available)
+    device = CudaDevice(index, page, sizes.gpu // page, total // page, guard=config.gpu.guard)
+    return Parts(device, _slots(sizes, page), closers=[device.close])
+
+
+def _resolve(config: Config, page: int, gpu_total: int, host_total: int) -> Capacities:
+    nvme_total = 0
+    if config.nvme.enabled and config.nvme.path is not None:
+        existing = config.nvme.path
+        while not existing.exists():
+            existing = existing.parent
+        nvme_total = shutil.disk_usage(existing).free
+    return config.resolve(
+        page_bytes=page, gpu_total=gpu_total, host_total=host_total, nvme_total=nvme_total
+    )
+
+
+def _slots(sizes: Capacities, page: int) -> dict[Place, int]:
+    return {
+        Place.GPU: sizes.gpu // page,
+        Place.HOST: sizes.host // page,
+        Place.NVME: sizes.nvme // page,
+    }
+
+
+def _add_host(config: Config, parts: Parts) -> None:
+    from tiermem.host import limits
+    from tiermem.host.pinned import HostPool, Register
+
+    capacity = parts.capacities[Place.HOST]
+    if not capacity:
+        return
+    device = parts.device
+    pin = getattr(device, "register", None)
+    register = Register(pin, device.unregister) if pin is not None else None  # type: ignore[attr-defined]
+    limits.check(capacity * device.page_bytes)
+    host = HostPool(device.page_bytes, capacity, register=register)
+    parts.closers.append(host.close)
+    parts.tiers[Place.HOST] = host
+    down, up = device.routes(host)
+    _add_route(parts, down, "copy engine" if register else "memory copy")
+    _add_route(parts, up, "copy engine" if register else "memory copy")
+
+
+def _add_nvme(config: Config, parts: Parts) -> None:
+    from tiermem.nvme.posix import DiskThreads, PosixRoute
+    from tiermem.nvme.slab import Slab
+
+    capacity = parts.capacities[Place.NVME]
+    if not capacity:
+        return
+    if config.nvme.mode == "kvikio":
+        raise ConfigError(
+            "nvme.mode = kvikio: not available in this build; use auto, which probes, or posix"
+        )
+    device = parts.device
+    path = config.nvme.path
+    assert path is not None, "a tier that is on has a path"
+    slab = Slab(path, device.page_bytes, capacity)
+    parts.closers.append(slab.close)
+    threads = DiskThreads(slab)
+    parts.closers.append(threads.close)
+    parts.tiers[Place.NVME] = slab
+    memories: list[Memory] = [device.frames] if device.torch_device == "cpu" else []
+    host = parts.tiers.get(Place.HOST)
+    if host is not None:
+        memories.append(host)  # type: ignore[arg-type]  # the host tier is a Memory
+    if not memories:
+        raise ConfigError(
+            "nvme.path is set and host.capacity is 0: a GPU reaches the drive through the host "
+            "pool; give it some capacity"
+        )
+    for memory in memories:
+        streams = device.streams if memory.place == Place.GPU else None
+        for src, dst in ((memory.place, Place.NVME), (Place.NVME, memory.place)):
+            _add_route(parts, PosixRoute(threads, memory, src, dst, streams), "O_DIRECT threads")
+
+
+def _add_route(parts: Parts, route: Route, path: str) -> None:
+    parts.routes[route.src, route.dst] = route
+    parts.paths[route.src, route.dst] = path
+    parts.closers.append(route.close)

@@ -1,0 +1,335 @@
+"""A region: one reserved range of addresses, and the pages in it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from enum import StrEnum
+from types import TracebackType
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from tiermem.errors import Closed, ConfigError, NotOurs, PageInUse, TierFull
+from tiermem.pager import Pager
+from tiermem.planner import Access
+from tiermem.policies.base import Keys, RequestFacts
+from tiermem.table import Extent, Rows
+from tiermem.tier import Device, Place
+
+if TYPE_CHECKING:
+    import torch
+
+log = logging.getLogger(__name__)
+
+Pages = npt.NDArray[np.int32]
+OnGone = Callable[[Pages, str], None]
+_ACCESS = ("read", "write", "fresh")
+
+
+class Hint(StrEnum):
+    """What the owner knows about the near future of pages."""
+
+    SOON = "soon"  # will be used: load them if there is room
+    COLD = "cold"  # will not be used for a while: start moving them down
+
+
+class Home(Protocol):
+    """What a region asks of the space that it belongs to."""
+
+    pager: Pager
+    device: Device
+    page_bytes: int
+
+    def now(self) -> int: ...
+
+    def collect_vacant(self) -> None: ...
+
+
+class Region:
+    """Pages 0..pages-1 at stable addresses. Thread-safe. Page arrays are int32, deepest first.
+
+    With `unit_pages` > 1 a page stands for its whole unit, which is used, moved and freed as one.
+    """
+
+    def __init__(
+        self, space: Home, extent: Extent, address: int, name: str, on_gone: OnGone | None
+    ) -> None:
+        self.name = name
+        self.address = address
+        self.pages = extent.pages
+        self.unit_pages = extent.unit_pages
+        self.tenant = extent.tenant
+        self.page_bytes = space.page_bytes
+        self.nbytes = extent.pages * space.page_bytes
+        self._space = space
+        self._pager = space.pager
+        self._first = extent.first
+        self._on_gone = on_gone
+        heads = np.arange(extent.first, extent.first + extent.pages, extent.unit_pages)
+        self._vacant = heads[::-1].astype(np.int32)
+        self._vacant_count = len(heads)
+        self._closed = False
+
+    # ---------------------------------------------------------------- pages
+
+    def allocate(
+        self,
+        n: int,
+        *,
+        parents: Sequence[int] | Pages | None = None,
+        depths: Sequence[int] | Pages | None = None,
+        keys: Keys | None = None,
+    ) -> Pages:
+        """Put memory behind n vacant pages (whole units); int32[n], unit by unit.
+
+        parents, depths, keys: one a unit, deepest first; a parent is a page of this region or -1.
+        What the pages hold is undefined, but never another tenant's bytes. Raises TierFull,
+        allocating none, when not enough pages are vacant or too many are pinned.
+        """
+        units = -(-int(n) // self.unit_pages)
+        if units <= 0:
+            raise ConfigError(f"allocate {n} pages: at least 1")
+        heads = self._pop_vacant(units)
+        rows = self._pager.planner.table.pages(heads)
+        above = None
+        if parents is not None:
+            above = np.asarray(parents, np.int32)
+            above = np.where(above < 0, -1, above + self._first).astype(np.int32)
+        try:
+            self._pager.allocate(
+                rows, above, None if depths is None else np.asarray(depths, np.int32), keys
+            )
+        except BaseException:
+            self._undo_allocate(heads)
+            raise
+        return rows - self._first
+
+    def use(
+        self,
+        pages: int | Sequence[int] | Pages,
+        access: Access = "read",
+        stream: int | None = None,
+    ) -> Use:
+        """A context in which these pages are on the GPU and stay there.
+
+        access: "read", "write" (reads and writes), or "fresh" (the old bytes are not needed, so
+        nothing is loaded). stream: the stream whose queued work touches the pages (a CUDA stream
+        handle, or one of the CPU device's); host loads are then ordered before that stream's
+        later work, and the pages stay until its work of this block has ended.
+        Raises TierFull, PageLost, NotOurs on entry; then nothing is pinned.
+        """
+        if access not in _ACCESS:
+            raise ConfigError(f"access {access!r}: one of {', '.join(_ACCESS)}")
+        if isinstance(pages, int) and self.unit_pages == 1 and 0 <= pages < self.pages:
+            return Use(self, None, pages + self._first, access, stream)
+        return Use(self, self._rows(pages), -1, access, stream)
+
+    def touch(self, pages: Sequence[int] | Pages) -> None:
+        """Tell the policies that these pages were used just now, deepest first."""
+        rows = self._rows(pages)
+        with self._pager.lock:
+            self._pager.planner.touch(rows, self._space.now())
+
+    def hint(self, pages: Sequence[int] | Pages, hint: Hint | str) -> None:
+        """Tell what is known of the near future; never waits, never fails for lack of room."""
+        rows = self._rows(pages)
+        planner = self._pager.planner
+        match Hint(hint):
+            case Hint.SOON:
+                self._pager.decide(lambda: planner.prefetch(rows, self._space.now()))
+            case Hint.COLD:
+                self._pager.decide(lambda: planner.demote(rows, self._space.now()))
+
+    def finished(self, pages: Sequence[int] | Pages, facts: RequestFacts) -> None:
+        """Tell the policies what is known of a request that ended."""
+        rows = self._rows(pages)
+        with self._pager.lock:
+            self._pager.planner.finished(rows, facts, self._space.now())
+
+    def free(self, pages: Sequence[int] | Pages) -> None:
+        """Forget pages, in whatever tier. Raises PageInUse or NotOurs, freeing none.
+
+        Memory that queued work may still touch is kept back until that work has ended.
+        """
+        rows = self._rows(pages)
+        if len(rows):
+            self._pager.free(rows)
+
+    def where(self, pages: Sequence[int] | Pages | None = None) -> npt.NDArray[np.uint8]:
+        """uint8[n]: the Place of each page at this moment (default: of all)."""
+        table = self._pager.planner.table
+        with self._pager.lock:
+            if pages is None:
+                return table.at[self._first : self._first + self.pages].copy()
+            return table.at[np.asarray(pages, np.int32) + self._first].copy()
+
+    # ---------------------------------------------------------------- bytes
+
+    def tensor(
+        self,
+        dtype: torch.dtype,
+        shape: Sequence[int],
+        strides: Sequence[int] | None = None,
+        offset: int = 0,
+    ) -> torch.Tensor:
+        """A torch tensor over the range from byte `offset`, zero-copy; its address never changes.
+
+        Touch an element only while its page is in use.
+        """
+        from tiermem.gpu.tensor import tensor
+
+        return tensor(
+            self.address + offset,
+            self.nbytes - offset,
+            dtype,
+            shape,
+            strides,
+            device=self._space.device.torch_device,
+        )
+
+    def view(
+        self, dtype: npt.DTypeLike = np.uint8, shape: Sequence[int] | None = None
+    ) -> np.ndarray:
+        """A numpy array over the range (CPU device): by default one row of bytes a page."""
+        from tiermem.gpu.tensor import view
+
+        if shape is None:
+            shape = (self.pages, self.page_bytes // np.dtype(dtype).itemsize)
+        return view(self.address, self.nbytes, dtype, shape)
+
+    # ---------------------------------------------------------------- closing
+
+    def close(self) -> None:
+        """Free all pages and give the addresses back. Raises PageInUse if pages are pinned."""
+        if self._closed:
+            return
+        planner = self._pager.planner
+        with self._pager.lock:
+            mine = np.arange(self._first, self._first + self.pages, dtype=np.int32)
+            pinned = int((planner.table.pins[mine] > 0).sum())
+            if pinned:
+                raise PageInUse(f"region {self.name}: {pinned} pages are pinned; leave their use()")
+            self._closed = True
+        self._pager.drain()
+        self._pager.decide(lambda: planner.forget(mine, self._space.now()))
+        self._pager.drain()
+        self._space.device.release(self.address, self.nbytes)
+
+    def __enter__(self) -> Region:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        where: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    # ---------------------------------------------------------------- for the space
+
+    def take_vacant(self, rows: Rows) -> None:
+        """Rows of this region became vacant. Called under the pager's lock."""
+        heads = self._pager.planner.table.heads(rows)
+        n = self._vacant_count
+        self._vacant[n : n + len(heads)] = heads
+        self._vacant_count += len(heads)
+
+    def tell_gone(self, rows: Rows, reason: str) -> None:
+        if self._on_gone is not None:
+            self._on_gone(rows - self._first, reason)
+
+    # ---------------------------------------------------------------- parts
+
+    def _rows(self, pages: int | Sequence[int] | Pages) -> Rows:
+        """Rows of these pages' whole units; NotOurs unless each is in the region, and once."""
+        if self._closed:
+            raise Closed(f"region {self.name} is closed")
+        given = np.atleast_1d(np.asarray(pages, np.int64))
+        if len(given) and (given.min() < 0 or given.max() >= self.pages):
+            bad = given[(given < 0) | (given >= self.pages)]
+            raise NotOurs(
+                f"region {self.name} has pages 0..{self.pages - 1}; {len(bad)} of {len(given)} "
+                f"are not among them (first: {int(bad[0])})"
+            )
+        rows = (given + self._first).astype(np.int32)
+        if self.unit_pages > 1:
+            table = self._pager.planner.table
+            rows = table.pages(table.heads(rows))
+        elif len(np.unique(rows)) != len(rows):
+            raise NotOurs(f"region {self.name}: a page is named twice among {len(rows)}")
+        return rows
+
+    def _pop_vacant(self, units: int) -> Rows:
+        if self._closed:
+            raise Closed(f"region {self.name} is closed")
+        while True:
+            with self._pager.lock:
+                self._space.collect_vacant()
+                if units <= self._vacant_count:
+                    self._vacant_count -= units
+                    top = self._vacant_count
+                    return self._vacant[top : top + units][::-1].copy()
+                vacant = self._vacant_count
+                coming = not self._pager.planner.is_idle()
+            if not coming:
+                raise TierFull(
+                    f"region {self.name}: {units} units wanted, {vacant} of "
+                    f"{self.pages // self.unit_pages} are vacant; free some, or reserve more"
+                )
+            self._pager.drain()
+
+    def _undo_allocate(self, heads: Rows) -> None:
+        """Vacant units that an allocation took and did not fill go back."""
+        planner = self._pager.planner
+        with self._pager.lock:
+            here = planner.table.at[heads] == Place.NONE
+            doomed = planner.is_doomed(heads)
+            self.take_vacant(heads[here & ~doomed][::-1])
+            begun = planner.table.pages(heads[~here & ~doomed])
+        if len(begun):
+            self._pager.free(begun)
+
+
+class Use:
+    """Pages that are pinned between entering and leaving. Not reentrant."""
+
+    __slots__ = ("_access", "_region", "_row", "_rows", "_stream")
+
+    def __init__(
+        self, region: Region, rows: Rows | None, row: int, access: Access, stream: int | None
+    ) -> None:
+        self._region = region
+        self._rows = rows
+        self._row = row
+        self._access: Access = access
+        self._stream = stream
+
+    def __enter__(self) -> Use:
+        region = self._region
+        if region._closed:
+            raise Closed(f"region {region.name} is closed")
+        if self._rows is None:
+            if region._pager.use_one(self._row, self._access != "read"):
+                return self
+            self._rows = np.array([self._row], np.int32)
+        if len(self._rows):
+            region._pager.use(self._rows, self._access, self._stream)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        where: TracebackType | None,
+    ) -> None:
+        region = self._region
+        tick = region._space.device.streams.tick(self._stream)
+        if self._rows is None and tick is None:
+            region._pager.unpin_one(self._row)
+            return
+        rows = np.array([self._row], np.int32) if self._rows is None else self._rows
+        if len(rows):
+            region._pager.unpin(rows, tick)

@@ -1,0 +1,369 @@
+"""The facade: one device in one process, its regions, and the thread that keeps it tidy."""
+
+from __future__ import annotations
+
+import logging
+import time
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from tiermem import units
+from tiermem.assemble import Parts, assemble
+from tiermem.config import Config, changed
+from tiermem.errors import Closed, ConfigError, TierFull
+from tiermem.executor import Executor
+from tiermem.mover import Mover
+from tiermem.pager import Pager
+from tiermem.planner import Marks, Planner
+from tiermem.policies.base import Eviction
+from tiermem.policies.registry import load as load_policy
+from tiermem.ranking import Ranking
+from tiermem.region import OnGone, Region
+from tiermem.stats import RouteStatistics, Statistics, TierStatistics
+from tiermem.table import PageTable, Rows
+from tiermem.tier import TIERS, Addresses, Finished, Place, SlotPool
+from tiermem.trace import EventLog
+
+if TYPE_CHECKING:
+    from tiermem.tier import Done, Slots
+
+log = logging.getLogger(__name__)
+
+
+class Space:
+    """Tiered memory on one device. Thread-safe; close it, or use it as a context manager."""
+
+    def __init__(self, config: Config, parts: Parts) -> None:
+        """Compose a space of given parts, which it will close. Most callers use `Space.open`."""
+        self.config = config
+        self.device = parts.device
+        self.page_bytes = parts.device.page_bytes
+        self._parts = parts
+        self._regions: list[Region] = []
+        self._bases = np.zeros(0, np.uint64)
+        self._firsts = np.zeros(0, np.int64)
+        self._start_s = time.monotonic()
+        self._parked: Slots = np.empty(0, np.int32)
+        self._closed = False
+        table = PageTable()
+        self._configured = dict(parts.capacities)
+        pools = {place: SlotPool(place, self._backed(place)) for place in TIERS}
+        self._ready = {place: pool.capacity for place, pool in pools.items()}
+        self._log = self._open_log()
+        rankings = {place: self._ranking(place, table) for place in TIERS}
+        self._planner = Planner(
+            table,
+            pools,
+            rankings,
+            routes=parts.routes,
+            marks=_marks(config),
+            eager=config.gpu.hide == "eager",
+        )
+        self._executor = Executor(
+            window=parts.device.window,
+            routes=parts.routes,
+            zero=self._zero,
+            addresses=self.addresses,
+            on_gone=self._on_gone,
+        )
+        self.pager = Pager(
+            self._planner,
+            self._executor,
+            now=self.now,
+            passed=parts.device.streams.passed,
+            wait_fence=parts.device.streams.wait,
+            wake=lambda: self._mover.wake(),
+        )
+        self._mover = Mover(self.pager, self._turn)
+        self._mover.start()
+
+    @classmethod
+    def open(cls, config: Config | None = None) -> Space:
+        """Open the device and tiers of a configuration (default: what `tiermem.load` finds).
+
+        Raises ConfigError, DriverError, TierFull with numbers; then nothing is left open.
+        """
+        from tiermem.config import load
+
+        config = load() if config is None else config
+        parts = assemble(config)
+        try:
+            space = cls(config, parts)
+        except BaseException:
+            parts.close()
+            raise
+        for line in config.describe():
+            log.info("config %s", line)
+        return space
+
+    # ---------------------------------------------------------------- regions
+
+    def reserve(
+        self,
+        nbytes: int | str,
+        *,
+        name: str = "",
+        unit_pages: int = 1,
+        tenant: int = 0,
+        on_gone: OnGone | None = None,
+    ) -> Region:
+        """Reserve a range of addresses; nothing is behind it until pages are allocated.
+
+        nbytes: rounded up to whole units. tenant: pages of different tenants never see each
+        other's bytes. on_gone(pages, reason): pages that were dropped or lost; called from any
+        thread, before their slots are reused, and must not block.
+        """
+        self._refuse_closed()
+        wanted = units.parse_bytes(nbytes)
+        if wanted <= 0 or unit_pages <= 0:
+            raise ConfigError(f"reserve {wanted} bytes in units of {unit_pages} pages: both > 0")
+        unit_bytes = unit_pages * self.page_bytes
+        pages = -(-wanted // unit_bytes) * unit_pages
+        address = self.device.reserve(pages * self.page_bytes)
+        with self.pager.lock:
+            extent = self._planner.table.extend(pages, unit_pages, tenant)
+            region = Region(self, extent, address, name or f"region-{len(self._regions)}", on_gone)
+            self._regions.append(region)
+            self._bases = np.append(self._bases, np.uint64(address))
+            self._firsts = np.append(self._firsts, extent.first)
+        return region
+
+    def addresses(self, rows: Rows) -> Addresses:
+        """uint64[n]: the address of each page row."""
+        region = self._planner.table.region[rows]
+        offset = (rows - self._firsts[region]).astype(np.uint64) * np.uint64(self.page_bytes)
+        addresses: Addresses = self._bases[region] + offset
+        return addresses
+
+    def room(self) -> int:
+        """Pages that could be allocated now: free, retired, or movable off the GPU."""
+        with self.pager.lock:
+            return self._planner.room()
+
+    # ---------------------------------------------------------------- limits and live changes
+
+    def limit(self, gpu: int | str) -> None:
+        """Change the GPU budget; pages above it move down in the background at once.
+
+        Up to the frames that the device was opened with (on CUDA: all of its memory).
+        """
+        nbytes = units.parse_bytes(gpu)
+        frames = nbytes // self.page_bytes
+        most = self.device.frames.capacity
+        if not 0 < frames <= most:
+            raise ConfigError(
+                f"limit {nbytes} bytes = {frames} pages of {self.page_bytes}; 1 to {most} can be"
+            )
+        with self.pager.lock:
+            self._planner.limits[Place.GPU] = frames
+        self._mover.wake()
+
+    def apply(self, config: Config) -> tuple[str, ...]:
+        """Take over policies and marks of a changed configuration; which keys changed.
+
+        Raises ConfigError or BadPolicy and leaves everything as it is if a key that changed
+        cannot change while running, or a policy cannot be loaded.
+        """
+        keys = changed(self.config, config)
+        fresh = {
+            place: self._load_policy(place, config)
+            for place in TIERS
+            if f"evict.{place.name.lower()}" in keys
+        }
+        with self.pager.lock:
+            for place, policy in fresh.items():
+                self._planner.rankings[place].swap(policy, self.now())
+            self._planner.marks |= _marks(config)
+        self.config = config
+        self._mover.wake()
+        return keys
+
+    # ---------------------------------------------------------------- looking
+
+    def statistics(self) -> Statistics:
+        """A frozen snapshot."""
+        with self.pager.lock:
+            planner = self._planner
+            tiers = tuple(self._tier_statistics(place) for place in TIERS)
+            counts = dict(planner.counts)
+            pages = planner.table.rows
+        routes = tuple(
+            RouteStatistics(
+                src, dst, c.pages, c.pages * self.page_bytes, c.failed, c.busy_s,
+                self._parts.paths.get((src, dst), ""),
+            )
+            for (src, dst), c in sorted(self._executor.counts().items())
+        )  # fmt: skip
+        fault = self.pager.fault_latency.statistics()
+        return Statistics(self.page_bytes, pages, tiers, routes, counts, fault)
+
+    def check(self) -> None:
+        """Assert every invariant of the page table; for tests and for finding bugs."""
+        with self.pager.lock:
+            self._planner.check()
+        if self._mover.error is not None:
+            raise self._mover.error
+
+    def drain(self, timeout_s: float | None = None) -> bool:
+        """Wait until no page is moving; False on timeout."""
+        return self.pager.drain(timeout_s)
+
+    # ---------------------------------------------------------------- closing
+
+    def close(self) -> None:
+        """End all moves and give everything back; addresses of its regions become invalid.
+
+        Waits for work queued on streams behind the fences of used pages. Twice is fine.
+        """
+        if self._closed:
+            return
+        self._closed = True
+        self._mover.close()
+        for region in self._regions:
+            region.close()
+        self.pager.close()
+        self._parts.close()
+        if self._log is not None:
+            self._log.close()
+
+    def __enter__(self) -> Space:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        where: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    # ---------------------------------------------------------------- for regions
+
+    def collect_vacant(self) -> None:
+        """Hand pages that became vacant back to their regions. Called under the pager's lock."""
+        rows = self._planner.take_reaped()
+        if not len(rows):
+            return
+        region_of = self._planner.table.region[rows]
+        for index in np.unique(region_of).tolist():
+            self._regions[index].take_vacant(rows[region_of == index])
+
+    # ---------------------------------------------------------------- parts
+
+    def _turn(self) -> bool:
+        """One round of the mover; True while the host pool or the slab still grows."""
+        self.pager.settle_ready()
+        growing = self._grow()
+        self.pager.decide(lambda: self._planner.relieve(self.now()))
+        self._obey_limit()
+        return growing
+
+    def _grow(self) -> bool:
+        growing = False
+        for place, tier in self._parts.tiers.items():
+            ready = min(tier.ready, self._configured[place])
+            if ready > self._ready[place]:
+                fresh = np.arange(self._ready[place], ready, dtype=np.int32)
+                with self.pager.lock:
+                    self._planner.grow(place, fresh)
+                self._ready[place] = ready
+            growing |= self._ready[place] < self._configured[place]
+        return growing
+
+    def _obey_limit(self) -> None:
+        with self.pager.lock:
+            freed = self._planner.surrender()
+            short = self._planner.short_of_limit(Place.GPU)
+        if len(freed):
+            self.device.park(freed)
+            self._parked = np.concatenate([self._parked, freed])
+        if short > 0:
+            n = min(short, len(self._parked))
+            fresh, self._parked = self._parked[:n], self._parked[n:]
+            if not n:
+                first = self._ready[Place.GPU]
+                fresh = np.arange(first, first + short, dtype=np.int32)
+                self._ready[Place.GPU] = first + short
+            try:
+                self.device.back(fresh)
+            except TierFull:
+                self._parked = np.concatenate([self._parked, fresh])
+                log.warning("limit not reached: the device has no memory for %d pages", len(fresh))
+                return
+            with self.pager.lock:
+                self._planner.grow(Place.GPU, fresh)
+
+    def _backed(self, place: Place) -> int:
+        if place == Place.GPU:
+            return self._configured[place]
+        tier = self._parts.tiers.get(place)
+        return 0 if tier is None else min(tier.ready, self._configured[place])
+
+    def _tier_statistics(self, place: Place) -> TierStatistics:
+        pool, ranking = self._planner.pools[place], self._planner.rankings[place]
+        return TierStatistics(
+            place=place,
+            configured=self._configured[place],
+            capacity=pool.capacity,
+            used=pool.used,
+            kept=pool.kept,
+            free=pool.free,
+            bytes_used=pool.used * self.page_bytes,
+            policy=ranking.name,
+            fallbacks=ranking.fallbacks,
+            late=ranking.late,
+            failed=place in self._planner.failed_tiers,
+        )
+
+    def _zero(self, frames: Slots) -> Done:
+        return self.device.zero(frames) if len(frames) else Finished()
+
+    def _on_gone(self, gone: Rows, reason: str) -> None:
+        table = self._planner.table
+        rows = table.pages(gone)
+        region_of = table.region[rows]
+        for index in np.unique(region_of).tolist():
+            self._regions[index].tell_gone(rows[region_of == index], reason)
+
+    def now(self) -> int:
+        """Logical time: milliseconds since the space was opened."""
+        return int((time.monotonic() - self._start_s) * 1000)
+
+    def _ranking(self, place: Place, table: PageTable) -> Ranking:
+        policy = self._load_policy(place, self.config)
+        record = self._log.write if self._log else None
+        return Ranking(place, policy, table, record, time.perf_counter)
+
+    def _load_policy(self, place: Place, config: Config) -> Eviction:
+        name = getattr(config.evict, place.name.lower())
+        return load_policy(name, max(1, self._configured[place]))
+
+    def _open_log(self) -> EventLog | None:
+        path = self.config.trace.path
+        if path is None:
+            return None
+        tiers = {
+            place.name.lower(): {
+                "policy": getattr(self.config.evict, place.name.lower()),
+                "capacity": self._configured[place],
+            }
+            for place in TIERS
+        }
+        return EventLog(path, tiers)
+
+    def _refuse_closed(self) -> None:
+        if self._closed:
+            raise Closed("the space is closed; open another one")
+
+
+def _marks(config: Config) -> dict[Place, Marks]:
+    return {
+        place: Marks(section.high, section.low)
+        for place, section in (
+            (Place.GPU, config.gpu),
+            (Place.HOST, config.host),
+            (Place.NVME, config.nvme),
+        )
+    }
