@@ -66,7 +66,6 @@ class Pinned:
         self.capacity = self.ready = count
         self.memory = np.frombuffer(mmap.mmap(-1, count * slot_bytes), np.uint8)
         self.address = int(self.memory.ctypes.data)
-        self._device = device
         device.register(self.address, count * slot_bytes)
 
     def addresses(self, slots: Slots) -> Addresses:
@@ -76,7 +75,7 @@ class Pinned:
         raise NotImplementedError
 
     def close(self) -> None:
-        self._device.unregister(self.address)
+        """The engine unpins all of its memory when it is closed."""
 
 
 class CudaEngine:
@@ -91,6 +90,7 @@ class CudaEngine:
         self.words = Words(self.context, 64)
         self.scratch = Pinned(device, 8)
         self.used = 0
+        self.closed = False
         self.hosts: list[Pinned] = []
         self.fill(None, int(device.frames.addresses(slots(0))[0]), 0, 64)
 
@@ -134,9 +134,13 @@ class CudaEngine:
         return result
 
     def close(self) -> None:
+        if self.closed:
+            return
+        self.closed = True
         self.module.close()
-        for pinned in (self.scratch, *self.hosts):
-            pinned.close()
+        with self.context:
+            for pinned in (self.scratch, *self.hosts):
+                self.context.driver.call("cuMemHostUnregister", pinned.address)
         self.words.close()
         self.context.close()
 

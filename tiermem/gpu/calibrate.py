@@ -35,6 +35,7 @@ _SIZES: Final = tuple(4096 << n for n in range(10))  # 4 KiB to 2 MiB
 _SHARE: Final = 0.7  # of a swapped pair's time on the link that show and hide may take
 _LARGEST_PAGES: Final = 16  # times the device's granularity
 _ROUNDS: Final = 5
+_WORTH: Final = 0.9  # the kernel takes processors from the model: it must win by a tenth
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,14 +210,14 @@ class _Bench:
         return statistics.median(times)
 
     def _crossover(self, *, up: bool) -> int:
-        """The smallest size from which on the copy engines are never slower than the kernel."""
+        """The smallest size from which on the kernel never beats the copy engines by a tenth."""
         below = 0
         for size in _SIZES:
             if size > self.nbytes:
                 break
             engines = self._seconds(lambda s=size: self._copy(s, up=up))  # type: ignore[misc]
             kernel = self._seconds(lambda s=size: self._copy(s, up=up, gather=True))  # type: ignore[misc]
-            if kernel < engines:
+            if kernel < _WORTH * engines:
                 below = 2 * size
         return below
 

@@ -195,6 +195,7 @@ class CudaRoute:
             )
 
     def close(self) -> None:
-        """Refuse new work; what was submitted goes on and ends."""
+        """Refuse new work and wait for what was submitted; a second call does nothing."""
         with self._lane.lock:
             self._closed = True
+        self._lane.close()

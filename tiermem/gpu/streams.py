@@ -100,6 +100,8 @@ class Timeline:
 
     def _poll(self, tick: int = 0) -> None:
         """Count marks whose events have fired; block until `tick` has (no stream writes)."""
+        if not self._events:
+            return
         with self._context:
             while (now := int(self._words.values[self.index])) < self._tick:
                 call = "cuEventQuery" if now >= tick else "cuEventSynchronize"
@@ -130,6 +132,8 @@ class Timeline:
 
     def check(self, tick: int) -> None:
         """Ask the driver whether the mark can still pass; a lost device is kept in `failure`."""
+        if not self._events:
+            return
         code = self._driver.attempt("cuEventQuery", self._holding(tick))
         if code not in (SUCCESS, NOT_READY):
             self.failure = self._driver.error("cuEventQuery", code)
@@ -142,13 +146,13 @@ class Timeline:
         """
         start = time.perf_counter()
         limit = start + timeout_s if timeout_s is not None else float("inf")
-        sleep_s = 0.0
         while not self.passed(tick):
             now = time.perf_counter()
             if now >= limit:
                 return False
             if now - start > spin_s:
-                sleep_s = min(sleep_s + 20e-6, 500e-6)
+                # At most 2 % late.
+                sleep_s = min(max((now - start) * 0.02, 10e-6), 1e-3)
                 time.sleep(min(sleep_s, limit - now))
         return True
 
@@ -159,12 +163,16 @@ class Timeline:
 
     def close(self) -> None:
         """Wait for the last mark (it still writes a word), then free the events."""
-        with self._context:
-            if self._tick:
-                self._driver.attempt("cuEventSynchronize", self._holding(self._tick))
+        with self._lock, self._context:
+            if self._events:
+                code = self._driver.attempt("cuEventSynchronize", self._holding(self._tick))
+                if code != SUCCESS:
+                    self.failure = self._driver.error("cuEventSynchronize", code)
+                elif not self._writes:
+                    self._words.values[self.index] = self._tick
             for event in self._events:
                 self._driver.attempt("cuEventDestroy", event)
-        self._events = []
+            self._events = []
 
 
 class CudaDone:

@@ -23,7 +23,7 @@ _HAS_VMM: Final = 102  # CUdevice_attribute
 _NUMA_NODE: Final = 134
 _HAS_HOST_VMM: Final = 141
 _REGISTER: Final = 1 | 2  # portable, mapped
-_LANES: Final = 16
+_LANES: Final = 512  # one page of words
 
 
 class HostPages:
