@@ -15,7 +15,10 @@ LEVEL = {
     **dict.fromkeys(("config", "errors", "sections", "settings", "units"), 0),
     **dict.fromkeys(("fences", "native", "plan", "table", "tier", "toolchain"), 1),
     **dict.fromkeys(LEAVES, 2),
-    **dict.fromkeys(("executor", "ledger", "pager", "planner", "ranking", "stats", "trace"), 3),
+    **dict.fromkeys(
+        ("books", "descent", "executor", "ledger", "pager", "planner", "ranking", "stats", "trace"),
+        3,
+    ),
     **dict.fromkeys(("assemble", "mover", "region", "space"), 4),
     **dict.fromkeys(("__init__", "__main__", "bench", "cli", "integrations", "testing"), 5),
 }

@@ -7,12 +7,12 @@ executors of several ranks; its outcome counts once all of them have reported (`
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from tiermem.table import Rows
-from tiermem.tier import Fence, Mask, Place, Slots
+from tiermem.tier import PASSED, Fence, Mask, Place, Slots
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +67,26 @@ class Plan:
 
     id: int
     steps: tuple[Step, ...]
+
+
+@dataclass(eq=False, slots=True)
+class Request:
+    """What a fault or an allocation came to.
+
+    taken    the pages are pinned, or will be when their plans settle; else: carry out `plans`,
+             wait for any of `pending` or for `fence`, and ask again
+    plans    to be carried out by the caller, at once
+    pending  ids of open plans to wait for; shrinks as they settle
+    failed   pages whose load failed; they are not pinned
+    """
+
+    rows: Rows
+    taken: bool = False
+    plans: list[Plan] = field(default_factory=list)
+    pending: set[int] = field(default_factory=set)
+    fence: Fence = PASSED
+    failed: list[int] = field(default_factory=list)
+    pins: bool = True
 
 
 @dataclass(frozen=True, slots=True)

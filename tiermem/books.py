@@ -1,0 +1,283 @@
+"""The planner's books: table, slot pools, policies and open plans, and how they change together.
+
+Each method keeps the invariants of `table.py` by itself. Nothing here decides what should move;
+`descent.py` and `planner.py` do.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from tiermem.errors import TierFailed
+from tiermem.plan import Copy, Drop, Hide, Plan, Request, Show, Step
+from tiermem.policies.base import Keys
+from tiermem.ranking import Ranking
+from tiermem.table import STALE, PageTable, Rows, Shown
+from tiermem.tier import Mask, Place, SlotPool, Slots
+
+_NO_ROWS = np.empty(0, np.int32)
+
+
+@dataclass(frozen=True, slots=True)
+class Marks:
+    """Shares of a tier's capacity: above `high`, units leave until `low` is reached."""
+
+    high: float = 0.95
+    low: float = 0.90
+
+
+@dataclass(frozen=True, slots=True)
+class Open:
+    """A plan that is being carried out."""
+
+    plan: Plan
+    gens: tuple[np.ndarray | None, ...]  # of the pages of each Copy, when it began
+
+
+class Books:
+    """The state that all verbs share. Pages of one unit always change together."""
+
+    def __init__(
+        self,
+        table: PageTable,
+        pools: Mapping[Place, SlotPool],
+        rankings: Mapping[Place, Ranking],
+        *,
+        routes: Iterable[tuple[Place, Place]],
+        marks: Mapping[Place, Marks] | None = None,
+        eager: bool = False,
+        batch: int = 512,
+    ) -> None:
+        """pools and rankings for all three tiers (capacity 0 = off).
+
+        routes: which (source, destination) pairs can be copied. batch: pages in flight downward
+        per tier at most, for work that nobody waits for.
+        """
+        self.table = table
+        self.pools = dict(pools)
+        self.rankings = dict(rankings)
+        self.routes = set(routes)
+        self.marks = {p: Marks(1.0, 1.0) for p in pools} | dict(marks or {})
+        self.eager = eager
+        self.batch = batch
+        self.counts: Counter[str] = Counter()
+        self.failed_tiers: set[Place] = set()
+        self.limits: dict[Place, int] = {}
+        self._open: dict[int, Open] = {}
+        self._watch: dict[int, list[Request]] = {}
+        self._doomed = _NO_ROWS
+        self._reaped: list[Rows] = []
+        self._next_plan = 1
+        self._stamp = 1
+        self._failures: Counter[tuple[Place, Place]] = Counter()
+
+    def is_idle(self) -> bool:
+        """True if no plan is open and no page is waiting to become vacant."""
+        return not self._open and not len(self._doomed)
+
+    def grow(self, place: Place, slots: Slots) -> None:
+        """More slots are backed by bytes now."""
+        self.pools[place].add(slots)
+
+    def check(self) -> None:
+        """Assert all invariants; also that no plan is lost and nothing leaks."""
+        self.table.check(self.pools)
+        busy = np.zeros(self.table.rows, np.int64)
+        held = {place: 0 for place in self.pools}
+        for opened in self._open.values():
+            for step in opened.plan.steps:
+                if isinstance(step, Copy):
+                    np.add.at(busy, step.pages, 1)
+                    held[step.dst] += len(step.pages)
+                elif isinstance(step, Hide):
+                    np.add.at(busy, step.pages, 1)
+                    held[Place.GPU] += len(step.frees)
+                elif isinstance(step, Show) and not copies(opened.plan):
+                    np.add.at(busy, step.pages, 1)
+                    held[Place.GPU] += len(step.frames)
+        assert (busy == self.table.busy).all(), "busy differs from the transfers in flight"
+        for place, pool in self.pools.items():
+            slot = self.table.slot(place)
+            owned = int((slot >= 0).sum()) - pool.kept
+            assert pool.used == owned + held[place], (
+                f"{place.name}: {pool.used} used, {owned} owned and {held[place]} in flight"
+            )
+
+    def take_reaped(self) -> Rows:
+        """Pages that became vacant since the last call."""
+        rows = np.concatenate(self._reaped) if self._reaped else _NO_ROWS
+        self._reaped.clear()
+        return rows
+
+    def _begin(self, steps: list[Step]) -> Plan:
+        plan = Plan(self._next_plan, tuple(steps))
+        self._next_plan += 1
+        gens: list[np.ndarray | None] = []
+        for step in steps:
+            if isinstance(step, Copy):
+                self.table.busy[step.pages] += 1
+                gens.append(self.table.gen[step.pages].copy())
+            else:
+                gens.append(None)
+        self._open[plan.id] = Open(plan, tuple(gens))
+        return plan
+
+    def _take_kept(self, place: Place, n: int) -> tuple[Rows, Slots]:
+        """The oldest idle kept slots, now used, and the pages that they were copies of.
+
+        At least n where there are so many: units lose all their slots or none.
+        """
+        table, pool = self.table, self.pools[place]
+        owners = table.pages(table.heads(pool.owner[self._idle_kept(place, n)]))
+        slots = table.slot(place)[owners].copy()
+        pool.reuse(slots)
+        table.slot(place)[owners] = -1
+        return owners, slots
+
+    def _idle_kept(self, place: Place, n: int | None) -> Slots:
+        """Up to n kept slots, oldest first, whose pages are idle and behind no open fence."""
+        pool = self.pools[place]
+        slots = pool.oldest_kept(n)
+        idle = self._is_idle(pool.owner[slots], place)
+        if idle.all() or n is None or n >= pool.kept:
+            return slots[idle]
+        slots = pool.oldest_kept()
+        return slots[self._is_idle(pool.owner[slots], place)][:n]
+
+    def _is_idle(self, owners: Rows, place: Place) -> Mask:
+        if place == Place.GPU:
+            return self.table.fences.is_passed(self.table.fence[owners])
+        return np.asarray((self.table.busy[owners] == 0) & (self.table.to[owners] == 0))
+
+    def _hide(self, rows: Rows, frees: Slots) -> Hide:
+        """These pages stop showing their frame, which is theirs no more."""
+        table = self.table
+        table.slot(Place.GPU)[rows] = -1
+        table.shown[rows] = Shown.HIDING
+        table.busy[rows] += 1
+        return Hide(rows, frees)
+
+    def _hide_unowned(self, rows: Rows, frames: Slots) -> Hide:
+        """Pages that lose their frame; it becomes free once that is done."""
+        self.pools[Place.GPU].owner[frames] = -1
+        return self._hide(rows, frames)
+
+    def _unshow(self, rows: Rows, frames: Slots, unshown: Rows) -> list[Plan]:
+        """Frames that were to be shown at these pages and have no use there now become free."""
+        never = np.isin(rows, unshown)
+        self.pools[Place.GPU].release(frames[never])
+        if never.all():
+            return []
+        return [self._begin([self._hide_unowned(rows[~never], frames[~never])])]
+
+    def _retire(self, rows: Rows) -> list[Plan]:
+        """The frames of pages that left the GPU: kept and still shown, or hidden at once."""
+        if not len(rows):
+            return []
+        table, pool = self.table, self.pools[Place.GPU]
+        frames = table.slot(Place.GPU)[rows]
+        if self.eager:
+            return [self._begin([self._hide_unowned(rows, frames)])]
+        pool.keep(frames)
+        table.shown[rows] = Shown.RETIRED
+        return []
+
+    def _moved(self, rows: Rows, dst: Place, now: int) -> None:
+        """These pages now rest in `dst` (their slot there is set): tell both policies."""
+        table = self.table
+        for src in (Place.GPU, Place.HOST, Place.NVME):
+            self._leave_tier(src, rows[table.at[rows] == src], now)
+        table.at[rows] = dst
+        self._entered(dst, table.heads(rows), now)
+
+    def _entered(self, place: Place, heads: Rows, now: int, keys: Keys | None = None) -> None:
+        if len(heads):
+            self.rankings[place].inserted(heads, keys, now)
+
+    def _leave_tier(self, place: Place, rows: Rows, now: int) -> None:
+        if len(rows):
+            self.rankings[place].removed(self.table.heads(rows), now)
+
+    def _cancel(self, rows: Rows) -> None:
+        table = self.table
+        rows = rows[table.to[rows] != 0]
+        table.to[rows] = 0
+        table.move[rows] = 0
+
+    def _release_slots(self, rows: Rows, place: Place) -> None:
+        if len(rows):
+            slot = self.table.slot(place)
+            self.pools[place].release(slot[rows])
+            slot[rows] = -1
+
+    def _release_stale(self, rows: Rows) -> None:
+        """Old copies of pages that have become idle."""
+        table = self.table
+        rows = rows[((table.flags[rows] & STALE) != 0) & (table.busy[rows] == 0)]
+        if len(rows):
+            table.flags[rows] &= ~STALE
+            for place in (Place.HOST, Place.NVME):
+                self._release_slots(rows[table.slot(place)[rows] >= 0], place)
+
+    def _leaving(self, place: Place) -> int:
+        """Pages on their way out of a tier."""
+        leaving = 0
+        for opened in self._open.values():
+            for step in opened.plan.steps:
+                if isinstance(step, Copy) and step.src == place < step.dst:
+                    leaving += int((self.table.move[step.pages] == opened.plan.id).sum())
+                elif isinstance(step, Drop):
+                    pages = self.table.pages(step.units)
+                    leaving += int((self.table.at[pages] == place).sum())
+        return leaving + int((self.table.at[self._doomed] == place).sum())
+
+    def _mark(self, place: Place, which: Literal["high", "low"]) -> float:
+        pool = self.pools[place]
+        capacity = min(pool.capacity, self.limits.get(place, pool.capacity))
+        return float(getattr(self.marks[place], which) * capacity)
+
+    def _cut(self, rows: Rows, n: int) -> tuple[Rows, Rows]:
+        """(at most n pages, the rest), never cutting through a unit."""
+        unit = self.table.unit
+        while 0 < n < len(rows) and unit[rows[n]] == unit[rows[n - 1]]:
+            n -= 1
+        return rows[:n], rows[n:]
+
+    def _whole_units(self, rows: Rows, bad: Mask | None) -> Mask | None:
+        """A unit failed if any of its pages did."""
+        if bad is None or self.table.max_unit_pages == 1:
+            return bad
+        unit = self.table.unit[rows]
+        return np.isin(unit, unit[bad])
+
+    def _note_failures(self, step: Copy, bad: Mask | None, error: Exception | None) -> None:
+        """Latch a tier that fails to store again and again, or says that it has failed."""
+        route = (step.src, step.dst)
+        if bad is None or not bad.any():
+            self._failures[route] = 0
+            return
+        self.counts["failed_copies"] += int(bad.sum())
+        self._failures[route] += 1
+        if step.dst != Place.GPU and (isinstance(error, TierFailed) or self._failures[route] >= 8):
+            self.failed_tiers.add(step.dst)
+
+
+def copies(plan: Plan) -> bool:
+    return any(isinstance(step, Copy) for step in plan.steps)
+
+
+def pages_of(step: Step) -> Rows:
+    match step:
+        case Copy() | Show() | Hide():
+            return step.pages
+        case _:
+            return _NO_ROWS
+
+
+def either(a: Mask | None, b: Mask) -> Mask | None:
+    return b if a is None and b.any() else a if a is None else a | b

@@ -1,0 +1,297 @@
+"""The way down: pages leave the GPU and the host, are dropped, freed and reaped.
+
+A page leaves for the nearest tier that has room; clean pages with a spare step down at no cost;
+from the last tier a unit leaves through `Drop`, so that its owner hears of it first.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from tiermem.books import Books
+from tiermem.plan import Copy, Drop, Hide, Plan
+from tiermem.table import DIRTY, DOOMED, STALE, Rows, Shown
+from tiermem.tier import PASSED, Mask, Place, Slots
+
+_NO_SLOTS = np.empty(0, np.int32)
+
+
+class Descent(Books):
+    """Verbs that make room below and take pages there."""
+
+    def short_of_limit(self, place: Place) -> int:
+        """Slots that the limit allows beyond those that are there."""
+        capacity = self.pools[place].capacity
+        return self.limits.get(place, capacity) - capacity
+
+    def surrender(self) -> Slots:
+        """Free GPU frames above the limit leave the pool, for their memory to be given back."""
+        pool = self.pools[Place.GPU]
+        return pool.remove(pool.capacity - self.limits.get(Place.GPU, pool.capacity))
+
+    def _give_back(self) -> list[Plan]:
+        """Hide retired frames above the GPU's limit, so that they can be given back."""
+        pool = self.pools[Place.GPU]
+        excess = pool.capacity - self.limits.get(Place.GPU, pool.capacity) - pool.free
+        if excess <= 0:
+            return []
+        rows, frames = self._take_kept(Place.GPU, excess)
+        return [self._begin([self._hide_unowned(rows, frames)])] if len(rows) else []
+
+    def _push_down(self, place: Place, n: int, now: int) -> list[Plan]:
+        """Start n pages of a tier on their way down, as its policy ranks them."""
+        plans: list[Plan] = []
+        while n > 0:
+            victims = self.rankings[place].victims(-(-n // self.table.max_unit_pages), now)
+            if not len(victims):
+                break
+            rows = self.table.pages(victims)
+            moved = self._leave(place, rows, now)
+            plans += moved
+            n -= len(rows)
+            if not moved and self.table.movable(victims, place).any():
+                break
+        return plans
+
+    def _leave(self, place: Place, rows: Rows, now: int) -> list[Plan]:
+        match place:
+            case Place.GPU:
+                return self._leave_gpu(rows, now, may_drop=True)
+            case Place.HOST:
+                return self._leave_host(rows, now)
+            case _:
+                return self._drop(rows, now, "evicted")
+
+    def _leave_gpu(self, rows: Rows, now: int, may_drop: bool) -> list[Plan]:
+        """To the host if it has room; straight to NVMe if not; dropped if nothing is below.
+
+        A page that has a host spare steps down at once. Pages left over stay until the host has
+        room, which is made here.
+        """
+        table = self.table
+        clean = (table.flags[rows] & DIRTY) == 0
+        spare = clean & (table.slot(Place.HOST)[rows] >= 0)
+        plans = self._step_down(rows[spare], Place.GPU, Place.HOST, now)
+        more, rest = self._start(rows[~spare], Place.GPU, Place.HOST, now)
+        plans += more
+        if not len(rest):
+            return plans
+        clean = (table.flags[rest] & DIRTY) == 0
+        spare = clean & (table.slot(Place.NVME)[rest] >= 0)
+        plans += self._step_down(rest[spare], Place.GPU, Place.NVME, now)
+        more, rest = self._start(rest[~spare], Place.GPU, Place.NVME, now)
+        plans += more
+        if not len(rest):
+            return plans
+        if self._usable(Place.HOST):
+            short = len(rest) - self._leaving(Place.HOST)
+            return plans + (self._push_down(Place.HOST, short, now) if short > 0 else [])
+        if may_drop and not self._usable(Place.NVME, Place.GPU):
+            plans += self._drop(rest, now, "evicted")
+        return plans
+
+    def _leave_host(self, rows: Rows, now: int) -> list[Plan]:
+        table = self.table
+        spare = table.slot(Place.NVME)[rows] >= 0
+        plans = self._step_down(rows[spare], Place.HOST, Place.NVME, now)
+        more, rest = self._start(rows[~spare], Place.HOST, Place.NVME, now)
+        plans += more
+        if len(rest) and not self._usable(Place.NVME, Place.HOST):
+            plans += self._drop(rest, now, "evicted")
+        return plans
+
+    def _usable(self, dst: Place, src: Place = Place.GPU) -> bool:
+        """Whether pages can be stored in a tier at all, room or not."""
+        return (
+            self.pools[dst].capacity > 0
+            and dst not in self.failed_tiers
+            and (src, dst) in self.routes
+        )
+
+    def _start(self, rows: Rows, src: Place, dst: Place, now: int) -> tuple[list[Plan], Rows]:
+        """Begin to copy as many of these pages down as `dst` has slots for; (plans, the rest)."""
+        if not len(rows) or not self._usable(dst, src):
+            return [], rows
+        plans, slots = self._lower_slots(dst, len(rows), now)
+        rows, rest = self._cut(rows, len(slots))
+        pool = self.pools[dst]
+        pool.release(slots[len(rows) :])
+        slots = slots[: len(rows)]
+        if not len(rows):
+            return plans, rest
+        table = self.table
+        pool.owner[slots] = rows
+        pool.tenant[slots] = table.tenant[rows]
+        after = table.fences.point(table.fence[rows]) if src == Place.GPU else PASSED
+        copy = Copy(src, dst, rows, table.slot(src)[rows].copy(), slots, after)
+        plan = self._begin([copy])
+        table.to[rows] = dst
+        table.move[rows] = plan.id
+        return [*plans, plan], rest
+
+    def _lower_slots(self, place: Place, n: int, now: int) -> tuple[list[Plan], Slots]:
+        """Up to n slots of a lower tier, and plans that make more room there for later.
+
+        The host gives spares away first; NVMe keeps them longest, because they save writes.
+        """
+        pool = self.pools[place]
+        slots = pool.take_free(min(n, pool.free))
+        short = n - len(slots)
+        if not short:
+            return [], slots
+        plans: list[Plan] = []
+        if place == Place.NVME:
+            coming = self._leaving(place)
+            plans = self._push_down(place, short - coming, now)
+            if plans or coming:
+                return plans, slots
+        _, kept = self._take_kept(place, short)
+        pool.release(kept[short:])
+        return plans, np.concatenate([slots, kept[:short]])
+
+    def _step_down(self, rows: Rows, src: Place, dst: Place, now: int) -> list[Plan]:
+        """Clean pages with a spare in `dst` rest there from now on, without a transfer."""
+        if self.eager and src == Place.GPU:
+            rows = rows[self.table.fences.is_passed(self.table.fence[rows])]
+        if not len(rows):
+            return []
+        self.pools[dst].reuse(self.table.slot(dst)[rows])
+        self._moved(rows, dst, now)
+        self.counts["stepped_down"] += len(rows)
+        if src == Place.GPU:
+            return self._retire(rows)
+        self._release_slots(rows, src)
+        return []
+
+    def _land_down(
+        self, step: Copy, plan_id: int, gens: np.ndarray | None, bad: Mask | None, now: int
+    ) -> list[Plan]:
+        """A copy downward, or a stage from NVMe to the host, ended."""
+        table, rows, dst = self.table, step.pages, step.dst
+        slot = table.slot(dst)
+        table.busy[rows] -= 1
+        live = table.move[rows] == plan_id
+        whole = np.ones(len(rows), np.bool_) if bad is None else ~bad
+        table.to[rows[live]] = 0
+        table.move[rows[live]] = 0
+        commit = live & whole
+        landed = rows[commit]
+        slot[landed] = step.dst_slots[commit]
+        table.flags[landed] &= ~DIRTY
+        self._moved(landed, dst, now)
+        # A cancelled copy is a spare only if nobody wrote since it began (invariant 6).
+        late = ~live & whole & (table.gen[rows] == gens) & (slot[rows] < 0)
+        late &= (table.flags[rows] & (DOOMED | STALE)) == 0
+        late &= (table.at[rows] != Place.NONE) & (table.at[rows] < dst)
+        spares = rows[late]
+        slot[spares] = step.dst_slots[late]
+        table.flags[spares] &= ~DIRTY
+        pool = self.pools[dst]
+        pool.keep(step.dst_slots[late])
+        pool.release(step.dst_slots[~(commit | late)])
+        self._release_stale(rows)
+        self.counts[f"{step.src.name}_{dst.name}".lower()] += len(landed)
+        self.counts["late_spares"] += len(spares)
+        if step.src == Place.GPU:
+            return self._retire(landed)
+        if dst == Place.NVME:
+            self._release_slots(landed, Place.HOST)
+        else:
+            self.pools[Place.NVME].keep(table.slot(Place.NVME)[landed])
+            return self._read_failed(rows[live & ~whole], Place.NVME, now)
+        return []
+
+    def _stage(self, rows: Rows, now: int) -> list[Plan]:
+        """NVMe to host, into free slots only."""
+        pool = self.pools[Place.HOST]
+        if not self._usable(Place.HOST, Place.NVME):
+            return []
+        room = min(pool.free, int(self._mark(Place.HOST, "high")) - pool.used)
+        rows, _ = self._cut(rows, max(room, 0))
+        return self._start(rows, Place.NVME, Place.HOST, now)[0]
+
+    def _read_failed(self, rows: Rows, src: Place, now: int) -> list[Plan]:
+        """Pages that could not be read: fall back to the spare; with none, a disk page is LOST."""
+        table = self.table
+        if not len(rows):
+            return []
+        self.counts["failed_reads"] += len(rows)
+        if src == Place.HOST:
+            spare = rows[(table.slot(Place.NVME)[rows] >= 0) & (table.busy[rows] == 0)]
+            return self._step_down(spare, Place.HOST, Place.NVME, now)
+        self._leave_tier(Place.NVME, rows, now)
+        self._release_slots(rows, Place.NVME)
+        table.at[rows] = Place.LOST
+        self.counts["lost"] += len(rows)
+        return [self._begin([Drop(table.heads(rows), "lost")])]
+
+    def _drop(self, rows: Rows, now: int, reason: str) -> list[Plan]:
+        """Units leave the last tier: the owner hears of it before any slot is reused."""
+        if not len(rows):
+            return []
+        self.counts["dropped"] += len(rows)
+        plan = self._begin([Drop(self.table.heads(rows), reason)])
+        self._mark_doomed(rows, now)
+        return [plan]
+
+    def _settle_drop(self, step: Drop) -> None:
+        if step.reason != "lost":
+            self._doom_rows(self.table.pages(step.units))
+
+    def _doom(self, rows: Rows, now: int) -> None:
+        self._mark_doomed(rows, now)
+        self._doom_rows(rows)
+
+    def _mark_doomed(self, rows: Rows, now: int) -> None:
+        table = self.table
+        arriving = (table.at[rows] == Place.LOST) & (table.to[rows] == Place.GPU)
+        self._leave_tier(Place.GPU, rows[arriving | (table.at[rows] == Place.GPU)], now)
+        for place in (Place.HOST, Place.NVME):
+            self._leave_tier(place, rows[table.at[rows] == place], now)
+        self._cancel(rows)
+        table.flags[rows] |= DOOMED
+
+    def _doom_rows(self, rows: Rows) -> None:
+        self.table.flags[rows] |= DOOMED
+        self._doomed = np.concatenate([self._doomed, rows])
+
+    def _reap(self) -> list[Plan]:
+        """Doomed pages that are idle and behind whose fence all work has passed become NONE."""
+        if not len(self._doomed):
+            return []
+        table = self.table
+        idle = (table.busy[self._doomed] == 0) & table.fences.is_passed(table.fence[self._doomed])
+        if not idle.any():
+            return []
+        rows = self._doomed[idle]
+        self._doomed = self._doomed[~idle]
+        plans: list[Plan] = []
+        shown = rows[table.shown[rows] == Shown.FRAME]
+        if self.eager and len(shown):
+            table.at[shown] = Place.LOST
+            table.flags[shown] = DOOMED
+            hide = self._hide_unowned(shown, table.slot(Place.GPU)[shown])
+            plans.append(self._begin([hide]))
+            self._doomed = np.concatenate([self._doomed, shown])
+            rows = rows[table.shown[rows] != Shown.HIDING]
+        for place in (Place.HOST, Place.NVME):
+            self._release_slots(rows[table.slot(place)[rows] >= 0], place)
+        shown = rows[table.shown[rows] == Shown.FRAME]
+        self.pools[Place.GPU].keep(table.slot(Place.GPU)[shown])
+        table.shown[shown] = Shown.RETIRED
+        table.at[rows] = Place.NONE
+        table.flags[rows] = 0
+        table.fence[rows] = 0
+        table.parent[rows] = -1
+        self._reaped.append(rows)
+        return plans
+
+    def _settle_hide(self, step: Hide, bad: Mask | None) -> None:
+        table = self.table
+        table.busy[step.pages] -= 1
+        table.shown[step.pages] = Shown.NOTHING
+        self._release_stale(step.pages)
+        if len(step.frees):
+            self.pools[Place.GPU].release(step.frees)
+        if bad is not None and bad.any():
+            self.failed_tiers.add(Place.GPU)
