@@ -347,3 +347,22 @@ def test_an_entry_without_a_stored_page_says_that_the_page_is_lost(where: Path) 
     with open_slab(where) as slab, DiskThreads(slab) as threads:
         moved = move(threads.routes(memory)[1], slots(3), slots(0))
         assert isinstance(moved.error, PageLost)
+
+
+@pytest.mark.parametrize("offset", [0, 32 << 10])
+def test_one_damaged_superblock_is_survived_and_taken_as_not_closed_in_order(
+    where: Path, offset: int
+) -> None:
+    memory = ArrayMemory(SLOT, 1)
+    with open_slab(where) as slab:
+        put(slab, memory, slots(3), keys_of(1))
+    for _ in range(3):
+        with open(where / "rank0.slab", "r+b") as file:
+            file.seek(offset + 100)
+            file.write(b"?" * 64)
+        with open_slab(where) as slab:
+            found = slab.recovered()
+            assert found.slots.tolist() == [3]
+            assert not found.clean
+    with open_slab(where) as slab:
+        assert slab.recovered().clean

@@ -8,8 +8,6 @@ hashes what arrived: an entry whose bytes are not those that were stored is fail
 
 from __future__ import annotations
 
-import logging
-import mmap
 import threading
 import time
 from collections import deque
@@ -17,19 +15,17 @@ from concurrent.futures import CancelledError
 from dataclasses import dataclass, field
 
 import numpy as np
-import xxhash
 
-from tiermem.errors import Closed, PageLost, TierFailed
-from tiermem.nvme.files import Buffer, memory_at, read_whole, write_whole
-from tiermem.nvme.slab import GRAIN, Slab, Words
-from tiermem.tier import Addresses, Fence, Mask, Memory, Place, Slots, Streams
-
-log = logging.getLogger(__name__)
+from tiermem.errors import Closed, PageLost
+from tiermem.nvme.mover import Batch, Mover
+from tiermem.nvme.slab import Slab
+from tiermem.tier import Fence, Mask, Memory, Place, Slots, Streams
 
 THREADS = 8
 QUEUE_SLOTS = 4096
-CLAIM_BYTES = 512 << 10
-"""Small slots are claimed in groups of this size: a claim costs some 5 us of interpreter."""
+CLAIM_BYTES = 4 << 20
+"""Most that a thread takes at once. Coming back into the interpreter after it costs 5 ms beside a
+busy Python thread, whatever its size; a load that arrives meanwhile waits for it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,20 +88,17 @@ class Transfer:
 
 @dataclass(slots=True, eq=False)
 class _Job:
-    """One submission: entry i moves between addresses[i] and slot slots[i] of the slab."""
+    """One submission: what it moves, for whom, and how far the threads have come with it."""
 
     route: PosixRoute
-    slots: Slots
-    addresses: Addresses
-    sequences: Words
-    checksums: Words
+    batch: Batch
     after: Fence
     done: Transfer
     claimed: int = 0
 
     @property
     def unclaimed(self) -> int:
-        return len(self.slots) - self.claimed
+        return len(self.batch.slots) - self.claimed
 
 
 @dataclass(slots=True)
@@ -130,10 +123,12 @@ class DiskThreads:
         threads: int = THREADS,
         store_threads: int | None = None,
         queue_slots: int = QUEUE_SLOTS,
+        native: bool | None = None,
     ) -> None:
         """threads: reads and writes in flight at most. store_threads: writes among them, by
         default all but one; while loads wait or run, one. queue_slots: entries that may wait in
-        each direction before `submit` blocks.
+        each direction before `submit` blocks. native: move groups without the interpreter
+        lock; None: where that works.
         """
         self.slab = slab
         self._store_threads = min(threads, max(1, store_threads or threads - 1))
@@ -145,6 +140,8 @@ class DiskThreads:
         self._loads, self._stores = _Lane(), _Lane()
         self._torn = self._cancelled = 0
         self._closed = False
+        self._count = threads
+        self._native = native
         self._threads = [
             threading.Thread(target=self._run, name=f"tiermem-disk-{i}", daemon=True)
             for i in range(threads)
@@ -164,7 +161,7 @@ class DiskThreads:
 
     def submit(self, job: _Job, storing: bool) -> None:
         """Queue a job; blocks while its queue is full. Raises Closed."""
-        n = len(job.slots)
+        n = len(job.batch.slots)
         lane = self._stores if storing else self._loads
         with self._lock:
             self._room.wait_for(
@@ -224,12 +221,21 @@ class DiskThreads:
 
     def _run(self) -> None:
         """A thread's life: claim some entries of a job, move them, settle them."""
-        mover = _Mover(self.slab)
+        mover = Mover(self.slab, native=self._native)
         while (claim := self._next()) is not None:
             lane, job, entries = claim
             began = time.perf_counter()
-            errors = mover.move(job, entries, storing=lane is self._stores)
+            errors = self._move(mover, job, entries, storing=lane is self._stores)
             self._settle(lane, job, entries, errors, time.perf_counter() - began)
+
+    def _move(self, mover: Mover, job: _Job, entries: slice, storing: bool) -> dict[int, Exception]:
+        """Entry to error, for those that failed."""
+        try:
+            job.route.wait_for(job.after)
+        except Exception as error:  # every transfer ends, whatever ended it
+            return dict.fromkeys(range(entries.start, entries.stop), error)
+        one = mover.store if storing else mover.load
+        return one(job.batch, entries)
 
     def _next(self) -> tuple[_Lane, _Job, slice] | None:
         with self._lock:
@@ -238,21 +244,19 @@ class DiskThreads:
                     return claim
                 # One thread goes on storing while loads run, or full tiers would never drain.
                 limit = 1 if self._loads.running else self._store_threads
-                if self._stores.running < limit:
-                    claim = self._claim_from(self._stores)
-                    if claim is not None:
-                        return claim
+                wait_s: float | None = None
+                if self._stores.jobs and self._stores.running < limit:
+                    wait_s = self.slab.budget.take(self._size(self._stores) * self.slab.slot_bytes)
+                    if not wait_s:
+                        return self._claim_from(self._stores)
                 if self._closed:
                     return None
-                self._work.wait()
+                self._work.wait(wait_s)
 
     def _claim_from(self, lane: _Lane) -> tuple[_Lane, _Job, slice] | None:
         if not lane.jobs:
             return None
-        job = lane.jobs[0]
-        # A thread takes its share at most, so that the last entries end together.
-        share = -(-job.unclaimed // len(self._threads))
-        n = min(self._claim, share)
+        job, n = lane.jobs[0], self._size(lane)
         entries = slice(job.claimed, job.claimed + n)
         job.claimed += n
         lane.waiting -= n
@@ -260,6 +264,10 @@ class DiskThreads:
         if not job.unclaimed:
             lane.jobs.popleft()
         return lane, job, entries
+
+    def _size(self, lane: _Lane) -> int:
+        """Entries to claim: a share at most, so that the last ones of a job end together."""
+        return min(self._claim, -(-lane.jobs[0].unclaimed // self._count))
 
     def _settle(
         self, lane: _Lane, job: _Job, entries: slice, errors: dict[int, Exception], took_s: float
@@ -278,7 +286,7 @@ class DiskThreads:
 
     def _drop(self, lane: _Lane, job: _Job, error: Exception) -> int:
         """Fail the unclaimed entries of a job that is no longer queued."""
-        entries = slice(job.claimed, len(job.slots))
+        entries = slice(job.claimed, len(job.batch.slots))
         n = entries.stop - entries.start
         lane.waiting -= n
         self._cancelled += n
@@ -295,67 +303,6 @@ class DiskThreads:
         """Block until nothing of this route is queued or running."""
         with self._lock:
             self._room.wait_for(lambda: not route.outstanding)
-
-
-class _Mover:
-    """What one thread needs to move slots: the slab and a buffer for memory O_DIRECT refuses."""
-
-    def __init__(self, slab: Slab) -> None:
-        self._slab = slab
-        self._scratch: mmap.mmap | None = None
-
-    def move(self, job: _Job, entries: slice, storing: bool) -> dict[int, Exception]:
-        """Move these entries; entry to error for those that failed."""
-        errors: dict[int, Exception] = {}
-        try:
-            job.route.wait_for(job.after)
-        except Exception as error:
-            return dict.fromkeys(range(entries.start, entries.stop), error)
-        one = self._store if storing else self._load
-        for i in range(entries.start, entries.stop):
-            try:
-                one(job, i)
-            except Exception as error:  # every transfer ends, whatever ended it
-                errors[i] = error
-                if storing and isinstance(error, OSError):
-                    self._slab.fail(error)
-        if storing:
-            good = [i for i in range(entries.start, entries.stop) if i not in errors]
-            self._slab.end_store(job.slots[good], job.sequences[good], job.checksums[good])
-        return errors
-
-    def _store(self, job: _Job, i: int) -> None:
-        slab, slot = self._slab, int(job.slots[i])
-        if slab.failure is not None:
-            raise TierFailed(f"nvme: slot {slot} not stored after: {slab.failure}")
-        address = int(job.addresses[i])
-        source = memory_at(address, slab.slot_bytes)
-        if slab.direct and address % GRAIN:
-            bounce = self._bounce()
-            bounce[:] = source
-            source = bounce
-        job.checksums[i] = xxhash.xxh3_64_intdigest(source)
-        write_whole(slab.io, slab.fd, source, slab.offset(slot))
-
-    def _load(self, job: _Job, i: int) -> None:
-        slab, slot = self._slab, int(job.slots[i])
-        if not job.sequences[i]:
-            raise PageLost(f"nvme: slot {slot} holds nothing; compute the page again")
-        address = int(job.addresses[i])
-        target = memory_at(address, slab.slot_bytes)
-        landing = self._bounce() if slab.direct and address % GRAIN else target
-        read_whole(slab.io, slab.fd, landing, slab.offset(slot))
-        if xxhash.xxh3_64_intdigest(landing) != int(job.checksums[i]):
-            raise PageLost(
-                f"nvme: slot {slot} holds other bytes than were stored; compute the page again"
-            )
-        if landing is not target:
-            target[:] = landing
-
-    def _bounce(self) -> Buffer:
-        if self._scratch is None:
-            self._scratch = mmap.mmap(-1, self._slab.slot_bytes)
-        return memoryview(self._scratch)
 
 
 class PosixRoute:
@@ -403,7 +350,8 @@ class PosixRoute:
             sequences, checksums = slab.expected(disk_slots)
         done = Transfer(n, self._threads)
         addresses = self._memory.addresses(memory_slots)
-        job = _Job(self, disk_slots.copy(), addresses, sequences, checksums, after, done)
+        batch = Batch(disk_slots.copy(), addresses, sequences, checksums)
+        job = _Job(self, batch, after, done)
         self._threads.begin(self, n)
         try:
             self._threads.submit(job, storing)

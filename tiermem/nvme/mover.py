@@ -1,0 +1,181 @@
+"""How one thread moves slots between memory and the slab, and checks them.
+
+Two ways that must agree: a native program of [read, hash] or [hash, write] calls for a whole group,
+which leaves the interpreter once; and plain calls, one slot at a time, which also serve whatever
+the program could not finish (a short read, an error) and say what went wrong with it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib.util
+import logging
+import mmap
+from dataclasses import dataclass
+
+import numpy as np
+import xxhash
+
+from tiermem.errors import DriverError, PageLost, TierFailed
+from tiermem.native import Calls, Kind, Program, function, group, interleave, pointer
+from tiermem.nvme.files import Buffer, PosixIo, memory_at, read_whole, write_whole
+from tiermem.nvme.slab import GRAIN, Slab, Words
+from tiermem.nvme.superblock import HEADER_BYTES
+from tiermem.tier import Addresses, Mask, Slots
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True, eq=False)
+class Batch:
+    """Entry i moves between addresses[i] and slot slots[i] of the slab.
+
+    sequences, checksums: what a load must find; what a store leaves (checksums are filled in).
+    """
+
+    slots: Slots
+    addresses: Addresses
+    sequences: Words
+    checksums: Words
+
+
+@dataclass(frozen=True, slots=True)
+class NativeCalls:
+    """Addresses of the three functions that a program is made of."""
+
+    pread: int
+    pwrite: int
+    hash64: int
+
+
+@functools.cache
+def native_calls() -> NativeCalls | None:
+    """None where there is no compiler for programs, or xxhash does not show its C functions."""
+    sample = bytes(range(256)) * 16
+    try:
+        spec = importlib.util.find_spec("xxhash._xxhash")
+        library = ctypes.CDLL("" if spec is None else spec.origin)
+        # The dispatching one picks AVX: 22 us a 2 MiB page against 58 (2-core, 2026-11).
+        found = getattr(library, "XXH3_64bits_dispatch", None) or library.XXH3_64bits
+        found.restype, found.argtypes = ctypes.c_uint64, [ctypes.c_char_p, ctypes.c_size_t]
+        if found(sample, len(sample)) != xxhash.xxh3_64_intdigest(sample):
+            return None
+        calls = NativeCalls(function("pread64"), function("pwrite64"), pointer(found))
+        Program(group(function("getpid"), Kind.PLAIN)).run_holding()
+    except (AttributeError, OSError, DriverError) as error:
+        log.info("nvme moves slots one by one reason=%s", error)
+        return None
+    return calls
+
+
+class Mover:
+    """What one thread needs: the slab, and a buffer for memory that O_DIRECT refuses."""
+
+    def __init__(self, slab: Slab, *, native: bool | None = None) -> None:
+        """native: None: where it works and the slab makes its calls itself."""
+        self._slab = slab
+        self._scratch: mmap.mmap | None = None
+        # An `io` that somebody put in wants to see every call.
+        wanted = type(slab.io) is PosixIo if native is None else native
+        self._native = native_calls() if wanted else None
+
+    def load(self, batch: Batch, entries: slice) -> dict[int, Exception]:
+        """Read these entries and compare what arrived: entry to error, for those that failed."""
+        done = self._load_group(batch, entries)
+        errors: dict[int, Exception] = {}
+        for i in np.flatnonzero(~done) + entries.start:
+            try:
+                self._load_one(batch, int(i))
+            except Exception as error:  # every transfer ends, whatever ended it
+                errors[int(i)] = error
+        return errors
+
+    def store(self, batch: Batch, entries: slice) -> dict[int, Exception]:
+        """Hash and write these entries and record them: entry to error, for those that failed."""
+        done = self._store_group(batch, entries)
+        errors: dict[int, Exception] = {}
+        for i in np.flatnonzero(~done) + entries.start:
+            try:
+                self._store_one(batch, int(i))
+            except Exception as error:  # every transfer ends, whatever ended it
+                errors[int(i)] = error
+                if isinstance(error, OSError):
+                    self._slab.fail(error)
+        good = np.setdiff1d(np.arange(entries.start, entries.stop), list(errors))
+        self._slab.end_store(batch.slots[good], batch.sequences[good], batch.checksums[good])
+        return errors
+
+    # -- a group as one program ------------------------------------------------------------
+
+    def _load_group(self, batch: Batch, entries: slice) -> Mask:
+        n, native = entries.stop - entries.start, self._native
+        addresses = batch.addresses[entries]
+        if native is None or not self._fits(addresses) or not batch.sequences[entries].all():
+            return np.zeros(n, np.bool_)
+        reads = group(native.pread, Kind.POINTER, *self._io_arguments(batch, entries))
+        hashes = group(native.hash64, Kind.PLAIN, addresses, self._slab.slot_bytes)
+        calls = self._run(reads, hashes)
+        whole = calls["result"][0::2] == self._slab.slot_bytes
+        good: Mask = whole & (calls["result"][1::2].view(np.uint64) == batch.checksums[entries])
+        return good
+
+    def _store_group(self, batch: Batch, entries: slice) -> Mask:
+        n, native = entries.stop - entries.start, self._native
+        addresses = batch.addresses[entries]
+        if native is None or not self._fits(addresses) or self._slab.failure is not None:
+            return np.zeros(n, np.bool_)
+        hashes = group(native.hash64, Kind.PLAIN, addresses, self._slab.slot_bytes)
+        writes = group(native.pwrite, Kind.POINTER, *self._io_arguments(batch, entries))
+        calls = self._run(hashes, writes)
+        batch.checksums[entries] = calls["result"][0::2].view(np.uint64)
+        whole: Mask = calls["result"][1::2] == self._slab.slot_bytes
+        return whole
+
+    def _io_arguments(self, batch: Batch, entries: slice) -> tuple[int, Addresses, int, Words]:
+        slot_bytes = self._slab.slot_bytes
+        offsets = batch.slots[entries].astype(np.uint64) * np.uint64(slot_bytes)
+        offsets += np.uint64(HEADER_BYTES)
+        return self._slab.fd, batch.addresses[entries], slot_bytes, offsets
+
+    def _run(self, first: Calls, second: Calls) -> Calls:
+        """Run call pairs without the interpreter lock; a pair that did not run has results 0."""
+        program = Program(interleave(first, second))
+        program.run()
+        return program.calls
+
+    def _fits(self, addresses: Addresses) -> bool:
+        return not (self._slab.direct and (addresses % np.uint64(GRAIN)).any())
+
+    # -- one slot --------------------------------------------------------------------------
+
+    def _store_one(self, batch: Batch, i: int) -> None:
+        slab, slot, address = self._slab, int(batch.slots[i]), int(batch.addresses[i])
+        if slab.failure is not None:
+            raise TierFailed(f"nvme: slot {slot} not stored after: {slab.failure}")
+        source = memory_at(address, slab.slot_bytes)
+        if slab.direct and address % GRAIN:
+            bounce = self._bounce()
+            bounce[:] = source
+            source = bounce
+        batch.checksums[i] = xxhash.xxh3_64_intdigest(source)
+        write_whole(slab.io, slab.fd, source, slab.offset(slot))
+
+    def _load_one(self, batch: Batch, i: int) -> None:
+        slab, slot, address = self._slab, int(batch.slots[i]), int(batch.addresses[i])
+        if not batch.sequences[i]:
+            raise PageLost(f"nvme: slot {slot} holds nothing; compute the page again")
+        target = memory_at(address, slab.slot_bytes)
+        landing = self._bounce() if slab.direct and address % GRAIN else target
+        read_whole(slab.io, slab.fd, landing, slab.offset(slot))
+        if xxhash.xxh3_64_intdigest(landing) != int(batch.checksums[i]):
+            raise PageLost(
+                f"nvme: slot {slot} holds other bytes than were stored; compute the page again"
+            )
+        if landing is not target:
+            target[:] = landing
+
+    def _bounce(self) -> Buffer:
+        if self._scratch is None:
+            self._scratch = mmap.mmap(-1, self._slab.slot_bytes)
+        return memoryview(self._scratch)
