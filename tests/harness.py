@@ -179,6 +179,9 @@ class Harness:
         self.observe()
         request = self.planner.fault(self.rows(units), access, self.now)
         self.carry(request.plans)
+        if access == "fresh" and request.taken:
+            for row in request.rows.tolist():  # the old bytes are given up from now on
+                self.model.pop(row, None)
         return request
 
     def advance_for(self, request: Request) -> None:
