@@ -166,9 +166,10 @@ def test_eight_gpus_reach_each_other_by_nvlink_and_their_own_drive_through_one_s
 ) -> None:
     topology = look(machines.eight_gpus, tmp_path)
     assert len(topology.peers) == 28
-    assert {(p.relation, p.path.usable_gbps, p.p2p) for p in topology.peers} == {
+    assert {(p.relation, p.path.hops[0].theoretical_gbps, p.p2p) for p in topology.peers} == {
         ("NVLink", 450.0, "ok")
     }
+    assert topology.peers[0].path.usable_gbps == pytest.approx(396.6, abs=0.2)
     assert {p.pcie for p in topology.peers} == {"NODE", "SYS"}
     found = relations(topology)
     for gpu in range(8):
@@ -247,6 +248,14 @@ def test_json_to_standard_output_is_json_and_nothing_else(tmp_path: Path) -> Non
 def test_an_empty_tree_and_this_machine_are_surveyed_without_an_error(tmp_path: Path) -> None:
     assert survey(tmp_path).places == ()
     assert survey().nodes is not None
+
+
+def test_the_memory_of_an_only_node_is_the_machines(tmp_path: Path) -> None:
+    root = machines.laptop(tmp_path / "one")
+    assert survey(root).nodes[0].memory_bytes == 256 << 30
+    (root / "proc").mkdir()
+    (root / "proc/meminfo").write_text("MemTotal:       33554432 kB\nMemFree: 1 kB\n")
+    assert survey(root).nodes[0].memory_bytes == 32 << 30
 
 
 def test_without_a_driver_gpus_are_shown_by_address(tmp_path: Path) -> None:

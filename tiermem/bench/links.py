@@ -19,6 +19,9 @@ USABLE = 0.878
 Gen5 x16, H200, 2026-11. Headers and flow control cost other links about as much: an estimate
 there, to be replaced by a measurement (`tiermem topo --measured`)."""
 
+NVLINK_USABLE = 0.881
+"""The same of NVLink: 396.6 of 450 GB/s, median of 7 copies of 4 GiB between two H200, 2026-11."""
+
 WIDTHS = frozenset({1, 2, 4, 8, 12, 16, 32})
 
 

@@ -52,8 +52,13 @@ class Nvml(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     pairs: tuple[Pair, ...] = ()
 
 
-NVLINK_GBPS = {1: 20.0, 2: 25.0, 3: 25.0, 4: 25.0, 5: 50.0}
-"""GB/s one way per link by NVLink version (NVIDIA's data sheets: 18 links of version 4 = 450)."""
+P2P_READ, SWITCH = 0, 2
+"""Of nvml.h: the index of reads between peers, the device type of an NVSwitch. nvidia-ml-py 13.615
+makes a tuple of the first by a stray comma."""
+
+NVLINK_GBPS = {1: 20.0, 2: 25.0, 3: 25.0, 4: 25.0, 5: 25.0, 6: 25.0, 7: 50.0}
+"""GB/s one way of one link, by nvmlNvlinkVersion_t: 1.0, 2.0, 2.2, 3.0, 3.1, 4.0, 5.0 (NVIDIA's
+data sheets: 18 links of version 4.0 make 450). The driver's own speed field reads 0 on an H200."""
 
 P2P_STATUS = {
     0: "ok",
@@ -137,32 +142,31 @@ def _gpu(nv: ModuleType, index: int, handle: object) -> Gpu:
 
 
 def _pair(nv: ModuleType, a: int, b: int, handles: list[object], gpus: tuple[Gpu, ...]) -> Pair:
-    status = _ask(nv, "nvmlDeviceGetP2PStatus", handles[a], handles[b], nv.NVML_P2P_CAPS_INDEX_READ)
-    links, version = _nvlinks(nv, handles[a], gpus[b].bus_id)
-    if links and _nvlinks(nv, handles[b], gpus[a].bus_id)[0] == 0:
+    status = _ask(nv, "nvmlDeviceGetP2PStatus", handles[a], handles[b], P2P_READ)
+    links = _nvlinks(nv, handles[a], gpus[b].bus_id)
+    if not _nvlinks(nv, handles[b], gpus[a].bus_id):
         links = 0  # a switch is on one side only: the two share no fabric
-    per_link = NVLINK_GBPS.get(version or 0)
+    version = _ask(nv, "nvmlDeviceGetNvLinkVersion", handles[a], 0) if links else None
+    speed = NVLINK_GBPS.get(version or 0)
     return Pair(
         a=a,
         b=b,
         nvlinks=links,
-        nvlink_gbps=None if per_link is None or not links else per_link * links,
+        nvlink_gbps=None if speed is None else speed * links,
         p2p="unknown" if status is None else P2P_STATUS.get(status, "unknown"),
     )
 
 
-def _nvlinks(nv: ModuleType, handle: object, peer: str) -> tuple[int, int | None]:
-    """(active links that end at `peer` or at a switch, NVLink version)."""
-    links, version = 0, None
+def _nvlinks(nv: ModuleType, handle: object, peer: str) -> int:
+    """Active links that end at `peer` or at a switch."""
+    links = 0
     for link in range(int(nv.NVML_NVLINK_MAX_LINKS)):
         if _ask(nv, "nvmlDeviceGetNvLinkState", handle, link) != 1:
             continue
         try:
             remote = bus_id(_text(nv.nvmlDeviceGetNvLinkRemotePciInfo(handle, link).busId))
         except nv.NVMLError:
-            continue
+            remote = ""
         kind = _ask(nv, "nvmlDeviceGetNvLinkRemoteDeviceType", handle, link)
-        if remote == peer or kind == nv.NVML_NVLINK_DEVICE_TYPE_SWITCH:
-            links += 1
-            version = version or _ask(nv, "nvmlDeviceGetNvLinkVersion", handle, link)
-    return links, version
+        links += remote == peer or kind == SWITCH
+    return links

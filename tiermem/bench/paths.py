@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import msgspec
 
 from tiermem.bench.graph import DRIVES, Graph, Relation, shared
+from tiermem.bench.links import NVLINK_USABLE
 from tiermem.bench.sysfs import Device, Node
 
 
@@ -106,7 +107,9 @@ class Paths:
         relation, path = pcie, self.direct(a, b)
         if pair is not None and pair.nvlinks:
             rate = pair.nvlink_gbps
-            relation, path = Relation.NVLINK, path_of([Hop(f"{pair.nvlinks} NVLinks", rate, rate)])
+            usable = None if rate is None else rate * NVLINK_USABLE
+            hop = Hop(f"{pair.nvlinks} NVLinks", rate, usable)
+            relation, path = Relation.NVLINK, path_of([hop])
         p2p = pair.p2p if pair else "unknown"
         return Peers(self.graph.title(a), self.graph.title(b), relation, pcie, path, p2p)
 

@@ -64,12 +64,12 @@ class Sysfs(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def read(root: Path) -> Sysfs:
-    """Read root/sys. An empty or foreign tree gives no devices and no nodes."""
+    """Read root/sys (and root/proc/meminfo). An empty or foreign tree gives no devices and no nodes."""
     sys = root / "sys"
     links_in = sys / "bus/pci/devices"
     found = [_device(path) for path in _listed(links_in)]
     devices = tuple(device for device in found if device is not None)
-    return Sysfs(devices, _nodes(sys), _iommu(sys), _virtual(sys))
+    return Sysfs(devices, _nodes(root), _iommu(sys), _virtual(sys))
 
 
 def _listed(folder: Path, pattern: str = "*") -> list[Path]:
@@ -178,13 +178,18 @@ def _acs_redirect(config: Path) -> bool | None:
     return False
 
 
-def _nodes(sys: Path) -> tuple[Node, ...]:
+def _nodes(root: Path) -> tuple[Node, ...]:
+    sys = root / "sys"
+    paths = _listed(sys / "devices/system/node", "node[0-9]*")
+    # with one node the machine's own figure is the better one: seen in virtual machines whose
+    # memory is plugged in later, where node0/meminfo said 5 GiB of 252
+    whole = _text(root / "proc/meminfo") if len(paths) == 1 else None
     found = []
-    for path in _listed(sys / "devices/system/node", "node[0-9]*"):
+    for path in paths:
         cpus = _text(path / "cpulist") or ""
         first = re.match(r"\d+", cpus)
         cpu = sys / f"devices/system/cpu/cpu{first.group() if first else 0}"
-        total = re.search(r"MemTotal:\s+(\d+) kB", _text(path / "meminfo") or "")
+        total = re.search(r"MemTotal:\s+(\d+) kB", whole or _text(path / "meminfo") or "")
         distances = (_text(path / "distance") or "").split()
         found.append(
             Node(
