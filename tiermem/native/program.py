@@ -136,7 +136,8 @@ class Program:
         if state < State.FAILED:
             return None
         kind = Kind(int(self.calls["kind"][index])) if len(self.calls) else Kind.PLAIN
-        return Failure(index, code, kind, state == State.CANCELLED)
+        signed = code - (1 << 64) if code >> 63 else code
+        return Failure(index, signed, kind, state == State.CANCELLED)
 
     def failed(self, failure: Failure) -> Mask:
         """bool[entries]: entries served by the failing call or by any after it."""
