@@ -63,10 +63,14 @@ class Eviction(Protocol):
 class RequestFacts(Protocol):
     """What is known of a request when it ends; a field that the engine does not pass is None."""
 
-    session: int | None
-    turn: int | None
-    reason: str | None
-    output_tokens: int | None
+    @property
+    def session(self) -> int | None: ...
+    @property
+    def turn(self) -> int | None: ...
+    @property
+    def reason(self) -> str | None: ...
+    @property
+    def output_tokens(self) -> int | None: ...
 
 
 class EvictionBase:
@@ -79,6 +83,13 @@ class EvictionBase:
         """capacity: units that the tier holds at most (a hint; it may change while running)."""
         self.capacity = capacity
         self.seed = seed
+
+    def coming(self, units: Ids, keys: Keys | None, now: int) -> None:
+        """Optional: units that `inserted` will name next, told before room is made for them.
+
+        Policies that learn from misses (ARC, 2Q, S3-FIFO, W-TinyLFU) choose the victim knowing
+        what it makes room for; without this call they learn at `inserted`, one step later.
+        """
 
     def inserted(self, units: Ids, parents: Ids, depths: Ids, keys: Keys | None, now: int) -> None:
         pass

@@ -7,7 +7,7 @@ from typing import ClassVar
 import numpy as np
 
 from tiermem.policies.base import Candidates, EvictionBase, Ids, Keys, Mask
-from tiermem.policies.queue import Queues, joined
+from tiermem.policies.queue import Queues, grown, joined
 
 
 class Clock(EvictionBase):
@@ -22,8 +22,7 @@ class Clock(EvictionBase):
 
     def inserted(self, units: Ids, parents: Ids, depths: Ids, keys: Keys | None, now: int) -> None:
         rows = self._queue.fit(units)
-        if rows > len(self._used):
-            self._used = np.concatenate([self._used, np.zeros(rows - len(self._used), np.bool_)])
+        self._used = grown(self._used, rows)
         self._used[units] = False
         self._queue.append(0, units)
 

@@ -8,14 +8,19 @@ which they dominate is compacted: all verbs cost amortised O(1) a unit (log-stru
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import numpy as np
 import numpy.typing as npt
 
 from tiermem.policies.base import Candidates, Ids
 
+Number = TypeVar("Number", bound=np.generic)
 Stamps = npt.NDArray[np.int64]
 
 FIRST_ROOM = 1024
+FIRST_LOG = 32
+"""Entries; a frequency policy may hold a queue for each count."""
 SWEEP = 1024
 """Appended entries between two sweeps of the stale old end."""
 
@@ -26,8 +31,8 @@ class _Log:
     __slots__ = ("head", "size", "stamps", "swept", "tail", "units")
 
     def __init__(self) -> None:
-        self.units: Ids = np.empty(FIRST_ROOM, np.int32)
-        self.stamps: Stamps = np.empty(FIRST_ROOM, np.int64)
+        self.units: Ids = np.empty(FIRST_LOG, np.int32)
+        self.stamps: Stamps = np.empty(FIRST_LOG, np.int64)
         self.head = self.tail = self.swept = 0
         self.size = 0
 
@@ -55,9 +60,8 @@ class Queues:
         """Make room for these units' rows; how many rows there are now."""
         top = int(units.max(initial=-1))
         if top >= len(self.of):
-            more = max(top + 1, 2 * len(self.of)) - len(self.of)
-            self.of = np.concatenate([self.of, np.full(more, -1, np.int32)])
-            self.stamp = np.concatenate([self.stamp, np.zeros(more, np.int64)])
+            rows = max(top + 1, 2 * len(self.of))
+            self.of, self.stamp = grown(self.of, rows, -1), grown(self.stamp, rows)
         return len(self.of)
 
     def known(self, units: Ids) -> Ids:
@@ -190,6 +194,14 @@ class Queues:
         log.units[: log.tail], log.stamps[: log.tail] = units, stamps
 
 
+def grown(column: npt.NDArray[Number], rows: int, fill: int = 0) -> npt.NDArray[Number]:
+    """The column with at least `rows` rows, new ones filled."""
+    if rows <= len(column):
+        return column
+    more = np.full(rows - len(column), fill, column.dtype)
+    return np.concatenate([column, more])
+
+
 class Lineage:
     """Parents and depths of the units in a tier; puts answers into an order children first."""
 
@@ -201,10 +213,9 @@ class Lineage:
     def note(self, units: Ids, parents: Ids, depths: Ids, rows: int) -> None:
         """Remember where units hang; rows: as `Queues.fit` says."""
         if rows > len(self.parent):
-            more = rows - len(self.parent)
-            self.parent = np.concatenate([self.parent, np.full(more, -1, np.int32)])
-            self.depth = np.concatenate([self.depth, np.zeros(more, np.int32)])
-            self._rank = np.concatenate([self._rank, np.zeros(more, np.int32)])
+            self.parent = grown(self.parent, rows, -1)
+            self.depth = grown(self.depth, rows)
+            self._rank = grown(self._rank, rows)
         self.parent[units] = parents
         self.depth[units] = depths
 

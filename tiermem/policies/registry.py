@@ -17,9 +17,17 @@ log = logging.getLogger(__name__)
 GROUP = "tiermem.policies"
 
 BUILT_IN = {
+    "2q": "tiermem.policies.twoqueue:TwoQueue",
+    "arc": "tiermem.policies.arc:ARC",
+    "belady": "tiermem.policies.belady:Belady",
     "clock": "tiermem.policies.clock:Clock",
     "fifo": "tiermem.policies.fifo:FIFO",
+    "lfu": "tiermem.policies.lfu:LFU",
+    "lfuda": "tiermem.policies.lfu:LFUDA",
     "lru": "tiermem.policies.lru:LRU",
+    "s3fifo": "tiermem.policies.s3fifo:S3FIFO",
+    "sieve": "tiermem.policies.sieve:Sieve",
+    "wtinylfu": "tiermem.policies.wtinylfu:WTinyLFU",
 }
 
 FREEZES = frozenset({"lfu", "sieve"})
