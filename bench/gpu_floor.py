@@ -8,12 +8,15 @@ already is not measured again, so a run that was cut short can be continued. Sec
 ceilings  one 256 MiB copy down, up, both at once (GB/s)
 floors    cuMemCreate, cuMemMap, cuMemSetAccess, cuMemUnmap, cuMemRelease of 2 MiB, one native
           program of 64 calls each (us a call)
-window    show and hide through CudaWindow, groups of 64, and of 1 in the calling thread
-          (us a page), 2 and 8 MiB
-routes    submit to end, groups of 64 and 256, four groups in flight, each way and both (GB/s)
+window    show and hide through CudaWindow, groups of 64, waited for one by one and with eight in
+          flight, and of 1 in the calling thread (us a page), 2 and 8 MiB
+routes    submit to end, groups of 64 and 256, several in flight, each way and both (GB/s)
 load      copy by alias and show together, groups of 64, into free and into stolen frames (GB/s)
+swap      the same into stolen frames while as much goes down (GB/s, both ways together)
 fault     one page: submit, show, wait (us, p50 and p99)
-busy      window, routes and load again beside one thread of pure Python, and that thread's loss
+busy      the same beside one thread of pure Python, and that thread's loss
+interpreter   how long the lock takes to come back beside that thread, by what gave it away
+gemm      a bf16 matrix product alone and beside swapping (ms, median; needs torch)
 pieces    batched copies against the gather kernel by piece size, through `calibrate`
 in_place  host pages: create, show, hide (us), the kernel's read rate (GB/s); read-only access
 """
@@ -21,7 +24,10 @@ in_place  host pages: create, show, hide (us), the kernel's read rate (GB/s); re
 from __future__ import annotations
 
 import argparse
+import ctypes
+import itertools
 import json
+import mmap
 import os
 import statistics
 import sys
@@ -33,8 +39,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-
-import mmap
 
 import numpy as np
 
@@ -49,6 +53,7 @@ from tiermem.tier import PASSED, Place
 MIB = 1 << 20
 PAGE = 2 * MIB
 POOL = 1 << 30
+IN_FLIGHT = 8  # groups; 64 pages of 2 MiB take 2.4 ms, the interpreter lock 5 to 10 to come back
 Figures = dict[str, object]
 
 
@@ -86,6 +91,7 @@ class Rig:
         self.device.frames.wait_ready()
         self.host = Pinned(self.device, page)
         self.down, self.up = self.device.routes(self.host)
+        self.up_stream = self.up.stream
         self.start = self.device.reserve(2 * POOL)
         self.frames = np.arange(self.n, dtype=np.int32)
 
@@ -197,6 +203,29 @@ def window_of(r: Rig, size: int, rounds: int = 5) -> tuple[float, float]:
     return round(statistics.median(shows), 2), round(statistics.median(hides), 2)
 
 
+def window_stream(r: Rig, size: int = 64) -> Figures:
+    """All groups submitted at once, the last waited for: the pace of the window's own thread."""
+    window, shows, hides = r.device.window, [], []
+    starts = range(0, min(r.n, IN_FLIGHT * size), size)
+    for _ in range(6):
+        for times, change in ((shows, window.show), (hides, window.hide)):
+
+            def work(change: Callable[..., object] = change) -> None:
+                dones = [
+                    change(r.at(n, size), r.frames[n : n + size])
+                    if change == window.show
+                    else change(r.at(n, size))
+                    for n in starts
+                ]
+                end(*dones[::-1])
+
+            times.append(seconds(work) / (len(starts) * size) * 1e6)
+    return {
+        "show_us": round(statistics.median(shows[1:]), 2),
+        "hide_us": round(statistics.median(hides[1:]), 2),
+    }
+
+
 def window() -> Figures:
     found: Figures = {}
     for page in (PAGE, 4 * PAGE):
@@ -204,26 +233,13 @@ def window() -> Figures:
             for size in (1, 64):
                 show, hide = window_of(r, size)
                 found[f"{page // MIB}MiB_x{size}"] = {"show_us": show, "hide_us": hide}
+            found[f"{page // MIB}MiB_x64_in_flight"] = window_stream(r)
     return found
 
 
 def stream(r: Rig, submit: Callable[[np.ndarray], list[object]], size: int) -> float:
-    """GB/s one way of a gigabyte in groups, four in flight."""
-
-    def run() -> float:
-        waiting: list[list[object]] = []
-
-        def work() -> None:
-            for group_ in r.groups(size):
-                waiting.append(submit(group_))
-                if len(waiting) == 4:
-                    end(*waiting.pop(0))
-            while waiting:
-                end(*waiting.pop(0))
-
-        return POOL / seconds(work) / 1e9
-
-    return median(run)
+    """GB/s one way of a gigabyte in groups, several in flight."""
+    return median(lambda: _gbps(r, submit, size))
 
 
 def routes_of(r: Rig, sizes: tuple[int, ...] = (64, 256)) -> Figures:
@@ -299,7 +315,7 @@ def _gbps(r: Rig, submit: Callable[[np.ndarray], list[object]], size: int) -> fl
     def work() -> None:
         for group_ in r.groups(size):
             waiting.append(submit(group_))
-            if len(waiting) == 4:
+            if len(waiting) == IN_FLIGHT:
                 end(*waiting.pop(0))
         while waiting:
             end(*waiting.pop(0))
@@ -312,6 +328,40 @@ def loads() -> Figures:
     for page in (PAGE, 4 * PAGE):
         with rig(page) as r:
             found |= load_of(r)
+    return found
+
+
+def swap_of(r: Rig, size: int = 64) -> Figures:
+    """Each page that leaves a frame goes down first; the page that takes the frame comes up.
+
+    Hidden and copied down together (both only read the frame), loaded behind the copy on the
+    device, shown when hidden: as the space does it, without its planner.
+    """
+    window, half = r.device.window, r.n // 2
+    there, back = r.at(0, r.n), r.at(r.n, r.n)
+    end(window.show(there, r.frames))
+
+    def swap(g: np.ndarray) -> list[object]:
+        nonlocal there, back
+        down = r.down.submit(g, (g + half) % r.n, PASSED)
+        down.order(r.up_stream)
+        hidden = window.hide(there[g])
+        up = r.up.submit(g, g, PASSED)
+        return [down, hidden, up, window.show(back[g], g)]
+
+    rates = []
+    for _ in range(7):
+        rates.append(2 * _gbps(r, swap, size))
+        there, back = back, there
+    end(window.hide(there))
+    return {f"{r.page // MIB}MiB_x{size}": {"both_gbps": round(statistics.median(rates[1:]), 2)}}
+
+
+def swap() -> Figures:
+    found: Figures = {}
+    for page in (PAGE, 4 * PAGE):
+        with rig(page) as r:
+            found |= swap_of(r, 64 if page == PAGE else 32)
     return found
 
 
@@ -369,6 +419,7 @@ def busy() -> Figures:
             ("window_x1", lambda: dict(zip(("show_us", "hide_us"), window_of(r, 1), strict=True))),
             ("routes", lambda: routes_of(r, (64,))),
             ("load", lambda: load_of(r)),
+            ("swap", lambda: swap_of(r)),
             ("fault", lambda: fault_of(r)),
         ):
             with Busy() as beside:
@@ -376,6 +427,75 @@ def busy() -> Figures:
             figures["thread_slower_pct"] = round(100 * (1 - beside.rate / alone.rate), 1)
             found[name] = figures
     return found
+
+
+def interpreter() -> Figures:
+    """Beside one busy thread: milliseconds until a short release of the lock is over."""
+    numbers = np.random.default_rng(0).permutation(64).astype(np.uint64)
+    index, big = numbers.astype(np.int32), np.zeros(1 << 16, np.uint64)
+    getpid = ctypes.CDLL(None).getppid
+    calls: dict[str, Callable[[], object]] = {
+        "time.sleep(0)": lambda: time.sleep(0),
+        "time.sleep(100us)": lambda: time.sleep(100e-6),
+        "ctypes call of 0.1 us": getpid,
+        "np.unique": lambda: np.unique(numbers),
+        "np.searchsorted": lambda: np.searchsorted(big, numbers),
+        "np.isin": lambda: np.isin(numbers, numbers),
+        "fancy get": lambda: big[index],
+        "fancy set": lambda: big.__setitem__(index, numbers),
+        "fancy get of 4096": lambda: big[np.arange(4096)],
+        "pure Python": lambda: None,
+    }
+    found: Figures = {}
+    with Busy():
+        for name, call in calls.items():
+            times = np.array([seconds(call) for _ in range(200)]) * 1e3
+            found[name] = {
+                "mean_ms": round(float(times.mean()), 3),
+                "p50_ms": round(float(np.median(times)), 3),
+                "p90_ms": round(float(np.percentile(times, 90)), 3),
+                "over_1ms": int((times > 1).sum()),
+            }
+    return found
+
+
+def gemm() -> Figures:
+    import torch
+
+    a = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
+
+    def products(n: int = 60) -> list[float]:
+        marks = [torch.cuda.Event(enable_timing=True) for _ in range(n + 1)]
+        marks[0].record()
+        for mark in marks[1:]:
+            torch.mm(a, a)
+            mark.record()
+        torch.cuda.synchronize()
+        return [x.elapsed_time(y) for x, y in itertools.pairwise(marks)]
+
+    products()
+    alone = [products() for _ in range(5)]
+    with rig(PAGE) as r:
+        stop = threading.Event()
+        rates: list[Figures] = []
+
+        def page_on() -> None:
+            while not stop.is_set():
+                rates.append(swap_of(r))
+
+        thread = threading.Thread(target=page_on)
+        thread.start()
+        time.sleep(0.3)
+        beside = [products() for _ in range(5)]
+        stop.set()
+        thread.join()
+    quiet, loud = (statistics.median(x for run in runs for x in run) for runs in (alone, beside))
+    return {
+        "alone_ms": round(quiet, 3),
+        "beside_ms": round(loud, 3),
+        "slower_pct": round(100 * (loud / quiet - 1), 2),
+        "swap_meanwhile": rates[0] if rates else None,
+    }
 
 
 def pieces() -> Figures:
@@ -455,8 +575,11 @@ SECTIONS: dict[str, Callable[[], Figures]] = {
     "window": window,
     "routes": routes,
     "load": loads,
+    "swap": swap,
     "fault": fault,
     "busy": busy,
+    "interpreter": interpreter,
+    "gemm": gemm,
     "pieces": pieces,
     "in_place": in_place,
 }

@@ -3,7 +3,8 @@
  * Memory is real: reservations are PROT_NONE, handles are ranges of one memfd, a mapping is
  * MAP_FIXED. It refuses what CUDA refuses (partial or double maps, unmapping nothing). Streams are
  * real queues, run by one thread, so copies end late and a missing fence shows as wrong bytes.
- * Faults are planted with fake_fail (the nth call fails), fake_limit (bytes) and fake_lack.
+ * Faults are planted with fake_fail (the nth call fails), fake_limit (bytes), fake_lack and
+ * fake_slow (each map takes so long).
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -40,7 +41,7 @@ static int handles_n = 1, maps_n, retained;
 static mapping maps[MOST];
 static u64 offset_n, in_use, limit = 1ull << 40, ids = 1;
 static char lacking[64], failing[64];
-static int fail_in, fail_code;
+static int fail_in, fail_code, slow_us;
 static __thread u64 contexts[16];
 static __thread int depth;
 
@@ -50,6 +51,7 @@ void fake_fail(const char *name, int nth, int code)
     fail_in = nth;
     fail_code = code;
 }
+void fake_slow(int us) { slow_us = us; }
 void fake_limit(u64 bytes) { limit = bytes; }
 void fake_lack(const char *name) { snprintf(lacking, sizeof lacking, "%s", name); }
 u64 fake_in_use(void) { return in_use; }
@@ -220,6 +222,7 @@ static int overlaps(u64 address, u64 size)
 int cuMemMap(u64 address, u64 size, u64 offset, u64 n, u64 flags)
 {
     FAULT;
+    if (slow_us) usleep(slow_us);
     if (flags || offset || address % PAGE || !n || n >= (u64)handles_n || !handles[n].held
         || size != handles[n].size)
         return INVALID;

@@ -43,6 +43,7 @@ class StandIn:
         self.lack("")
         self.fail("", 0, 0)
         self.limit(1 << 40)
+        self.slow(0)
 
     def driver(self) -> Driver:
         return Driver(library())
@@ -58,6 +59,10 @@ class StandIn:
     def limit(self, nbytes: int) -> None:
         """Let the device have this many bytes."""
         self._lib.fake_limit(nbytes)
+
+    def slow(self, microseconds: int) -> None:
+        """Let each cuMemMap take so long."""
+        self._lib.fake_slow(microseconds)
 
     def in_use(self) -> int:
         return int(self._lib.fake_in_use())

@@ -126,20 +126,14 @@ class TestContractWithAGuardPage(TestContract):
 
 
 class TestContractWithoutBatchedCopies(DeviceContract):
-    """A driver before CUDA 12.8, and one without stream writes: other ways, same promises."""
-
-    lacks = "cuMemcpyBatchAsync"
+    """A driver before CUDA 12.8: another way, the same promises."""
 
     @contextlib.contextmanager
     def open(self, frames: int, max_frames: int) -> Iterator[tuple[Device, Engine]]:
         fake = StandIn()
-        fake.lack(self.lacks)
+        fake.lack("cuMemcpyBatchAsync")
         with opened(fake, frames=frames, max_frames=max_frames) as parts:
             yield parts
-
-
-class TestContractWithoutStreamWrites(TestContractWithoutBatchedCopies):
-    lacks = "cuStreamWriteValue64"
 
 
 @pytest.mark.parametrize("guard", [False, True])
@@ -169,6 +163,37 @@ def test_a_group_in_which_any_driver_call_fails_changes_nothing(fake, guard, n, 
         assert read == [30 + f for f in range(n)]
         finish(device.window.hide(at))
         assert fake.mappings() == before
+
+
+def test_a_page_shown_behind_a_queued_group_waits_its_turn(fake):
+    with opened(fake) as (device, engine):
+        start = device.reserve(16 * PAGE)
+        fake.slow(50_000)
+        group = device.window.show(pages(device, start, *range(6)), slots(*range(6)))
+        one = device.window.show(pages(device, start, 9), slots(7))
+        assert not one.ready()
+        fake.slow(0)
+        finish(one)
+        assert group.ready()
+        engine.fill(None, start + 9 * PAGE, 2, PAGE)
+        finish(device.window.hide(pages(device, start, 9)))
+        finish(device.window.hide(pages(device, start, *range(6))))
+
+
+@pytest.mark.parametrize("n", [1, 6])
+def test_pages_of_a_queued_group_that_fails_are_known_to_show_nothing(fake, n):
+    with opened(fake) as (device, _):
+        start = device.reserve(16 * PAGE)
+        at, frames = pages(device, start, *range(6)), slots(*range(6))
+        fake.slow(20_000)
+        fake.fail("cuMemMap", 6, 1)
+        group = device.window.show(at, frames)
+        assert "show" in str(refusal(lambda: device.window.hide(at[:n])))
+        assert group.ready()
+        fake.slow(0)
+        assert "cuMemMap" in str(refusal(lambda: group))
+        finish(device.window.show(at, frames))
+        finish(device.window.hide(at))
 
 
 def test_a_full_device_is_a_full_tier_and_keeps_what_it_had(fake):

@@ -172,6 +172,11 @@ class CudaRoute:
         self._sizes: Sizes = np.full(_BATCH, self._slot_bytes, np.uint64)
         self._closed = False
 
+    @property
+    def stream(self) -> int:
+        """The CUstream of this route, for work that a caller orders behind or before its copies."""
+        return self._lane.line.stream
+
     def submit(self, src: Slots, dst: Slots, after: Fence) -> CudaDone:
         n = len(src)
         if n > len(self._sizes):

@@ -88,7 +88,7 @@ _CALLS: Final[dict[str, _Call]] = {
     "cuStreamDestroy": _Call("Q", short=False),
     "cuStreamSynchronize": _Call("Q", short=False),
     "cuStreamWaitEvent": _Call("QQI"),
-    "cuStreamWriteValue64": _Call("QQQI", optional=True),
+    "cuStreamWriteValue64": _Call("QQQI"),
     "cuStreamIsCapturing": _Call("QP"),
     "cuStreamGetId": _Call("QP"),
     "cuModuleLoadData": _Call("PP", short=False),

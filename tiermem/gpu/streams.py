@@ -1,8 +1,7 @@
 """Ticks on CUDA streams: a mark is a word that the stream writes and an event that it records.
 
 The word makes polling free (a read of host memory: no call, no lock of the driver); the event
-makes other streams wait without the host. Where the driver has no stream writes, the events are
-polled instead.
+makes other streams wait without the host.
 """
 
 from __future__ import annotations
@@ -68,7 +67,6 @@ class Timeline:
         self._context = words.context
         self._words = words
         self._address = words.address + 8 * self.index
-        self._writes = self._driver.has("cuStreamWriteValue64")
         self._events: list[int] = []
         self._tick = 0
         self._lock = threading.Lock()
@@ -78,8 +76,7 @@ class Timeline:
         """Queue a mark behind all that is on the stream; its tick. The context is current."""
         with self._lock:
             tick = self._tick + 1
-            if self._writes:
-                self._driver.call("cuStreamWriteValue64", self.stream, self._address, tick, 0)
+            self._driver.call("cuStreamWriteValue64", self.stream, self._address, tick, 0)
             self._driver.call("cuEventRecord", self._event(tick), self.stream)
             self._tick = tick
             return tick
@@ -90,34 +87,14 @@ class Timeline:
             self._driver.call("cuEventCreate", ctypes.byref(handle), _EVENT_FLAGS)
             self._events.append(handle.value)
             return handle.value
-        if not self._writes:
-            self._poll(tick - _RING)  # a mark must be counted before its event is used again
         return self._events[(tick - 1) % _RING]
 
     def _holding(self, tick: int) -> int:
         """An event that fires once `tick` has passed: its own, or the oldest still kept."""
         return self._events[(max(tick, self._tick - _RING + 1) - 1) % _RING]
 
-    def _poll(self, tick: int = 0) -> None:
-        """Count marks whose events have fired; block until `tick` has (no stream writes)."""
-        if not self._events:
-            return
-        with self._context:
-            while (now := int(self._words.values[self.index])) < self._tick:
-                call = "cuEventQuery" if now >= tick else "cuEventSynchronize"
-                code = self._driver.attempt(call, self._holding(now + 1))
-                if code == NOT_READY:
-                    return
-                if code != SUCCESS:
-                    self.failure = self._driver.error(call, code)
-                    return
-                self._words.values[self.index] = now + 1
-
     def reached(self) -> int:
         """The last tick that has passed."""
-        if not self._writes:
-            with self._lock:
-                self._poll()
         return int(self._words.values[self.index])
 
     def passed(self, tick: int) -> bool:
@@ -125,10 +102,9 @@ class Timeline:
         if int(self._words.values[self.index]) >= tick or self.failure is not None:
             return True
         self._polls += 1
-        if not self._writes or self._polls % _CHECK_EVERY == 0:
+        if self._polls % _CHECK_EVERY == 0:
             self.check(tick)
-            return self.reached() >= tick or self.failure is not None
-        return False
+        return self.failure is not None
 
     def check(self, tick: int) -> None:
         """Ask the driver whether the mark can still pass; a lost device is kept in `failure`."""
@@ -168,8 +144,6 @@ class Timeline:
                 code = self._driver.attempt("cuEventSynchronize", self._holding(self._tick))
                 if code != SUCCESS:
                     self.failure = self._driver.error("cuEventSynchronize", code)
-                elif not self._writes:
-                    self._words.values[self.index] = self._tick
             for event in self._events:
                 self._driver.attempt("cuEventDestroy", event)
             self._events = []
@@ -248,9 +222,6 @@ class CudaStreams:
 
     def passed(self) -> npt.NDArray[np.uint64]:
         """uint64[streams]: the last tick that has passed on each stream index seen so far."""
-        if not self._context.driver.has("cuStreamWriteValue64"):
-            for line in self._lines:
-                line.reached()
         return self._words.values[: len(self._lines)].copy()
 
     def wait(self, fence: Fence, timeout_s: float | None = None) -> bool:

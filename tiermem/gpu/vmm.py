@@ -20,6 +20,7 @@ from tiermem.units import format_bytes
 log = logging.getLogger(__name__)
 
 _HAS_VMM: Final = 102  # CUdevice_attribute
+_HAS_WRITES: Final = 122
 _NUMA_NODE: Final = 134
 _HAS_HOST_VMM: Final = 141
 _REGISTER: Final = 1 | 2  # portable, mapped
@@ -110,8 +111,12 @@ class CudaDevice:
     ) -> None:
         context = self.context
         self.name = f"cuda:{context.index} {context.name}"
-        if not context.attribute(_HAS_VMM):
-            raise DriverError(f"{self.name} has no virtual memory management; use the CPU device")
+        for number, what in (
+            (_HAS_VMM, "virtual memory management"),
+            (_HAS_WRITES, "stream writes"),
+        ):
+            if not context.attribute(number):
+                raise DriverError(f"{self.name} has no {what}; use the CPU device")
         backing = Backing(context, DEVICE, context.device)
         grain = backing.granularity(context)
         self.calibration = calibration or calibrate.load(context, backing)
