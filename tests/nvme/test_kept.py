@@ -241,7 +241,7 @@ def test_the_byte_cap_holds_over_journals_and_both_snapshots(where: Path) -> Non
         for _ in range(600):
             some = rng.permutation(N)[:8].astype(np.int32)
             sequences = slab.begin_store(some)
-            slab.end_store(some, sequences, sequences)
+            slab.end_store(some, sequences, sequences[:, None])
             slab.record(some, rng.integers(1, 1 << 60, (8, 2), np.uint64), nothing, nothing)
             largest = max(largest, on_disk(where))
         held = slab.statistics()
@@ -273,7 +273,7 @@ def test_a_kept_slab_goes_on_serving_without_its_index(where: Path) -> None:
         nothing = np.zeros(1, np.uint32)
         for key in range(2, 4000):
             sequences = slab.begin_store(slots(1))
-            slab.end_store(slots(1), sequences, sequences)
+            slab.end_store(slots(1), sequences, sequences[:, None])
             slab.record(slots(1), keys_of(key), nothing, nothing)
             if slab.statistics().persistence != "on":
                 break
@@ -335,7 +335,7 @@ def test_a_hundred_thousand_records_are_read_back(where: Path) -> None:
     numbers = np.arange(n, dtype=np.uint32)
     every = np.arange(n, dtype=np.int32)
     with Slab(where, 4096, n, prewrite=False, persist=MODEL) as slab:
-        slab.end_store(every, slab.begin_store(every), numbers.astype(np.uint64))
+        slab.end_store(every, slab.begin_store(every), numbers.astype(np.uint64)[:, None])
         assert slab.record(every, keys, numbers, numbers).all()
     with Slab(where, 4096, n, prewrite=False, persist=MODEL) as slab:
         assert (slab.find(keys) == every).all()

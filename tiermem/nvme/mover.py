@@ -31,7 +31,8 @@ log = logging.getLogger(__name__)
 class Batch:
     """Entry i moves between addresses[i] and slot slots[i] of the slab.
 
-    sequences, checksums: what a load must find; what a store leaves (checksums are filled in).
+    sequences uint64[n], checksums uint64[n, 1] (a tag is 2): what a load must find, what a store
+    leaves; a store fills the checksums in.
     """
 
     slots: Slots
@@ -70,7 +71,7 @@ def native_calls() -> NativeCalls | None:
 
 
 class Mover:
-    """What one thread needs: the slab, and a buffer for memory that O_DIRECT refuses."""
+    """What one thread needs: the slab, and a buffer for what cannot move from where it is."""
 
     def __init__(self, slab: Slab, *, native: bool | None = None) -> None:
         """native: None: where it works and the slab makes its calls itself."""
@@ -78,6 +79,7 @@ class Mover:
         self._scratch: mmap.mmap | None = None
         # An `io` that somebody put in wants to see every call.
         wanted = type(slab.io) is PosixIo if native is None else native
+        wanted = wanted and slab.cipher is None
         self._native = native_calls() if wanted else None
 
     def load(self, batch: Batch, entries: slice) -> dict[int, Exception]:
@@ -117,7 +119,7 @@ class Mover:
         hashes = group(native.hash64, Kind.PLAIN, addresses, self._slab.slot_bytes)
         calls = self._run(reads, hashes)
         whole = calls["result"][0::2] == self._slab.slot_bytes
-        good: Mask = whole & (calls["result"][1::2].view(np.uint64) == batch.checksums[entries])
+        good: Mask = whole & (calls["result"][1::2].view(np.uint64) == batch.checksums[entries, 0])
         return good
 
     def _store_group(self, batch: Batch, entries: slice) -> Mask:
@@ -128,7 +130,7 @@ class Mover:
         hashes = group(native.hash64, Kind.PLAIN, addresses, self._slab.slot_bytes)
         writes = group(native.pwrite, Kind.POINTER, *self._io_arguments(batch, entries))
         calls = self._run(hashes, writes)
-        batch.checksums[entries] = calls["result"][0::2].view(np.uint64)
+        batch.checksums[entries, 0] = calls["result"][0::2].view(np.uint64)
         whole: Mask = calls["result"][1::2] == self._slab.slot_bytes
         return whole
 
@@ -154,11 +156,17 @@ class Mover:
         if slab.failure is not None:
             raise TierFailed(f"nvme: slot {slot} not stored after: {slab.failure}")
         source = memory_at(address, slab.slot_bytes)
-        if slab.direct and address % GRAIN:
-            bounce = self._bounce()
-            bounce[:] = source
-            source = bounce
-        batch.checksums[i] = xxhash.xxh3_64_intdigest(source)
+        if slab.cipher is not None:
+            sealed, sequence = self._bounce(), int(batch.sequences[i])
+            tag = slab.cipher.encrypt(source, sealed, slab.salt, sequence, slot)
+            batch.checksums[i] = tag
+            source = sealed[: slab.slot_bytes]
+        else:
+            if slab.direct and address % GRAIN:
+                bounce = self._bounce()[: slab.slot_bytes]
+                bounce[:] = source
+                source = bounce
+            batch.checksums[i] = xxhash.xxh3_64_intdigest(source)
         write_whole(slab.io, slab.fd, source, slab.offset(slot))
 
     def _load_one(self, batch: Batch, i: int) -> None:
@@ -166,16 +174,24 @@ class Mover:
         if not batch.sequences[i]:
             raise PageLost(f"nvme: slot {slot} holds nothing; compute the page again")
         target = memory_at(address, slab.slot_bytes)
-        landing = self._bounce() if slab.direct and address % GRAIN else target
+        bounced = slab.cipher is not None or (slab.direct and address % GRAIN > 0)
+        landing = self._bounce()[: slab.slot_bytes] if bounced else target
         read_whole(slab.io, slab.fd, landing, slab.offset(slot))
-        if xxhash.xxh3_64_intdigest(landing) != int(batch.checksums[i]):
+        if slab.cipher is not None:
+            first, second = (int(word) for word in batch.checksums[i])
+            sequence, n = int(batch.sequences[i]), slab.slot_bytes
+            slab.cipher.decrypt(
+                self._bounce(), n, (first, second), target, slab.salt, sequence, slot
+            )
+            return
+        if xxhash.xxh3_64_intdigest(landing) != int(batch.checksums[i, 0]):
             raise PageLost(
                 f"nvme: slot {slot} holds other bytes than were stored; compute the page again"
             )
-        if landing is not target:
+        if bounced:
             target[:] = landing
 
     def _bounce(self) -> Buffer:
         if self._scratch is None:
-            self._scratch = mmap.mmap(-1, self._slab.slot_bytes)
+            self._scratch = mmap.mmap(-1, self._slab.slot_bytes + GRAIN)
         return memoryview(self._scratch)

@@ -345,7 +345,7 @@ class PosixRoute:
         slab, n = self._threads.slab, len(src)
         if storing:
             sequences = slab.begin_store(disk_slots)
-            checksums = np.zeros(n, np.uint64)
+            checksums = np.zeros((n, slab.checksum_words), np.uint64)
         else:
             sequences, checksums = slab.expected(disk_slots)
         done = Transfer(n, self._threads)

@@ -18,7 +18,7 @@ import mmap
 import os
 import threading
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +26,7 @@ import numpy.typing as npt
 from tiermem.errors import Closed, ConfigError, TierFailed, TierFull
 from tiermem.nvme.budget import WriteBudget
 from tiermem.nvme.catalog import Catalog, Numbers
+from tiermem.nvme.crypt import Cipher
 from tiermem.nvme.files import (
     FileIo,
     PosixIo,
@@ -87,6 +88,7 @@ class Slab:
         prewrite: bool = True,
         write_budget: int | None = None,
         persist: Persist | None = None,
+        cipher: Cipher | None = None,
         io: FileIo | None = None,
     ) -> None:
         """Allocate a file for `capacity` slots in the directory `path`, or open the one kept there.
@@ -95,7 +97,8 @@ class Slab:
         `capacity` slots need. floor_bytes: space that must stay free for others. prewrite: write
         every slot once in the background and count it ready only then, because a first write
         into space that was only allocated is about 10 times slower than a later one (FACTS,
-        ext4). write_budget: bytes per second that stores may write. io: the data calls.
+        ext4). write_budget: bytes per second that stores may write. cipher: encrypt slots;
+        its tags then replace the checksums. io: the data calls.
         Raises ConfigError (path, sizes, cap, another's slab), TierFull (disk).
         """
         if slot_bytes <= 0 or slot_bytes % GRAIN:
@@ -105,6 +108,10 @@ class Slab:
         self.slot_bytes = slot_bytes
         self.io: FileIo = io if io is not None else PosixIo()
         self.budget = WriteBudget(write_budget)
+        self.cipher = cipher
+        self.salt = os.urandom(4)
+        """Tells slabs under one key apart (crypt.py)."""
+        self.checksum_words = 1 if cipher is None else 2
         self._path = private_directory(path)
         self._floor = floor_bytes
         self._byte_cap = byte_cap if byte_cap is not None else bytes_for(capacity, slot_bytes)
@@ -115,7 +122,7 @@ class Slab:
         self._count = 1
         self._closed = False
         self._failure: OSError | None = None
-        self._checksum: Words = np.zeros(0, np.uint64)
+        self._checksum: Words = np.zeros((0, self.checksum_words), np.uint64)
         self._sequence: Words = np.zeros(0, np.uint64)
         self._thread: threading.Thread | None = None
         self._kept: Kept | None = None
@@ -244,7 +251,10 @@ class Slab:
             return np.arange(base, base + len(slots), dtype=np.uint64)
 
     def end_store(self, slots: Slots, sequences: Words, checksums: Words) -> None:
-        """Record what was written whole. The Done of the store is not ready before this."""
+        """Record what was written whole. The Done of the store is not ready before this.
+
+        slots int32[n], sequences uint64[n], checksums uint64[n, checksum_words].
+        """
         with self._lock:
             self._checksum[slots] = checksums
             self._sequence[slots] = sequences
@@ -357,8 +367,9 @@ class Slab:
     def _set_columns(self, capacity: int) -> None:
         n = min(capacity, self._capacity)
         for name in ("_checksum", "_sequence"):
-            new = np.zeros(capacity, np.uint64)
-            new[:n] = getattr(self, name)[:n]
+            old = getattr(self, name)
+            new = np.zeros((capacity, *old.shape[1:]), np.uint64)
+            new[:n] = old[:n]
             setattr(self, name, new)
         if self._catalog is not None:
             self._catalog.resize(capacity)
@@ -403,15 +414,19 @@ class Slab:
 
     def _open(self, persist: Persist) -> None:
         """Take over the file that is there, or begin one."""
+        if self.cipher is not None:
+            marks = {"cipher": "AES-256-GCM", "key": self.cipher.key_id}
+            persist = replace(persist, fingerprint={**persist.fingerprint, **marks})
         kept = Kept(self._path, persist, self.slot_bytes, self.io, self.fd)
+        self.salt = kept.superblock.uuid[:4]
         self._kept = kept
         self._capacity = kept.slots
-        self._checksum = np.zeros(self._capacity, np.uint64)
+        self._checksum = np.zeros((self._capacity, self.checksum_words), np.uint64)
         self._sequence = np.zeros(self._capacity, np.uint64)
         found = kept.attach(self._journal_limit(), self._lock, self._records)
         slots = found["slot"].astype(np.int32)
         self._sequence[slots] = found["sequence"]
-        self._checksum[slots] = found["checksum"][:, 0]
+        self._checksum[slots] = found["checksum"][:, : self.checksum_words]
         highest = int(slots.max()) + 1 if len(slots) else 0
         ready = max(kept.superblock.ready, highest) if self._prewrite else self._capacity
         self._ready = min(self._capacity, ready)
@@ -430,10 +445,11 @@ class Slab:
         catalog = self._catalog
         assert catalog is not None
         made = np.zeros(len(slots), RECORD)
-        made["kind"], made["algorithm"] = Kind.PUT, Algorithm.XXH3_64
+        made["kind"] = Kind.PUT
+        made["algorithm"] = Algorithm.XXH3_64 if self.cipher is None else Algorithm.AES_256_GCM
         made["slot"], made["length"] = slots, self.slot_bytes
         made["sequence"] = self._sequence[slots]
-        made["checksum"][:, 0] = self._checksum[slots]
+        made["checksum"][:, : self.checksum_words] = self._checksum[slots]
         made["key"] = catalog.keys[slots]
         made["depth"] = catalog.depths[slots]
         made["tenant"] = catalog.tenants[slots]
