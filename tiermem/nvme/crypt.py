@@ -47,10 +47,11 @@ class Cipher:
         return cls(os.urandom(KEY_BYTES))
 
     @classmethod
-    def of_file(cls, path: Path) -> Cipher:
+    def of_file(cls, path: Path, *, create: bool = True) -> Cipher:
         """The key in a file of ours (mode 0600), made if missing."""
+        flags = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | (os.O_CREAT if create else 0)
         try:
-            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+            fd = os.open(path, flags, 0o600)
         except OSError as error:
             raise ConfigError(f"nvme: cannot open key file {path}: {error.strerror}") from error
         with os.fdopen(fd, "r+b") as file:

@@ -35,9 +35,12 @@ class Replayed:
     number: int
     """The highest journal number in use."""
     read: int
+    """Sound records in all files, overtaken ones and DROPs included."""
     damaged: int
     """Records whose seal did not match, and pieces shorter than a record."""
     snapshot: bool
+    overtaken: int
+    """PUTs that a later record about their slot replaced or dropped."""
 
 
 class Journal:
@@ -157,10 +160,13 @@ def replay(directory: Path, name: str, uuid: bytes, slots: int) -> Replayed:
             parts.append(held[1:])
     records = np.concatenate(parts) if parts else np.zeros(0, RECORD)
     read = len(records)
+    puts = int(np.count_nonzero(records["kind"] == Kind.PUT))
     _, last = np.unique(records["slot"][::-1], return_index=True)
     records = records[::-1][last]
-    records = records[(records["kind"] == Kind.PUT) & (records["slot"] < slots)]
-    return Replayed(records, number, read, damaged, snapshot)
+    records = records[records["kind"] == Kind.PUT]
+    overtaken = puts - len(records)
+    records = records[records["slot"] < slots]
+    return Replayed(records, number, read, damaged, snapshot, overtaken)
 
 
 def journals(directory: Path, name: str) -> dict[int, Path]:
