@@ -110,6 +110,11 @@ def test_local_and_remote_memory_are_not_mixed_up_when_only_one_has_a_partner() 
     assert lonely == 1
 
 
+def test_rows_that_could_pair_in_two_ways_are_left_out() -> None:
+    two = [drive("nvme:a", 3, "unknown"), drive("nvme:b", 5, "unknown")]
+    assert match(two, [drive("nvme:c", 4, "unknown")]) == ([], 3)
+
+
 def test_two_page_sizes_are_compared_when_nothing_else_differs() -> None:
     a = result([row("host-gpu", "host", "gpu:0", rounds(50), 2 * MIB)])
     b = result([row("host-gpu", "host", "gpu:0", rounds(55), 8 * MIB, 16)])

@@ -189,10 +189,10 @@ def test_the_file_system_of_the_path_is_judged(
 def test_the_innermost_and_last_mount_holds_a_folder(tmp_path: Path) -> None:
     root = mounts(
         tmp_path,
-        "8:1 / / rw - ext4 /dev/sda1 rw",
         "0:1 / /srv rw - tmpfs t rw",
         "259:1 / /srv rw - xfs /dev/nvme0n1p1 rw",
         "0:2 / /srv/deep rw - tmpfs t rw",
+        "8:1 / / rw - ext4 /dev/sda1 rw",
     )
     found = [mount_of(Path(path), root) for path in ("/srv/x", "/srv/deep/y", "/srvx")]
     assert [mount.kind if mount else None for mount in found] == ["xfs", "tmpfs", "ext4"]

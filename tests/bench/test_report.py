@@ -81,7 +81,7 @@ def test_names_cannot_break_out_of_the_page() -> None:
     machine = type(MADE)(
         cpu=evil, cores=1, memory_bytes=1 << 30, kernel=evil, numa_nodes=1, virtual=None
     )
-    rows = [row("host-gpu", f"host:{evil}", "gpu:0", rounds(1), path=evil)]
+    rows = [row("host-gpu", evil, "gpu:0", rounds(1), path=evil)]
     page = Page(html(result(rows, machine=machine, notes=(evil,)), evil))
     assert "script" not in page.tags
 

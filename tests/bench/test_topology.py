@@ -176,6 +176,8 @@ def test_eight_gpus_reach_each_other_by_nvlink_and_their_own_drive_through_one_s
         for drive in range(8):
             expected = "PIX" if gpu == drive else "NODE" if gpu // 4 == drive // 4 else "SYS"
             assert found[(f"GPU {gpu}", f"nvme{drive}n1")] == expected
+    near = {(t.gpu, t.node) for t in topology.triples if t.best and t.gpu_drive != "SYS"}
+    assert near == {(f"GPU {gpu}", gpu // 4) for gpu in range(8)}
     assert topology.advice == ()
 
 

@@ -64,7 +64,7 @@ class Sysfs(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def read(root: Path) -> Sysfs:
-    """Read root/sys (and root/proc/meminfo). An empty or foreign tree gives no devices and no nodes."""
+    """Read root/sys and root/proc/meminfo. A foreign tree gives no devices and no nodes."""
     sys = root / "sys"
     links_in = sys / "bus/pci/devices"
     found = [_device(path) for path in _listed(links_in)]

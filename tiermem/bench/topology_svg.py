@@ -126,8 +126,8 @@ def _notes(topology: Topology) -> Iterator[tuple[str, str]]:
     if linked:
         ends = sorted({end for pair in linked for end in (pair.a, pair.b)})
         rates = {pair.path.usable_gbps for pair in linked if pair.path.usable_gbps}
-        speed = f", {min(rates):.0f} GB/s a pair" if rates else ""
-        yield f"NVLink between {len(ends)} GPUs ({len(linked)} pairs{speed})", "soft"
+        speed = f", about {min(rates):.0f} GB/s usable each way between two" if rates else ""
+        yield f"NVLink between {len(ends)} GPUs{speed}", "soft"
     for advice in topology.advice:
         css = "bad" if advice.level == "problem" else "soft"
         yield f"{advice.level}: {advice.where}: {svg.shorten(advice.text, 130)}", css
