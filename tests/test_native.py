@@ -372,8 +372,8 @@ def test_a_call_keeps_its_place_behind_queued_work(queue: Queue, latch: Latch) -
     assert threading.get_native_id() not in recorder.threads
 
 
-def test_work_submitted_during_a_call_runs_after_it(queue: Queue) -> None:
-    order: list[str] = []
+def test_work_submitted_during_a_call_runs_after_it_though_the_thread_is_awake() -> None:
+    queue, order = Queue("lent"), []
     tickets: list[Ticket] = []
 
     def note(_: int) -> int:
@@ -384,7 +384,8 @@ def test_work_submitted_during_a_call_runs_after_it(queue: Queue) -> None:
 
     def submit_more(_: int) -> int:
         tickets.append(queue.submit(Program(calls_of(after, 1))))
-        assert not tickets[0].wait(0.02)
+        queue.close(timeout_s=0.0)  # wakes the thread
+        tickets[0].wait(0.02)
         order.append("call")
         return 0
 
@@ -392,6 +393,7 @@ def test_work_submitted_during_a_call_runs_after_it(queue: Queue) -> None:
     assert queue.call(Program(calls_of(outer, 1))).ready()
     finish(tickets[0])
     assert order == ["call", "after"]
+    assert queue.close(timeout_s=LONG_S)
 
 
 def test_a_call_with_a_wait_that_is_not_over_is_queued(queue: Queue) -> None:

@@ -504,8 +504,9 @@ def test_a_route_reads_its_source_when_the_fence_has_passed_and_not_at_submissio
     assert ctypes.string_at(there, device.page_bytes) == bytes([2]) * device.page_bytes
 
 
+@pytest.mark.parametrize("first", [0, 1])
 def test_a_fence_over_two_streams_holds_a_copy_until_both_have_passed(
-    device: EmulatedDevice,
+    device: EmulatedDevice, first: int
 ) -> None:
     host = PlainHost(device.page_bytes, 4)
     down, up = device.routes(host)
@@ -515,11 +516,11 @@ def test_a_fence_over_two_streams_holds_a_copy_until_both_have_passed(
         device.launch(stream, partial(_pass, latch))
     both = fence(device, *streams)
     done = [down.submit(slots(0), slots(0), both), up.submit(slots(1), slots(1), both)]
-    latches[1].set()
-    assert device.streams.wait(fence(device, streams[1]), LONG_S)
+    latches[first].set()
+    assert device.streams.wait(fence(device, streams[first]), LONG_S)
     assert not done[0].wait(0.02)
     assert not done[1].ready()
-    latches[0].set()
+    latches[1 - first].set()
     for copied in done:
         finish(copied)
 
