@@ -17,7 +17,7 @@ from tiermem.bench.doctor_gpu import Cuda, gpu_lines, placement_lines, topology_
 from tiermem.bench.doctor_host import host_lines
 from tiermem.bench.doctor_software import configuration_lines, engine_lines
 from tiermem.bench.findings import Line
-from tiermem.bench.topology import survey
+from tiermem.bench.survey import survey
 from tiermem.config import Config, Gpu, Host, Nvme, load
 
 GIB = 1 << 30

@@ -15,7 +15,8 @@ from tiermem.bench import links
 from tiermem.bench.advice import Advice
 from tiermem.bench.links import Link
 from tiermem.bench.result import write
-from tiermem.bench.topology import Topology, command, measured, survey
+from tiermem.bench.survey import Topology, measured, survey
+from tiermem.bench.topology import command
 from tiermem.bench.topology_svg import draw
 
 Machine = Callable[[Path], Path]

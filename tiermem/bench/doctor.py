@@ -18,7 +18,7 @@ from tiermem.bench.doctor_gpu import ask, gpu_lines, placement_lines, topology_l
 from tiermem.bench.doctor_host import host_lines
 from tiermem.bench.doctor_software import software_lines
 from tiermem.bench.findings import Level, Line, problem
-from tiermem.bench.topology import survey
+from tiermem.bench.survey import survey
 from tiermem.config import Config, load
 from tiermem.errors import ConfigError
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tiermem.bench.findings import Line, note, ok, problem
-from tiermem.bench.topology import Topology
+from tiermem.bench.survey import Topology
 from tiermem.config import Config
 from tiermem.errors import DriverError
 from tiermem.host.numa import parse_cpulist

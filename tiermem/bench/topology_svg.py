@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from tiermem.bench import svg
 from tiermem.bench.graph import Relation
-from tiermem.bench.topology import Place, Topology, link_text, node_text
+from tiermem.bench.survey import Place, Topology, link_text, node_text
 
 ROW, BOX, WIDE, GAP, EDGE = 44, 34, 208, 190, 16
 FILL = {"gpu": "var(--c2)", "nvme": "var(--c0)", "disk": "var(--c0)", "nic": "var(--c3)"}
