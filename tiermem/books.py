@@ -17,8 +17,8 @@ from tiermem.errors import TierFailed
 from tiermem.plan import Copy, Drop, Hide, Plan, Request, Show, Step
 from tiermem.policies.base import Keys
 from tiermem.ranking import Ranking
-from tiermem.table import STALE, PageTable, Rows, Shown
-from tiermem.tier import Mask, Place, SlotPool, Slots
+from tiermem.table import IS_HIDING, IS_RETIRED, STALE, PageTable, Rows
+from tiermem.tier import AT_GPU, GPU, HOST, NVME, Mask, Place, SlotPool, Slots
 
 _NO_ROWS = np.empty(0, np.int32)
 
@@ -96,10 +96,10 @@ class Books:
                     held[step.dst] += len(step.pages)
                 elif isinstance(step, Hide):
                     np.add.at(busy, step.pages, 1)
-                    held[Place.GPU] += len(step.frees)
+                    held[GPU] += len(step.frees)
                 elif isinstance(step, Show) and not copies(opened.plan):
                     np.add.at(busy, step.pages, 1)
-                    held[Place.GPU] += len(step.frames)
+                    held[GPU] += len(step.frames)
         assert (busy == self.table.busy).all(), "busy differs from the transfers in flight"
         for place, pool in self.pools.items():
             slot = self.table.slot(place)
@@ -150,27 +150,27 @@ class Books:
         return slots[self._is_idle(pool.owner[slots], place)][:n]
 
     def _is_idle(self, owners: Rows, place: Place) -> Mask:
-        if place == Place.GPU:
+        if place == AT_GPU:
             return self.table.fences.is_passed(self.table.fence[owners])
         return np.asarray((self.table.busy[owners] == 0) & (self.table.to[owners] == 0))
 
     def _hide(self, rows: Rows, frees: Slots) -> Hide:
         """These pages stop showing their frame, which is theirs no more."""
         table = self.table
-        table.slot(Place.GPU)[rows] = -1
-        table.shown[rows] = Shown.HIDING
+        table.slot(GPU)[rows] = -1
+        table.shown[rows] = IS_HIDING
         table.busy[rows] += 1
         return Hide(rows, frees)
 
     def _hide_unowned(self, rows: Rows, frames: Slots) -> Hide:
         """Pages that lose their frame; it becomes free once that is done."""
-        self.pools[Place.GPU].owner[frames] = -1
+        self.pools[GPU].owner[frames] = -1
         return self._hide(rows, frames)
 
     def _unshow(self, rows: Rows, frames: Slots, unshown: Rows) -> list[Plan]:
         """Frames that were to be shown at these pages and have no use there now become free."""
         never = np.isin(rows, unshown)
-        self.pools[Place.GPU].release(frames[never])
+        self.pools[GPU].release(frames[never])
         if never.all():
             return []
         return [self._begin([self._hide_unowned(rows[~never], frames[~never])])]
@@ -179,20 +179,20 @@ class Books:
         """The frames of pages that left the GPU: kept and still shown, or hidden at once."""
         if not len(rows):
             return []
-        table, pool = self.table, self.pools[Place.GPU]
-        frames = table.slot(Place.GPU)[rows]
+        table, pool = self.table, self.pools[GPU]
+        frames = table.slot(GPU)[rows]
         if self.eager:
             return [self._begin([self._hide_unowned(rows, frames)])]
         pool.keep(frames)
-        table.shown[rows] = Shown.RETIRED
+        table.shown[rows] = IS_RETIRED
         return []
 
     def _moved(self, rows: Rows, dst: Place, now: int) -> None:
         """These pages now rest in `dst` (their slot there is set): tell both policies."""
         table = self.table
-        for src in (Place.GPU, Place.HOST, Place.NVME):
-            self._leave_tier(src, rows[table.at[rows] == src], now)
-        table.at[rows] = dst
+        for src in (GPU, HOST, NVME):
+            self._leave_tier(src, rows[table.at[rows] == int(src)], now)
+        table.at[rows] = int(dst)
         self._entered(dst, table.heads(rows), now)
 
     def _entered(self, place: Place, heads: Rows, now: int, keys: Keys | None = None) -> None:
@@ -221,7 +221,7 @@ class Books:
         rows = rows[((table.flags[rows] & STALE) != 0) & (table.busy[rows] == 0)]
         if len(rows):
             table.flags[rows] &= ~STALE
-            for place in (Place.HOST, Place.NVME):
+            for place in (HOST, NVME):
                 self._release_slots(rows[table.slot(place)[rows] >= 0], place)
 
     def _leaving(self, place: Place) -> int:
@@ -233,7 +233,7 @@ class Books:
                     leaving += int((self.table.move[step.pages] == opened.plan.id).sum())
                 elif isinstance(step, Drop):
                     pages = self.table.pages(step.units)
-                    leaving += int((self.table.at[pages] == place).sum())
+                    leaving += int((self.table.at[pages] == int(place)).sum())
         return leaving + int((self.table.at[self._doomed] == place).sum())
 
     def _mark(self, place: Place, which: Literal["high", "low"]) -> float:
@@ -263,7 +263,7 @@ class Books:
             return
         self.counts["failed_copies"] += int(bad.sum())
         self._failures[route] += 1
-        if step.dst != Place.GPU and (isinstance(error, TierFailed) or self._failures[route] >= 8):
+        if step.dst != AT_GPU and (isinstance(error, TierFailed) or self._failures[route] >= 8):
             self.failed_tiers.add(step.dst)
 
 

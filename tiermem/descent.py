@@ -10,8 +10,22 @@ import numpy as np
 
 from tiermem.books import Books
 from tiermem.plan import Copy, Drop, Hide, Plan
-from tiermem.table import DIRTY, DOOMED, STALE, Rows, Shown
-from tiermem.tier import PASSED, Mask, Place, Slots
+from tiermem.table import DIRTY, DOOMED, IS_FRAME, IS_HIDING, IS_NOTHING, IS_RETIRED, STALE, Rows
+from tiermem.tier import (
+    AT_GPU,
+    AT_HOST,
+    AT_LOST,
+    AT_NONE,
+    AT_NVME,
+    GPU,
+    HOST,
+    NVME,
+    PASSED,
+    TIERS,
+    Mask,
+    Place,
+    Slots,
+)
 
 _NO_SLOTS = np.empty(0, np.int32)
 
@@ -26,16 +40,16 @@ class Descent(Books):
 
     def surrender(self) -> Slots:
         """Free GPU frames above the limit leave the pool, for their memory to be given back."""
-        pool = self.pools[Place.GPU]
-        return pool.remove(pool.capacity - self.limits.get(Place.GPU, pool.capacity))
+        pool = self.pools[GPU]
+        return pool.remove(pool.capacity - self.limits.get(GPU, pool.capacity))
 
     def _give_back(self) -> list[Plan]:
         """Hide retired frames above the GPU's limit, so that they can be given back."""
-        pool = self.pools[Place.GPU]
-        excess = pool.capacity - self.limits.get(Place.GPU, pool.capacity) - pool.free
+        pool = self.pools[GPU]
+        excess = pool.capacity - self.limits.get(GPU, pool.capacity) - pool.free
         if excess <= 0:
             return []
-        rows, frames = self._take_kept(Place.GPU, excess)
+        rows, frames = self._take_kept(GPU, excess)
         return [self._begin([self._hide_unowned(rows, frames)])] if len(rows) else []
 
     def _push_down(self, place: Place, n: int, now: int) -> list[Plan]:
@@ -70,37 +84,37 @@ class Descent(Books):
         """
         table = self.table
         clean = (table.flags[rows] & DIRTY) == 0
-        spare = clean & (table.slot(Place.HOST)[rows] >= 0)
-        plans = self._step_down(rows[spare], Place.GPU, Place.HOST, now)
-        more, rest = self._start(rows[~spare], Place.GPU, Place.HOST, now)
+        spare = clean & (table.slot(HOST)[rows] >= 0)
+        plans = self._step_down(rows[spare], GPU, HOST, now)
+        more, rest = self._start(rows[~spare], GPU, HOST, now)
         plans += more
         if not len(rest):
             return plans
         clean = (table.flags[rest] & DIRTY) == 0
-        spare = clean & (table.slot(Place.NVME)[rest] >= 0)
-        plans += self._step_down(rest[spare], Place.GPU, Place.NVME, now)
-        more, rest = self._start(rest[~spare], Place.GPU, Place.NVME, now)
+        spare = clean & (table.slot(NVME)[rest] >= 0)
+        plans += self._step_down(rest[spare], GPU, NVME, now)
+        more, rest = self._start(rest[~spare], GPU, NVME, now)
         plans += more
         if not len(rest):
             return plans
-        if self._usable(Place.HOST):
-            short = len(rest) - self._leaving(Place.HOST)
-            return plans + (self._push_down(Place.HOST, short, now) if short > 0 else [])
-        if may_drop and not self._usable(Place.NVME, Place.GPU):
+        if self._usable(HOST):
+            short = len(rest) - self._leaving(HOST)
+            return plans + (self._push_down(HOST, short, now) if short > 0 else [])
+        if may_drop and not self._usable(NVME, GPU):
             plans += self._drop(rest, now, "evicted")
         return plans
 
     def _leave_host(self, rows: Rows, now: int) -> list[Plan]:
         table = self.table
-        spare = table.slot(Place.NVME)[rows] >= 0
-        plans = self._step_down(rows[spare], Place.HOST, Place.NVME, now)
-        more, rest = self._start(rows[~spare], Place.HOST, Place.NVME, now)
+        spare = table.slot(NVME)[rows] >= 0
+        plans = self._step_down(rows[spare], HOST, NVME, now)
+        more, rest = self._start(rows[~spare], HOST, NVME, now)
         plans += more
-        if len(rest) and not self._usable(Place.NVME, Place.HOST):
+        if len(rest) and not self._usable(NVME, HOST):
             plans += self._drop(rest, now, "evicted")
         return plans
 
-    def _usable(self, dst: Place, src: Place = Place.GPU) -> bool:
+    def _usable(self, dst: Place, src: Place = GPU) -> bool:
         """Whether pages can be stored in a tier at all, room or not."""
         return (
             self.pools[dst].capacity > 0
@@ -122,10 +136,10 @@ class Descent(Books):
         table = self.table
         pool.owner[slots] = rows
         pool.tenant[slots] = table.tenant[rows]
-        after = table.fences.point(table.fence[rows]) if src == Place.GPU else PASSED
+        after = table.fences.point(table.fence[rows]) if src == AT_GPU else PASSED
         copy = Copy(src, dst, rows, table.slot(src)[rows].copy(), slots, after)
         plan = self._begin([copy])
-        table.to[rows] = dst
+        table.to[rows] = int(dst)
         table.move[rows] = plan.id
         return [*plans, plan], rest
 
@@ -140,7 +154,7 @@ class Descent(Books):
         if not short:
             return [], slots
         plans: list[Plan] = []
-        if place == Place.NVME:
+        if place == AT_NVME:
             coming = self._leaving(place)
             plans = self._push_down(place, short - coming, now)
             if plans or coming:
@@ -151,14 +165,14 @@ class Descent(Books):
 
     def _step_down(self, rows: Rows, src: Place, dst: Place, now: int) -> list[Plan]:
         """Clean pages with a spare in `dst` rest there from now on, without a transfer."""
-        if self.eager and src == Place.GPU:
+        if self.eager and src == AT_GPU:
             rows = rows[self.table.fences.is_passed(self.table.fence[rows])]
         if not len(rows):
             return []
         self.pools[dst].reuse(self.table.slot(dst)[rows])
         self._moved(rows, dst, now)
         self.counts["stepped_down"] += len(rows)
-        if src == Place.GPU:
+        if src == AT_GPU:
             return self._retire(rows)
         self._release_slots(rows, src)
         return []
@@ -182,7 +196,7 @@ class Descent(Books):
         # A cancelled copy is a spare only if nobody wrote since it began (invariant 6).
         late = ~live & whole & (table.gen[rows] == gens) & (slot[rows] < 0)
         late &= (table.flags[rows] & (DOOMED | STALE)) == 0
-        late &= (table.at[rows] != Place.NONE) & (table.at[rows] < dst)
+        late &= (table.at[rows] != AT_NONE) & (table.at[rows] < int(dst))
         spares = rows[late]
         slot[spares] = step.dst_slots[late]
         table.flags[spares] &= ~DIRTY
@@ -192,23 +206,23 @@ class Descent(Books):
         self._release_stale(rows)
         self.counts[f"{step.src.name}_{dst.name}".lower()] += len(landed)
         self.counts["late_spares"] += len(spares)
-        if step.src == Place.GPU:
+        if step.src == AT_GPU:
             return self._retire(landed)
-        if dst == Place.NVME:
-            self._release_slots(landed, Place.HOST)
+        if dst == AT_NVME:
+            self._release_slots(landed, HOST)
         else:
-            self.pools[Place.NVME].keep(table.slot(Place.NVME)[landed])
-            return self._read_failed(rows[live & ~whole], Place.NVME, now)
+            self.pools[NVME].keep(table.slot(NVME)[landed])
+            return self._read_failed(rows[live & ~whole], NVME, now)
         return []
 
     def _stage(self, rows: Rows, now: int) -> list[Plan]:
         """NVMe to host, into free slots only."""
-        pool = self.pools[Place.HOST]
-        if not self._usable(Place.HOST, Place.NVME):
+        pool = self.pools[HOST]
+        if not self._usable(HOST, NVME):
             return []
-        room = min(pool.free, int(self._mark(Place.HOST, "high")) - pool.used)
+        room = min(pool.free, int(self._mark(HOST, "high")) - pool.used)
         rows, _ = self._cut(rows, max(room, 0))
-        return self._start(rows, Place.NVME, Place.HOST, now)[0]
+        return self._start(rows, NVME, HOST, now)[0]
 
     def _read_failed(self, rows: Rows, src: Place, now: int) -> list[Plan]:
         """Pages that could not be read: fall back to the spare; with none, a disk page is LOST."""
@@ -216,12 +230,12 @@ class Descent(Books):
         if not len(rows):
             return []
         self.counts["failed_reads"] += len(rows)
-        if src == Place.HOST:
-            spare = rows[(table.slot(Place.NVME)[rows] >= 0) & (table.busy[rows] == 0)]
-            return self._step_down(spare, Place.HOST, Place.NVME, now)
-        self._leave_tier(Place.NVME, rows, now)
-        self._release_slots(rows, Place.NVME)
-        table.at[rows] = Place.LOST
+        if src == AT_HOST:
+            spare = rows[(table.slot(NVME)[rows] >= 0) & (table.busy[rows] == 0)]
+            return self._step_down(spare, HOST, NVME, now)
+        self._leave_tier(NVME, rows, now)
+        self._release_slots(rows, NVME)
+        table.at[rows] = AT_LOST
         self.counts["lost"] += len(rows)
         return [self._begin([Drop(table.heads(rows), "lost")])]
 
@@ -244,16 +258,19 @@ class Descent(Books):
 
     def _mark_doomed(self, rows: Rows, now: int) -> None:
         table = self.table
-        arriving = (table.at[rows] == Place.LOST) & (table.to[rows] == Place.GPU)
-        self._leave_tier(Place.GPU, rows[arriving | (table.at[rows] == Place.GPU)], now)
-        for place in (Place.HOST, Place.NVME):
-            self._leave_tier(place, rows[table.at[rows] == place], now)
+        at = table.at[rows]
+        for place in TIERS:
+            here = at == int(place)
+            if place == GPU:
+                here |= (at == AT_LOST) & (table.to[rows] == AT_GPU)
+            if here.any():
+                self._leave_tier(place, rows[here], now)
         self._cancel(rows)
         table.flags[rows] |= DOOMED
 
     def _doom_rows(self, rows: Rows) -> None:
         self.table.flags[rows] |= DOOMED
-        self._doomed = np.concatenate([self._doomed, rows])
+        self._doomed = np.concatenate([self._doomed, rows]) if len(self._doomed) else rows
 
     def _reap(self) -> list[Plan]:
         """Doomed pages that are idle and behind whose fence all work has passed become NONE."""
@@ -266,20 +283,20 @@ class Descent(Books):
         rows = self._doomed[idle]
         self._doomed = self._doomed[~idle]
         plans: list[Plan] = []
-        shown = rows[table.shown[rows] == Shown.FRAME]
+        shown = rows[table.shown[rows] == IS_FRAME]
         if self.eager and len(shown):
-            table.at[shown] = Place.LOST
+            table.at[shown] = AT_LOST
             table.flags[shown] = DOOMED
-            hide = self._hide_unowned(shown, table.slot(Place.GPU)[shown])
+            hide = self._hide_unowned(shown, table.slot(GPU)[shown])
             plans.append(self._begin([hide]))
             self._doomed = np.concatenate([self._doomed, shown])
-            rows = rows[table.shown[rows] != Shown.HIDING]
-        for place in (Place.HOST, Place.NVME):
+            rows = rows[table.shown[rows] != IS_HIDING]
+            shown = shown[:0]
+        for place in (HOST, NVME):
             self._release_slots(rows[table.slot(place)[rows] >= 0], place)
-        shown = rows[table.shown[rows] == Shown.FRAME]
-        self.pools[Place.GPU].keep(table.slot(Place.GPU)[shown])
-        table.shown[shown] = Shown.RETIRED
-        table.at[rows] = Place.NONE
+        self.pools[GPU].keep(table.slot(GPU)[shown])
+        table.shown[shown] = IS_RETIRED
+        table.at[rows] = AT_NONE
         table.flags[rows] = 0
         table.fence[rows] = 0
         table.parent[rows] = -1
@@ -289,9 +306,9 @@ class Descent(Books):
     def _settle_hide(self, step: Hide, bad: Mask | None) -> None:
         table = self.table
         table.busy[step.pages] -= 1
-        table.shown[step.pages] = Shown.NOTHING
+        table.shown[step.pages] = IS_NOTHING
         self._release_stale(step.pages)
         if len(step.frees):
-            self.pools[Place.GPU].release(step.frees)
+            self.pools[GPU].release(step.frees)
         if bad is not None and bad.any():
-            self.failed_tiers.add(Place.GPU)
+            self.failed_tiers.add(GPU)

@@ -90,6 +90,7 @@ class Pager:
             if not request.pending:
                 break
             if order and self._order(request, stream):
+                self._wake()  # nobody else will settle these loads
                 break
             self._await_all(request)
             with self.lock:
@@ -101,7 +102,7 @@ class Pager:
             self._refuse_failed(request, attempts)
         if start_s:
             self.fault_latency.add(time.perf_counter() - start_s)
-            self._wake()
+            self._wake_if_pressed()
 
     def use_one(self, row: int, write: bool) -> bool:
         """The fast path of `use` for one page that rests on the GPU; False: take the other."""
@@ -141,7 +142,7 @@ class Pager:
         if request.failed:
             self.free(rows)
             raise TierFailed(f"gpu: {len(request.failed)} of {len(rows)} frames could not be shown")
-        self._wake()
+        self._wake_if_pressed()
 
     def free(self, rows: Rows) -> None:
         self.decide(lambda: self.planner.free(rows, self._now()))
@@ -153,7 +154,9 @@ class Pager:
             self._observe()
             plans = verb()
             self._todo.extend(plans)
-        self._start()
+        if plans:
+            self._start()
+            self._wake()
         return len(plans)
 
     # ---------------------------------------------------------------- settling
@@ -206,6 +209,11 @@ class Pager:
         self.drain()
 
     # ---------------------------------------------------------------- parts
+
+    def _wake_if_pressed(self) -> None:
+        """The mover has something to do once a tier is above its high mark."""
+        if self.planner.is_pressed():
+            self._wake()
 
     def _enter(self, rows: Rows, writes: bool) -> None:
         self.planner.touch(rows, self._now())

@@ -20,8 +20,22 @@ from tiermem.descent import Descent
 from tiermem.errors import NotOurs, PageInUse, PageLost, TierFailed, TierFull
 from tiermem.plan import Copy, Drop, Hide, Outcome, Plan, Request, Show, Step, Zero
 from tiermem.policies.base import Keys, RequestFacts
-from tiermem.table import DIRTY, DOOMED, ORDERED, STALE, Rows, Shown
-from tiermem.tier import PASSED, Fence, Mask, Place, Slots
+from tiermem.table import DIRTY, DOOMED, IS_FRAME, IS_HIDING, IS_RETIRED, ORDERED, STALE, Rows
+from tiermem.tier import (
+    AT_GPU,
+    AT_HOST,
+    AT_LOST,
+    AT_NONE,
+    AT_NVME,
+    GPU,
+    HOST,
+    NVME,
+    PASSED,
+    Fence,
+    Mask,
+    Place,
+    Slots,
+)
 
 Access = Literal["read", "write", "fresh"]
 __all__ = ["Access", "Marks", "Planner", "Request"]
@@ -48,26 +62,31 @@ class Planner(Descent):
         parents, depths, keys: one a unit. Raises TierFull when no wait could help.
         """
         table = self.table
-        if (table.at[rows] != Place.NONE).any() or (table.flags[rows] & DOOMED).any():
+        if table.at[rows].any():
             raise NotOurs(f"{len(rows)} pages to allocate, not all of them vacant")
         request = Request(rows, pins=False)
-        if self._blocked(rows, request):
-            return request
-        if not self._have_room(self._frameless(rows), request, now, spare_us=rows):
-            return request
+        shown = table.shown[rows] == IS_RETIRED
+        ready = bool(shown.all())
+        if not ready:
+            if self._blocked(rows, request):
+                return request
+            if not self._have_room(self._frameless(rows), request, now, spare_us=rows):
+                return request
         heads = table.heads(rows)
         table.parent[heads] = -1 if parents is None else parents
         table.depth[heads] = 0 if depths is None else depths
         self._stamp_units(heads)
         request.taken = True
-        table.flags[rows] = 0
         table.gen[rows] += 1
-        back = self._take_back(rows)
-        table.at[rows] = Place.LOST
-        table.at[back] = Place.GPU
+        back = rows if ready else rows[shown]
+        self._reuse_frames(back)
+        table.at[back] = AT_GPU
         table.flags[back] = DIRTY
-        self.rankings[Place.GPU].inserted(heads, keys, now)
-        self._blank(rows[table.at[rows] == Place.LOST], request)
+        self.rankings[GPU].inserted(heads, keys, now)
+        if not ready:
+            blank = rows[~shown]
+            table.at[blank] = AT_LOST
+            self._blank(blank, request)
         return request
 
     def fault(
@@ -80,10 +99,10 @@ class Planner(Descent):
         """
         table = self.table
         at = table.at[rows]
-        if (at == Place.NONE).any() or (table.flags[rows] & DOOMED).any():
-            raise NotOurs(f"{int((at == Place.NONE).sum())} of {len(rows)} pages not allocated")
-        if access != "fresh" and (at == Place.LOST).any():
-            lost = rows[at == Place.LOST]
+        if (at == AT_NONE).any() or (table.flags[rows] & DOOMED).any():
+            raise NotOurs(f"{int((at == AT_NONE).sum())} of {len(rows)} pages not allocated")
+        if access != "fresh" and (at == AT_LOST).any():
+            lost = rows[at == AT_LOST]
             raise PageLost(
                 f"{len(lost)} of {len(rows)} pages lost (first: row {int(lost[0])}); "
                 'compute them again with access="fresh"'
@@ -91,18 +110,20 @@ class Planner(Descent):
         request = Request(rows, pins=pin)
         self._rescue(rows)
         to = table.to[rows]
-        arriving = rows[to == Place.GPU]
-        away = rows[(table.at[rows] != Place.GPU) & (to != Place.GPU)]
+        arriving = rows[to == AT_GPU]
+        away = rows[(table.at[rows] != AT_GPU) & (to != AT_GPU)]
         if len(away):
             if access == "fresh" and self._busy(away, request):
                 return request
-            self._cancel(away[table.at[away] == Place.HOST])
+            self._cancel(away[table.at[away] == AT_HOST])
             if self._blocked(away, request):
                 return request
             if not self._have_room(self._frameless(away), request, now, spare_us=rows):
                 return request
-            for place in (Place.HOST, Place.NVME):
-                self.counts[f"fault_{place.name.lower()}"] += int((table.at[away] == place).sum())
+            for place in (HOST, NVME):
+                self.counts[f"fault_{place.name.lower()}"] += int(
+                    (table.at[away] == int(place)).sum()
+                )
             self._bring(away, access, request, now, order)
         if len(arriving):
             self._join(arriving, request)
@@ -114,9 +135,9 @@ class Planner(Descent):
     def pin_one(self, row: int, write: bool, now: int) -> bool:
         """The fast path of `fault` and `touch` for one page that rests on the GPU."""
         table = self.table
-        if table.at[row] != Place.GPU or table.to[row] or table.flags[row] & (DOOMED | STALE):
+        if table.at[row] != AT_GPU or table.to[row] or table.flags[row] & (DOOMED | STALE):
             return False
-        if write and (table.slot(Place.HOST)[row] >= 0 or table.slot(Place.NVME)[row] >= 0):
+        if write and (table.slot(HOST)[row] >= 0 or table.slot(NVME)[row] >= 0):
             return False
         if write:
             table.gen[row] += np.uint32(1)
@@ -124,23 +145,23 @@ class Planner(Descent):
         table.pins[row] += 1
         table.stamp[row] = self._stamp
         self._stamp += 1
-        self.rankings[Place.GPU].accessed(np.array([row], np.int32), now)
+        self.rankings[GPU].accessed(np.array([row], np.int32), now)
         return True
 
     def touch(self, rows: Rows, now: int) -> None:
         """Tell the GPU's policy that these resident pages were used, deepest first."""
         heads = self.table.heads(rows)
         self._stamp_units(heads)
-        here = heads[self.table.at[heads] == Place.GPU]
+        here = heads[self.table.at[heads] == AT_GPU]
         if len(here):
-            self.rankings[Place.GPU].accessed(here, now)
+            self.rankings[GPU].accessed(here, now)
 
     def wrote(self, rows: Rows) -> None:
         """The pinned pages are about to be written: every copy below is now old."""
         table = self.table
         table.gen[rows] += 1
         table.flags[rows] |= DIRTY
-        for place in (Place.HOST, Place.NVME):
+        for place in (HOST, NVME):
             slot = table.slot(place)
             copies = rows[slot[rows] >= 0]
             if not len(copies):
@@ -166,7 +187,7 @@ class Planner(Descent):
         rows = request.rows
         if request.failed:
             rows = rows[~np.isin(rows, np.array(request.failed, np.int32))]
-        waiting = (table.to[rows] == Place.GPU) & ((table.flags[rows] & ORDERED) == 0)
+        waiting = (table.to[rows] == AT_GPU) & ((table.flags[rows] & ORDERED) == 0)
         table.waiters[rows[waiting]] -= 1
         table.pins[rows[~waiting]] -= 1
         request.taken = False
@@ -174,10 +195,11 @@ class Planner(Descent):
     def free(self, rows: Rows, now: int) -> list[Plan]:
         """Forget pages (whole units). They become vacant once idle. Raises PageInUse, NotOurs."""
         table = self.table
-        if (table.at[rows] == Place.NONE).any() or (table.flags[rows] & DOOMED).any():
+        if not table.at[rows].all() or (table.flags[rows] & DOOMED).any():
             raise NotOurs(f"{len(rows)} pages to free, not all of them allocated")
-        used = (table.pins[rows] > 0) | (table.waiters[rows] > 0)
-        if used.any():
+        users = table.pins[rows] + table.waiters[rows]
+        if users.any():
+            used = users > 0
             raise PageInUse(
                 f"{int(used.sum())} of {len(rows)} pages are pinned or awaited "
                 f"(first: row {int(rows[used][0])}); leave their use() first"
@@ -189,7 +211,7 @@ class Planner(Descent):
         """Tell the policies what is known of a request that ended (pages deepest first)."""
         heads = self.table.heads(rows)
         for place, ranking in self.rankings.items():
-            here = heads[self.table.at[heads] == place]
+            here = heads[self.table.at[heads] == int(place)]
             if len(here):
                 ranking.finished(here, facts, now)
 
@@ -200,50 +222,56 @@ class Planner(Descent):
         """
         table = self.table
         rest = (table.to[rows] == 0) & (table.busy[rows] == 0) & (table.flags[rows] & DOOMED == 0)
-        rest &= (table.at[rows] == Place.HOST) | (table.at[rows] == Place.NVME)
-        rows = rows[rest & (table.shown[rows] != Shown.HIDING)]
-        pool = self.pools[Place.GPU]
-        room = min(pool.free + self._stealable(), int(self._mark(Place.GPU, "high")) - pool.used)
+        rest &= (table.at[rows] == AT_HOST) | (table.at[rows] == AT_NVME)
+        rows = rows[rest & (table.shown[rows] != IS_HIDING)]
+        pool = self.pools[GPU]
+        room = min(pool.free + self._stealable(), int(self._mark(GPU, "high")) - pool.used)
         soon, later = self._cut(rows, max(room, 0))
         request = Request(soon, pins=False)
         if len(soon):
             self.counts["prefetched"] += len(soon)
             self._bring(soon, "read", request, now, order=False)
-        return request.plans + self._stage(later[table.at[later] == Place.NVME], now)
+        return request.plans + self._stage(later[table.at[later] == AT_NVME], now)
 
     def demote(self, rows: Rows, now: int) -> list[Plan]:
         """Start moving idle pages of the GPU one tier down: the owner says they are cold."""
         heads = self.table.heads(rows)
-        rows = self.table.pages(heads[self.table.movable(heads, Place.GPU)])
+        rows = self.table.pages(heads[self.table.movable(heads, GPU)])
         return self._leave_gpu(rows, now, may_drop=False)
 
     def forget(self, rows: Rows, now: int) -> list[Plan]:
         """Everything of a region that is being closed: free its pages, hide what it shows."""
         table = self.table
-        alive = rows[(table.at[rows] != Place.NONE) & ((table.flags[rows] & DOOMED) == 0)]
+        alive = rows[(table.at[rows] != AT_NONE) & ((table.flags[rows] & DOOMED) == 0)]
         plans = self.free(alive, now) if len(alive) else []
-        shown = rows[(table.shown[rows] == Shown.RETIRED) & (table.at[rows] == Place.NONE)]
+        shown = rows[(table.shown[rows] == IS_RETIRED) & (table.at[rows] == AT_NONE)]
         if len(shown):
-            frames = table.slot(Place.GPU)[shown].copy()
-            self.pools[Place.GPU].reuse(frames)
+            frames = table.slot(GPU)[shown].copy()
+            self.pools[GPU].reuse(frames)
             plans.append(self._begin([self._hide_unowned(shown, frames)]))
         return plans
 
     def room(self) -> int:
         """Pages that an allocation could get frames for: free, retired, or movable."""
-        pool = self.pools[Place.GPU]
+        pool = self.pools[GPU]
         owners = pool.owner[pool.owner >= 0]
-        return pool.free + pool.kept + int(self.table.movable(owners, Place.GPU).sum())
+        return pool.free + pool.kept + int(self.table.movable(owners, GPU).sum())
 
     def is_doomed(self, rows: Rows) -> Mask:
         return np.asarray((self.table.flags[rows] & DOOMED) != 0)
 
     # ---------------------------------------------------------------- verbs of the mover
 
+    def is_pressed(self) -> bool:
+        """True if a tier is above its high mark. Needs no lock: it is a hint."""
+        return any(
+            pool.used > self.marks[place].high * pool.capacity for place, pool in self.pools.items()
+        )
+
     def relieve(self, now: int) -> list[Plan]:
         """Plans that bring each tier below its marks and its limit, the lowest tier first."""
         plans = self._reap()
-        for place in (Place.NVME, Place.HOST, Place.GPU):
+        for place in (NVME, HOST, GPU):
             pool = self.pools[place]
             if not pool.capacity:
                 continue
@@ -298,7 +326,7 @@ class Planner(Descent):
 
     def all_ordered(self, request: Request) -> bool:
         """True if a stream may wait for everything that this request awaits."""
-        rows = request.rows[self.table.to[request.rows] == Place.GPU]
+        rows = request.rows[self.table.to[request.rows] == AT_GPU]
         return bool(((self.table.flags[rows] & ORDERED) != 0).all())
 
     # ---------------------------------------------------------------- bringing pages up
@@ -307,29 +335,29 @@ class Planner(Descent):
         """Claim frames for pages below and load them; there is room (`_have_room`)."""
         table = self.table
         back = self._take_back(away)
-        self._moved(back, Place.GPU, now)
+        self._moved(back, GPU, now)
         if access == "fresh":
-            blank = away[table.at[away] != Place.GPU]
-            for place in (Place.HOST, Place.NVME):
-                self._leave_tier(place, blank[table.at[blank] == place], now)
+            blank = away[table.at[away] != AT_GPU]
+            for place in (HOST, NVME):
+                self._leave_tier(place, blank[table.at[blank] == int(place)], now)
                 self._release_slots(blank[table.slot(place)[blank] >= 0], place)
-            table.at[blank] = Place.LOST
+            table.at[blank] = AT_LOST
             table.flags[blank] = 0
             if len(blank):
-                self.rankings[Place.GPU].inserted(table.heads(blank), None, now)
+                self.rankings[GPU].inserted(table.heads(blank), None, now)
             self._blank(blank, request)
             return
-        for place in (Place.HOST, Place.NVME):
-            rows = away[table.at[away] == place]
+        for place in (HOST, NVME):
+            rows = away[table.at[away] == int(place)]
             if len(rows):
-                self._load(rows, place, request, ordered=order and place == Place.HOST)
+                self._load(rows, place, request, ordered=order and place == AT_HOST)
 
     def _load(self, rows: Rows, src: Place, request: Request, ordered: bool) -> None:
         frames, steps = self._frames(rows)
         table = self.table
-        copy = Copy(src, Place.GPU, rows, table.slot(src)[rows].copy(), frames, PASSED)
+        copy = Copy(src, GPU, rows, table.slot(src)[rows].copy(), frames, PASSED)
         plan = self._begin([*steps, copy, Show(rows, frames)])
-        table.to[rows] = Place.GPU
+        table.to[rows] = AT_GPU
         table.move[rows] = plan.id
         if ordered:
             table.flags[rows] |= ORDERED
@@ -345,13 +373,13 @@ class Planner(Descent):
         frames, steps = self._frames(rows)
         plan = self._begin([*steps, Show(rows, frames)])
         self.table.busy[rows] += 1
-        self.table.to[rows] = Place.GPU
+        self.table.to[rows] = AT_GPU
         self.table.move[rows] = plan.id
         self._follow(plan, request)
 
     def _frames(self, rows: Rows) -> tuple[Slots, list[Step]]:
         """A frame for each page, free ones first, then the oldest retired; what must be done."""
-        table, pool = self.table, self.pools[Place.GPU]
+        table, pool = self.table, self.pools[GPU]
         frames = pool.take_free(min(len(rows), pool.free))
         steps: list[Step] = []
         if len(frames) < len(rows):
@@ -367,25 +395,28 @@ class Planner(Descent):
 
     def _steal(self, n: int) -> tuple[Hide, Slots]:
         """The n oldest retired frames, and what hides the pages that still show them."""
-        owners, frames = self._take_kept(Place.GPU, n)
+        owners, frames = self._take_kept(GPU, n)
         extra = frames[n:]
-        self.pools[Place.GPU].owner[extra] = -1
+        self.pools[GPU].owner[extra] = -1
         self.counts["stolen"] += len(frames)
         return self._hide(owners, extra), frames[:n]
 
     def _take_back(self, rows: Rows) -> Rows:
         """Pages whose retired frame is still theirs return to it. Returns these pages."""
-        table, pool = self.table, self.pools[Place.GPU]
-        rows = rows[table.shown[rows] == Shown.RETIRED]
+        table = self.table
+        rows = rows[table.shown[rows] == IS_RETIRED]
         if not len(rows):
             return rows
-        pool.reuse(table.slot(Place.GPU)[rows])
-        table.shown[rows] = Shown.FRAME
-        self.counts["taken_back"] += int((table.at[rows] != Place.NONE).sum())
-        for place in (Place.HOST, Place.NVME):
-            here = rows[table.at[rows] == place]
-            self.pools[place].keep(table.slot(place)[here])
+        self._reuse_frames(rows)
+        self.counts["taken_back"] += len(rows)
+        at = table.at[rows]
+        for place in (HOST, NVME):
+            self.pools[place].keep(table.slot(place)[rows[at == int(place)]])
         return rows
+
+    def _reuse_frames(self, rows: Rows) -> None:
+        self.pools[GPU].reuse(self.table.slot(GPU)[rows])
+        self.table.shown[rows] = IS_FRAME
 
     def _join(self, rows: Rows, request: Request) -> None:
         """Wait for loads that others began."""
@@ -401,7 +432,7 @@ class Planner(Descent):
 
     def _pin(self, rows: Rows) -> None:
         table = self.table
-        later = (table.to[rows] == Place.GPU) & ((table.flags[rows] & ORDERED) == 0)
+        later = (table.to[rows] == AT_GPU) & ((table.flags[rows] & ORDERED) == 0)
         table.pins[rows[~later]] += 1
         table.waiters[rows[later]] += 1
 
@@ -420,15 +451,15 @@ class Planner(Descent):
         table.to[rows[live]] = 0
         table.move[rows[live]] = 0
         landed = rows[good]
-        table.slot(Place.GPU)[landed] = step.dst_slots[good]
-        table.shown[landed] = Shown.FRAME
+        table.slot(GPU)[landed] = step.dst_slots[good]
+        table.shown[landed] = IS_FRAME
         self.pools[step.src].keep(table.slot(step.src)[landed])
-        self._moved(landed, Place.GPU, now)
+        self._moved(landed, GPU, now)
         table.pins[landed] += table.waiters[landed]
         table.waiters[rows[live]] = 0
         ordered = (table.flags[rows] & ORDERED) != 0
         if (ordered & live & ~good).any():
-            self.failed_tiers.add(Place.GPU)  # a stream has gone on without its bytes
+            self.failed_tiers.add(GPU)  # a stream has gone on without its bytes
         table.flags[rows[live]] &= ~ORDERED
         self._release_stale(rows)
         self.counts[f"{step.src.name}_gpu".lower()] += len(landed)
@@ -449,9 +480,9 @@ class Planner(Descent):
         table.to[rows[live]] = 0
         table.move[rows[live]] = 0
         landed = rows[good]
-        table.slot(Place.GPU)[landed] = step.frames[good]
-        table.shown[landed] = Shown.FRAME
-        table.at[landed] = Place.GPU
+        table.slot(GPU)[landed] = step.frames[good]
+        table.shown[landed] = IS_FRAME
+        table.at[landed] = AT_GPU
         table.flags[landed] |= DIRTY
         table.pins[landed] += table.waiters[landed]
         table.waiters[rows[live]] = 0
@@ -460,7 +491,7 @@ class Planner(Descent):
         broken = rows[live & ~good]
         failed.update(broken.tolist())
         table.flags[broken] = 0
-        self._leave_tier(Place.GPU, broken, now)
+        self._leave_tier(GPU, broken, now)
         return self._unshow(rows[~good], step.frames[~good], unshown)
 
     def _failed_shows(self, plan: Plan, outcome: Outcome) -> Rows:
@@ -478,11 +509,11 @@ class Planner(Descent):
 
         spare_us: pages of this request, which must not be evicted for it.
         """
-        pool = self.pools[Place.GPU]
+        pool = self.pools[GPU]
         have = pool.free + self._stealable(spare_us)
         if have >= n:
             return True
-        if Place.GPU in self.failed_tiers:
+        if GPU in self.failed_tiers:
             raise TierFailed("gpu: the tier has failed; reopen the space")
         self.table.pins[spare_us] += 1
         try:
@@ -490,7 +521,7 @@ class Planner(Descent):
                 self._refuse(n)
             short = n - have - self._coming()
             if short > 0:
-                request.plans += self._push_down(Place.GPU, short, now)
+                request.plans += self._push_down(GPU, short, now)
         finally:
             self.table.pins[spare_us] -= 1
         if pool.free + self._stealable(spare_us) >= n:
@@ -504,11 +535,11 @@ class Planner(Descent):
         return False
 
     def _refuse(self, n: int) -> None:
-        pool = self.pools[Place.GPU]
+        pool = self.pools[GPU]
         below = ", ".join(
             f"{p.name.lower()} {self.pools[p].used} of {self.pools[p].capacity} used"
             + (" (failed)" if p in self.failed_tiers else "")
-            for p in (Place.HOST, Place.NVME)
+            for p in (HOST, NVME)
         )
         raise TierFull(
             f"gpu: need {n} pages, {pool.free} free, {pool.kept} retired, "
@@ -518,27 +549,27 @@ class Planner(Descent):
 
     def _pinned_frames(self) -> int:
         """Frames whose pages are pinned, awaited, or wanted by the request at hand."""
-        owners = self.pools[Place.GPU].owner
+        owners = self.pools[GPU].owner
         owners = owners[owners >= 0]
         return int(((self.table.pins[owners] > 0) | (self.table.waiters[owners] > 0)).sum())
 
     def _frameless(self, rows: Rows) -> int:
         """How many of these pages have no retired frame of their own to return to."""
-        return int((self.table.shown[rows] != Shown.RETIRED).sum())
+        return int((self.table.shown[rows] != IS_RETIRED).sum())
 
     def _stealable(self, spare_us: Rows = _NO_ROWS) -> int:
         """Retired frames whose last work has passed and that are not of these pages."""
-        pool = self.pools[Place.GPU]
+        pool = self.pools[GPU]
         if not pool.kept:
             return 0
-        own = int((self.table.shown[spare_us] == Shown.RETIRED).sum())
+        own = int((self.table.shown[spare_us] == IS_RETIRED).sum())
         if self.table.fences.all_passed:
             return pool.kept - own
-        return len(self._idle_kept(Place.GPU, None)) - own
+        return len(self._idle_kept(GPU, None)) - own
 
     def _fenced(self) -> Rows:
         """Unpinned pages with a frame: some may wait for a fence before they can give it up."""
-        owners = self.pools[Place.GPU].owner
+        owners = self.pools[GPU].owner
         owners = owners[owners >= 0]
         return np.concatenate([self._doomed, owners[self.table.pins[owners] == 0]])
 
@@ -547,19 +578,19 @@ class Planner(Descent):
         coming = 0
         for opened in self._open.values():
             for step in opened.plan.steps:
-                if isinstance(step, Copy) and step.src == Place.GPU:
+                if isinstance(step, Copy) and step.src == AT_GPU:
                     coming += int((self.table.move[step.pages] == opened.plan.id).sum())
                 elif isinstance(step, Hide):
                     coming += len(step.frees)
                 elif isinstance(step, Drop):
                     pages = self.table.pages(step.units)
-                    coming += int((self.table.at[pages] == Place.GPU).sum())
-        return coming + int((self.table.at[self._doomed] == Place.GPU).sum())
+                    coming += int((self.table.at[pages] == AT_GPU).sum())
+        return coming + int((self.table.at[self._doomed] == AT_GPU).sum())
 
     def _rescue(self, rows: Rows) -> None:
         """Pages on their way down that are wanted again: let go of the move, for nothing."""
         table = self.table
-        leaving = rows[(table.at[rows] == Place.GPU) & (table.to[rows] != 0)]
+        leaving = rows[(table.at[rows] == AT_GPU) & (table.to[rows] != 0)]
         if len(leaving):
             self.counts["rescued"] += len(leaving)
             self._cancel(leaving)
@@ -567,7 +598,7 @@ class Planner(Descent):
     def _blocked(self, rows: Rows, request: Request) -> bool:
         """Pages being hidden, or on their way from NVMe to the host: wait for those plans."""
         table = self.table
-        stuck = rows[(table.shown[rows] == Shown.HIDING) | (table.to[rows] == Place.HOST)]
+        stuck = rows[(table.shown[rows] == IS_HIDING) | (table.to[rows] == AT_HOST)]
         return bool(len(stuck)) and self._await(stuck, request)
 
     def _busy(self, rows: Rows, request: Request) -> bool:

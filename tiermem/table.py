@@ -35,7 +35,19 @@ import numpy as np
 import numpy.typing as npt
 
 from tiermem.fences import Fences
-from tiermem.tier import TIERS, Mask, Place, SlotPool
+from tiermem.tier import (
+    AT_GPU,
+    AT_LOST,
+    AT_NONE,
+    AT_NVME,
+    GPU,
+    HOST,
+    NVME,
+    TIERS,
+    Mask,
+    Place,
+    SlotPool,
+)
 
 Rows = npt.NDArray[np.int32]
 
@@ -53,6 +65,9 @@ class Shown(IntEnum):
     RETIRED = 2  # a frame whose page has left, still holding equal bytes (or a freed page's frame)
     HIDING = 3  # a hide is under way
     IN_PLACE = 4  # a host slot, read over the link at the page's own address
+
+
+IS_NOTHING, IS_FRAME, IS_RETIRED, IS_HIDING, IS_IN_PLACE = (int(shown) for shown in Shown)
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,35 +205,37 @@ class PageTable:
         at, to, shown, flags = self.at, self.to, self.shown, self.flags
         dirty, stale = (flags & DIRTY) != 0, (flags & STALE) != 0
         ordered, doomed = (flags & ORDERED) != 0, (flags & DOOMED) != 0
-        assert (at <= Place.LOST).all() and (to <= Place.NVME).all(), "unknown place"
-        assert (self.pins >= 0).all() and (self.waiters >= 0).all(), "negative pins or waiters"
+        assert (at <= AT_LOST).all(), "unknown place"
+        assert (to <= AT_NVME).all(), "no move leads there"
+        assert (self.pins >= 0).all(), "negative pins"
+        assert (self.waiters >= 0).all(), "negative waiters"
         assert (self.busy >= 0).all(), "negative busy"
-        resting_gpu = (at == Place.GPU) & (to == 0)
+        resting_gpu = (at == AT_GPU) & (to == 0)
         assert ((self.pins == 0) | resting_gpu | ordered).all(), (
             "3: a pinned page is away or moving"
         )
-        assert (~ordered | (to == Place.GPU)).all(), "3: ordered without a load"
+        assert (~ordered | (to == AT_GPU)).all(), "3: ordered without a load"
         assert (~doomed | (self.pins == 0)).all(), "a doomed page is pinned"
-        assert ((self.waiters == 0) | (to == Place.GPU)).all(), "waiters without a load"
+        assert ((self.waiters == 0) | (to == AT_GPU)).all(), "waiters without a load"
         assert ((to == 0) | ((self.busy > 0) & (self.move > 0))).all(), "a move without transfer"
         for place in TIERS:
             slot = self.slot(place)
             here = at == place
             assert (~here | (slot >= 0)).all(), f"4: at {place.name} without a slot there"
             self._check_slots(place, slot, pools)
-        for place in (Place.HOST, Place.NVME):
+        for place in (HOST, NVME):
             copy = self.slot(place) >= 0
-            assert not (copy & ((at == Place.NONE) | (at == Place.LOST)) & ~doomed).any(), (
+            assert not (copy & ((at == AT_NONE) | (at == AT_LOST)) & ~doomed).any(), (
                 f"5: a page without bytes owns a {place.name} slot"
             )
-        assert (~dirty | (at == Place.GPU)).all(), "6: dirty away from the GPU"
-        spare = (self.slot(Place.HOST) >= 0) | (self.slot(Place.NVME) >= 0)
+        assert (~dirty | (at == AT_GPU)).all(), "6: dirty away from the GPU"
+        spare = (self.slot(HOST) >= 0) | (self.slot(NVME) >= 0)
         assert not (dirty & spare & ~stale).any(), "6: a dirty page keeps a spare"
         assert (~stale | (self.busy > 0)).all(), "6: stale copies of an idle page"
-        frame = self.slot(Place.GPU) >= 0
-        visible = (shown == Shown.FRAME) | (shown == Shown.RETIRED)
+        frame = self.slot(GPU) >= 0
+        visible = (shown == IS_FRAME) | (shown == IS_RETIRED)
         assert (~visible | frame).all(), "an address shows a frame that is not the page's"
-        assert (~resting_gpu | (shown == Shown.FRAME)).all(), "on the GPU and not shown"
+        assert (~resting_gpu | (shown == IS_FRAME)).all(), "on the GPU and not shown"
         self._check_units()
 
     def _check_slots(self, place: Place, slot: Rows, pools: dict[Place, SlotPool]) -> None:
@@ -231,7 +248,8 @@ class PageTable:
         assert (pool.owner[slots] == rows).all(), f"2: {place.name} owners differ"
         kept = pool.oldest_kept()
         owners = pool.owner[kept]
-        assert (owners >= 0).all() and (slot[owners] == kept).all(), f"2: kept {place.name} unowned"
+        assert (owners >= 0).all(), f"2: kept {place.name} unowned"
+        assert (slot[owners] == kept).all(), f"2: a kept {place.name} slot is another page's"
         assert (self.at[owners] != place).all(), f"2: the newest bytes in a kept {place.name} slot"
 
     def _check_units(self) -> None:

@@ -32,7 +32,11 @@ class Place(IntEnum):
     LOST = 4
 
 
-TIERS = (Place.GPU, Place.HOST, Place.NVME)
+GPU, HOST, NVME = Place.GPU, Place.HOST, Place.NVME
+AT_NONE, AT_GPU, AT_HOST, AT_NVME, AT_LOST = (int(place) for place in Place)
+"""For numpy: comparing a column with a member of an enum takes 2.2 us, with an int 0.5."""
+
+TIERS = (GPU, HOST, NVME)
 
 
 @dataclass(frozen=True, slots=True)
