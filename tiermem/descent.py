@@ -291,9 +291,18 @@ class Descent(Books):
             plans.append(self._begin([hide]))
             self._doomed = np.concatenate([self._doomed, shown])
             rows = rows[table.shown[rows] != IS_HIDING]
-            shown = shown[:0]
+        self._vacate(rows)
+        return plans
+
+    def _vacate(self, rows: Rows) -> None:
+        """Idle pages become NONE; a frame that is still shown is retired, empty."""
+        table = self.table
         for place in (HOST, NVME):
-            self._release_slots(rows[table.slot(place)[rows] >= 0], place)
+            held = table.slot(place)[rows] >= 0
+            if held.any():
+                self._release_slots(rows[held], place)
+        frame = table.shown[rows] == IS_FRAME
+        shown = rows if frame.all() else rows[frame]
         self.pools[GPU].keep(table.slot(GPU)[shown])
         table.shown[shown] = IS_RETIRED
         table.at[rows] = AT_NONE
@@ -301,7 +310,14 @@ class Descent(Books):
         table.fence[rows] = 0
         table.parent[rows] = -1
         self._reaped.append(rows)
-        return plans
+
+    def _rests_idle(self, rows: Rows) -> bool:
+        """True if all of these pages are on the GPU and nothing is under way with any."""
+        table = self.table
+        idle = (table.at[rows] == AT_GPU) & (table.busy[rows] == 0)
+        if not table.fences.all_passed:
+            idle &= table.fences.is_passed(table.fence[rows])
+        return bool(idle.all())
 
     def _settle_hide(self, step: Hide, bad: Mask | None) -> None:
         table = self.table

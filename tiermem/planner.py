@@ -204,6 +204,10 @@ class Planner(Descent):
                 f"{int(used.sum())} of {len(rows)} pages are pinned or awaited "
                 f"(first: row {int(rows[used][0])}); leave their use() first"
             )
+        if not self.eager and self._rests_idle(rows):
+            self._leave_tier(GPU, rows, now)
+            self._vacate(rows)
+            return []
         self._doom(rows, now)
         return self._reap()
 

@@ -250,14 +250,15 @@ class Region:
         """Rows of these pages' whole units; NotOurs unless each is in the region, and once."""
         if self._closed:
             raise Closed(f"region {self.name} is closed")
-        given = np.atleast_1d(np.asarray(pages, np.int64))
-        if len(given) and (given.min() < 0 or given.max() >= self.pages):
-            bad = given[(given < 0) | (given >= self.pages)]
+        given = np.atleast_1d(np.asarray(pages))
+        outside = (given < 0) | (given >= self.pages)
+        if outside.any():
+            bad = given[outside]
             raise NotOurs(
                 f"region {self.name} has pages 0..{self.pages - 1}; {len(bad)} of {len(given)} "
                 f"are not among them (first: {int(bad[0])})"
             )
-        rows = (given + self._first).astype(np.int32)
+        rows: Rows = given.astype(np.int32) + np.int32(self._first)
         if self.unit_pages > 1:
             table = self._pager.planner.table
             rows = table.pages(table.heads(rows))
