@@ -8,6 +8,7 @@ already is not measured again, so a run that was cut short can be continued. Sec
 ceilings  one 256 MiB copy down, up, both at once (GB/s)
 floors    cuMemCreate, cuMemMap, cuMemSetAccess, cuMemUnmap, cuMemRelease of 2 MiB, one native
           program of 64 calls each (us a call)
+floors_beside   map, access and unmap while copies run
 window    show and hide through CudaWindow, groups of 64, waited for one by one and with eight in
           flight, and of 1 in the calling thread (us a page), 2 and 8 MiB
 routes    submit to end, groups of 64 and 256, several in flight, each way and both (GB/s)
@@ -87,7 +88,9 @@ class Rig:
     def __init__(self, page: int) -> None:
         self.page = page
         self.n = POOL // page
-        self.device = CudaDevice(0, page, self.n, calibration=Calibration(page_bytes=page))
+        # Waits sleep by the link's rate; 50 is a PCIe 5 x16 link's, rounded down.
+        settings = Calibration(page_bytes=page, down_gbps=50.0, up_gbps=50.0)
+        self.device = CudaDevice(0, page, self.n, calibration=settings)
         self.device.frames.wait_ready()
         self.host = Pinned(self.device, page)
         self.down, self.up = self.device.routes(self.host)
@@ -193,6 +196,47 @@ def floors() -> Figures:
     return found
 
 
+def floors_beside() -> Figures:
+    """The floors of map, access and unmap while copies run, one way and both."""
+    found: Figures = {}
+    with rig(PAGE) as r:
+        context, driver, n = r.device.context, r.device.context.driver, 64
+        handles = np.array(r.device.frames.arena.handles[:n], np.uint64)
+        desc = r.device.frames.arena.backing.access
+        at = r.at(0, n)
+        calls = {
+            "cuMemMap": (at, PAGE, 0, handles, 0),
+            "cuMemSetAccess": (at, PAGE, desc.ctypes.data, len(desc) // 3),
+            "cuMemUnmap": (at, PAGE),
+        }
+        programs = {
+            name: Program(group(driver.address(name), Kind.STATUS, *columns))
+            for name, columns in calls.items()
+        }
+        quiet = r.groups(256)[0]
+        for load_, routes_ in {
+            "quiet": (),
+            "down": (r.down,),
+            "up": (r.up,),
+            "both": (r.down, r.up),
+        }.items():
+            times: dict[str, list[float]] = {}
+            copies = [route.submit(quiet, quiet, PASSED) for route in routes_ for _ in range(6)]
+            with context:
+                for _ in range(8):
+                    for name, program in programs.items():
+                        began = time.perf_counter()
+                        failure = program.run()
+                        took = (time.perf_counter() - began) / n * 1e6
+                        assert failure is None, f"{name}: {failure}"
+                        times.setdefault(name, []).append(took)
+            ran = not any(copy.ready() for copy in copies[-1:])
+            end(*copies)
+            found[load_] = {f"{k}_us": round(statistics.median(v), 2) for k, v in times.items()}
+            found[load_]["copies_ran_throughout"] = ran
+    return found
+
+
 def window_of(r: Rig, size: int, rounds: int = 5) -> tuple[float, float]:
     window, shows, hides = r.device.window, [], []
     for _ in range(rounds + 1):
@@ -239,7 +283,7 @@ def window() -> Figures:
 
 def stream(r: Rig, submit: Callable[[np.ndarray], list[object]], size: int) -> float:
     """GB/s one way of a gigabyte in groups, several in flight."""
-    return median(lambda: _gbps(r, submit, size))
+    return median(lambda: _gbps(r, submit, size, laps=2))
 
 
 def routes_of(r: Rig, sizes: tuple[int, ...] = (64, 256)) -> Figures:
@@ -309,18 +353,19 @@ def load_of(r: Rig, size: int = 64) -> Figures:
     }
 
 
-def _gbps(r: Rig, submit: Callable[[np.ndarray], list[object]], size: int) -> float:
+def _gbps(r: Rig, submit: Callable[[np.ndarray], list[object]], size: int, laps: int = 1) -> float:
     waiting: list[list[object]] = []
+    groups = r.groups(size) * laps
 
     def work() -> None:
-        for group_ in r.groups(size):
+        for group_ in groups:
             waiting.append(submit(group_))
             if len(waiting) == IN_FLIGHT:
                 end(*waiting.pop(0))
         while waiting:
             end(*waiting.pop(0))
 
-    return POOL / seconds(work) / 1e9
+    return laps * POOL / seconds(work) / 1e9
 
 
 def loads() -> Figures:
@@ -341,19 +386,23 @@ def swap_of(r: Rig, size: int = 64) -> Figures:
     there, back = r.at(0, r.n), r.at(r.n, r.n)
     end(window.show(there, r.frames))
 
+    turns = np.zeros(r.n, np.int64)  # how often each frame has changed sides
+
     def swap(g: np.ndarray) -> list[object]:
-        nonlocal there, back
+        turned = turns[g[0]] % 2 == 1
+        turns[g] += 1
+        gone, here = (back, there) if turned else (there, back)
         down = r.down.submit(g, (g + half) % r.n, PASSED)
         down.order(r.up_stream)
-        hidden = window.hide(there[g])
+        hidden = window.hide(gone[g])
         up = r.up.submit(g, g, PASSED)
-        return [down, hidden, up, window.show(back[g], g)]
+        return [down, hidden, up, window.show(here[g], g)]
 
     rates = []
-    for _ in range(7):
-        rates.append(2 * _gbps(r, swap, size))
-        there, back = back, there
-    end(window.hide(there))
+    for _ in range(6):
+        rates.append(2 * _gbps(r, swap, size, laps=4))
+    turned = turns % 2 == 1
+    end(window.hide(np.where(turned, back, there)))
     return {f"{r.page // MIB}MiB_x{size}": {"both_gbps": round(statistics.median(rates[1:]), 2)}}
 
 
@@ -430,33 +479,61 @@ def busy() -> Figures:
 
 
 def interpreter() -> Figures:
-    """Beside one busy thread: milliseconds until a short release of the lock is over."""
-    numbers = np.random.default_rng(0).permutation(64).astype(np.uint64)
-    index, big = numbers.astype(np.int32), np.zeros(1 << 16, np.uint64)
-    getpid = ctypes.CDLL(None).getppid
-    calls: dict[str, Callable[[], object]] = {
-        "time.sleep(0)": lambda: time.sleep(0),
-        "time.sleep(100us)": lambda: time.sleep(100e-6),
-        "ctypes call of 0.1 us": getpid,
-        "np.unique": lambda: np.unique(numbers),
-        "np.searchsorted": lambda: np.searchsorted(big, numbers),
-        "np.isin": lambda: np.isin(numbers, numbers),
-        "fancy get": lambda: big[index],
-        "fancy set": lambda: big.__setitem__(index, numbers),
-        "fancy get of 4096": lambda: big[np.arange(4096)],
-        "pure Python": lambda: None,
-    }
+    """Beside one busy thread: how often a short call loses the lock (over 1 ms), by array size."""
     found: Figures = {}
+    call = ctypes.CDLL(None).getppid
     with Busy():
-        for name, call in calls.items():
-            times = np.array([seconds(call) for _ in range(200)]) * 1e3
-            found[name] = {
-                "mean_ms": round(float(times.mean()), 3),
-                "p50_ms": round(float(np.median(times)), 3),
-                "p90_ms": round(float(np.percentile(times, 90)), 3),
-                "over_1ms": int((times > 1).sum()),
-            }
+        found["regain_ms"] = {
+            "time.sleep(0)": round(
+                statistics.median(seconds(lambda: time.sleep(0)) for _ in range(40)) * 1e3, 2
+            ),
+            "ctypes getppid": round(statistics.median(seconds(call) for _ in range(40)) * 1e3, 2),
+        }
+        for n in (16, 64, 256, 1024):
+            lost = {}
+            for name, work in numpy_calls(n).items():
+                slow = sum(seconds(work) > 1e-3 for _ in range(25))
+                if slow > 1:
+                    lost[name] = f"{slow}/25"
+            found[f"lost_at_{n}"] = lost
     return found
+
+
+def numpy_calls(n: int) -> dict[str, Callable[[], object]]:
+    a = np.random.default_rng(0).permutation(n).astype(np.uint64)
+    i, big, mask = a.astype(np.int32), np.zeros(1 << 16, np.uint64), a > n // 2
+    rows = np.zeros((n, 4), np.uint64)
+    return {
+        "sort": lambda: np.sort(a),
+        "unique": lambda: np.unique(a),
+        "searchsorted": lambda: np.searchsorted(big, a),
+        "isin": lambda: np.isin(a, a),
+        "get by index": lambda: big[i],
+        "set by index": lambda: big.__setitem__(i, a),
+        "get by mask": lambda: a[mask],
+        "set by mask": lambda: a.__setitem__(mask, 1),
+        "take": lambda: big.take(i),
+        "put": lambda: big.put(i, a),
+        "flatnonzero": lambda: np.flatnonzero(mask),
+        "count_nonzero": lambda: np.count_nonzero(mask),
+        "a + a": lambda: a + a,
+        "a > 3": lambda: a > 3,
+        "mask & mask": lambda: mask & mask,
+        "a.max()": lambda: a.max(),
+        "mask.any()": lambda: mask.any(),
+        "copy": lambda: a.copy(),
+        "astype": lambda: a.astype(np.int32),
+        "concatenate": lambda: np.concatenate([a, a]),
+        "where": lambda: np.where(mask, a, a),
+        "column = a": lambda: rows.__setitem__((slice(None), 1), a),
+        "tolist": lambda: a.tolist(),
+        "array(list)": lambda: np.array([1, 2, 3] * (n // 3), np.uint64),
+        "argpartition": lambda: np.argpartition(a, 3),
+        "bincount": lambda: np.bincount(i),
+        "add.at": lambda: np.add.at(big, i, 1),
+        "arange": lambda: np.arange(n),
+        "cumsum": lambda: a.cumsum(),
+    }
 
 
 def gemm() -> Figures:
@@ -572,6 +649,7 @@ def read_only(device: CudaDevice, address: int, handle: int) -> int:
 SECTIONS: dict[str, Callable[[], Figures]] = {
     "ceilings": ceilings,
     "floors": floors,
+    "floors_beside": floors_beside,
     "window": window,
     "routes": routes,
     "load": loads,
@@ -588,8 +666,11 @@ SECTIONS: dict[str, Callable[[], Figures]] = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--switch-interval", type=float, help="sys.setswitchinterval, seconds")
     parser.add_argument("--only", nargs="*", choices=list(SECTIONS), default=list(SECTIONS))
     options = parser.parse_args()
+    if options.switch_interval:
+        sys.setswitchinterval(options.switch_interval)
     result: dict[str, Figures] = {}
     if options.out and options.out.exists():
         result = json.loads(options.out.read_text())
@@ -600,6 +681,7 @@ def main() -> None:
         "cores": os.cpu_count(),
         "python": sys.version.split()[0],
         "numpy": np.__version__,
+        "switch_interval_s": sys.getswitchinterval(),
     }
     context.close()
     for name in options.only:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import threading
+import time
 from collections import deque
 from typing import Final
 
@@ -37,14 +38,19 @@ def open_stream(context: Context) -> int:
 class Lane:
     """One stream of ours with its timeline: work in one direction, in order, one caller at a time.
 
-    `gather_below`: pieces smaller than this many bytes go through the gather kernel.
+    gather_below: pieces smaller than this many bytes go through the gather kernel.
+    gbps: the link's measured rate this way, by which waits know how long to sleep; 0 if unknown.
     """
 
-    def __init__(self, context: Context, words: Words, gather_below: int = 0) -> None:
+    def __init__(
+        self, context: Context, words: Words, gather_below: int = 0, gbps: float = 0.0
+    ) -> None:
         self.context = context
         self.lock = threading.Lock()
         self.closed = False
         self.gather_below = gather_below
+        self._gbps = gbps
+        self._due = 0.0
         self.line = Timeline(words, open_stream(context))
         # Made now: loading a module may wait for running kernels.
         self._gather = Gather(context, self.line) if gather_below else None
@@ -109,7 +115,7 @@ class Lane:
         try:
             for address in addresses.tolist():
                 driver.call("cuMemsetD32Async", address, 0, nbytes // 4, self.line.stream)
-            return self.done(len(addresses), nbytes)
+            return self.done(len(addresses), 0)
         except CudaError as error:
             self._abandon(error)
             raise
@@ -136,7 +142,9 @@ class Lane:
         self._entries += entries
         if nbytes <= _SPIN_BYTES:
             return CudaDone(self.line, tick)
-        return CudaDone(self.line, tick, spin_s=0.0)
+        if self._gbps:
+            self._due = max(time.perf_counter(), self._due) + nbytes / self._gbps / 1e9
+        return CudaDone(self.line, tick, 0.0, self._due)
 
     def close(self) -> None:
         """Wait for what is queued, then free; a second call does nothing."""

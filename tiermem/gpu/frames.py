@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import threading
+from collections.abc import Iterable
 from typing import Final
 
 import numpy as np
@@ -85,7 +86,7 @@ class Arena:
         self.backing = backing
         self.slot_bytes = slot_bytes
         self.slots = slots
-        self.handles: Handles = np.zeros(slots, np.uint64)
+        self.handles = [0] * slots
         self.address = reserve(context, slots * slot_bytes, slot_bytes)
         self._lock = threading.Lock()
 
@@ -99,7 +100,7 @@ class Arena:
         with self._lock, self.context:
             if not self.address:
                 raise Closed("the device is closed")
-            missing = slots[self.handles[slots] == 0]
+            missing = np.array([s for s in slots.tolist() if not self.handles[s]], np.int32)
             if not len(missing):
                 return
             made = np.zeros(len(missing), np.uint64)
@@ -109,7 +110,8 @@ class Arena:
             except TierMemError:
                 self._release(made[made != 0])
                 raise
-            self.handles[missing] = made
+            for slot, handle in zip(missing.tolist(), made.tolist(), strict=True):
+                self.handles[slot] = handle
 
     def _create(self, made: Handles) -> None:
         driver = self.context.driver
@@ -162,7 +164,7 @@ class Arena:
             self.context.driver.call(
                 "cuMemExportToShareableHandle",
                 ctypes.byref(fd),
-                int(self.handles[slot]),
+                self.handles[slot],
                 _POSIX_FD,
                 0,
             )
@@ -171,7 +173,7 @@ class Arena:
     def park(self, slots: Slots) -> None:
         """Unmap the aliases of slots and give their memory back; unbacked ones are skipped."""
         with self._lock, self.context:
-            backed = slots[self.handles[slots] != 0]
+            backed, handles = self._backed(slots.tolist())
             if not len(backed):
                 return
             driver = self.context.driver
@@ -182,14 +184,21 @@ class Arena:
                     self.addresses(backed),
                     self.slot_bytes,
                 ),
-                group(driver.address("cuMemRelease"), Kind.STATUS, self.handles[backed]),
+                group(driver.address("cuMemRelease"), Kind.STATUS, handles),
             )
             failure = Program(calls).run()
             ended = backed if failure is None else backed[: failure.index // 2]
-            self.handles[ended] = 0
+            for slot in ended.tolist():
+                self.handles[slot] = 0
             if failure is not None:
                 name = ("cuMemUnmap", "cuMemRelease")[failure.index % 2]
                 raise driver.error(name, failure.code, "while giving a frame back")
+
+    def _backed(self, slots: Iterable[int]) -> tuple[Slots, Handles]:
+        """Those of these slots that have memory, and their handles."""
+        backed = [slot for slot in slots if self.handles[slot]]
+        handles = [self.handles[slot] for slot in backed]
+        return np.array(backed, np.int32), np.array(handles, np.uint64)
 
     def close(self) -> None:
         """Give all memory and the addresses back, whatever fails; a second call does nothing."""
@@ -197,13 +206,13 @@ class Arena:
             if not self.address:
                 return
             driver = self.context.driver
-            backed = np.flatnonzero(self.handles).astype(np.int32)
+            backed, handles = self._backed(range(self.slots))
             if len(backed):
                 at, size = self.addresses(backed), self.slot_bytes
                 unmap = group(driver.address("cuMemUnmap"), Kind.PLAIN, at, size)
-                give = group(driver.address("cuMemRelease"), Kind.PLAIN, self.handles[backed])
+                give = group(driver.address("cuMemRelease"), Kind.PLAIN, handles)
                 Program(interleave(unmap, give)).run()
-            self.handles[:] = 0
+            self.handles = [0] * self.slots
             driver.attempt("cuMemAddressFree", self.address, self.slots * self.slot_bytes)
             self.address = 0
 

@@ -114,11 +114,18 @@ class Timeline:
         if code not in (SUCCESS, NOT_READY):
             self.failure = self._driver.error("cuEventQuery", code)
 
-    def wait(self, tick: int, timeout_s: float | None = None, spin_s: float = _SPIN_S) -> bool:
+    def wait(
+        self,
+        tick: int,
+        timeout_s: float | None = None,
+        spin_s: float = _SPIN_S,
+        due: float = 0.0,
+    ) -> bool:
         """Block until the tick has passed or will not; returns `passed(tick)`.
 
-        Spins for at most `spin_s` with the interpreter lock held, because getting the lock back
-        costs 5 ms beside a busy Python thread, and sleeps in between polls after that.
+        Sleeps until `due` (perf_counter) first: every earlier poll would take the interpreter
+        lock from a busy thread for nothing. Then spins for at most `spin_s` with the lock held,
+        because getting it back costs 5 ms beside such a thread, and sleeps between polls after.
         """
         start = time.perf_counter()
         limit = start + timeout_s if timeout_s is not None else float("inf")
@@ -126,7 +133,10 @@ class Timeline:
             now = time.perf_counter()
             if now >= limit:
                 return False
-            if now - start > spin_s:
+            if now < due:
+                time.sleep(min(due, limit) - now)
+                start = now
+            elif now - start > spin_s:
                 # At most 2 % late.
                 sleep_s = min(max((now - start) * 0.02, 10e-6), 1e-3)
                 time.sleep(min(sleep_s, limit - now))
@@ -150,17 +160,17 @@ class Timeline:
 
 
 class CudaDone:
-    """Work on one of our streams, up to a tick. `kept` holds what the work still reads."""
+    """Work on one of our streams, up to a tick; not before `due` (perf_counter)."""
 
-    __slots__ = ("_kept", "_spin_s", "_tick", "_timeline", "failed")
+    __slots__ = ("_due", "_spin_s", "_tick", "_timeline", "failed")
 
     def __init__(
-        self, timeline: Timeline, tick: int, spin_s: float = _SPIN_S, kept: object = None
+        self, timeline: Timeline, tick: int, spin_s: float = _SPIN_S, due: float = 0.0
     ) -> None:
         self._timeline = timeline
         self._tick = tick
         self._spin_s = spin_s
-        self._kept = kept
+        self._due = due
         self.failed: Mask | None = None
 
     @property
@@ -171,7 +181,7 @@ class CudaDone:
         return self._timeline.passed(self._tick)
 
     def wait(self, timeout_s: float | None = None) -> bool:
-        return self._timeline.wait(self._tick, timeout_s, self._spin_s)
+        return self._timeline.wait(self._tick, timeout_s, self._spin_s, self._due)
 
     def order(self, stream: int | None) -> None:
         """Make `stream` (a CUstream handle; None is the default stream) wait for this work."""

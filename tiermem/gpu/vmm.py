@@ -130,7 +130,7 @@ class CudaDevice:
         try:
             self._words = Words(context, _LANES)
             self.streams = CudaStreams(context)
-            self._fill = self._lane(0)
+            self._fill = self._lane()
             self.window = CudaWindow(context, self.frames.arena, guard=guard)
         except BaseException:
             self.frames.close()
@@ -140,8 +140,8 @@ class CudaDevice:
     def torch_device(self) -> str:
         return f"cuda:{self.context.index}"
 
-    def _lane(self, gather_below: int) -> Lane:
-        lane = Lane(self.context, self._words, gather_below)
+    def _lane(self, gather_below: int = 0, gbps: float = 0.0) -> Lane:
+        lane = Lane(self.context, self._words, gather_below, gbps)
         self._lanes.append(lane)
         return lane
 
@@ -163,8 +163,9 @@ class CudaDevice:
         `host` is pinned: registered through `register`, or `HostPages`.
         """
         self._refuse_closed()
-        down = self._lane(self.calibration.gather_below_down)
-        up = self._lane(self.calibration.gather_below_up)
+        measured = self.calibration
+        down = self._lane(measured.gather_below_down, measured.down_gbps)
+        up = self._lane(measured.gather_below_up, measured.up_gbps)
         return (
             CudaRoute(down, self.streams, self.frames, host),
             CudaRoute(up, self.streams, host, self.frames),

@@ -3,7 +3,10 @@
 A group is one native program with an undo row for every call, so it happens whole or not at all.
 Groups run in order on one thread of the window's own, without the interpreter lock; a page or two
 are shown by the calling thread when nothing is queued, because a hand-over would cost more than
-the 36 us a page that the driver asks (FACTS "CUDA virtual memory", H200).
+the 22 us a page that the driver asks (bench gpu_floor, H200, 2026-11).
+
+Page numbers and handles are Python lists here on purpose: NumPy gives the interpreter lock away in
+sorts and fancy indexing even of 64 elements, and beside a busy thread it comes back 5 ms later.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -19,7 +23,7 @@ import numpy.typing as npt
 
 from tiermem.errors import Closed, DriverError, NotOurs, PageInUse
 from tiermem.gpu.driver import Context, CudaError
-from tiermem.gpu.frames import Arena, Handles, access, reserve
+from tiermem.gpu.frames import Arena, access, reserve
 from tiermem.native import CALL, Calls, Kind, Program, Queue, Ticket, function, group
 from tiermem.tier import Addresses, Done, Finished, Mask, Slots
 
@@ -28,30 +32,32 @@ log = logging.getLogger(__name__)
 _INLINE: Final = 2  # pages at most that the calling thread shows itself: 72 us with the lock held
 _GUARDS: Final = 4096  # guard pages shown by one program
 _READ: Final = 1
+_PART: Final = 128  # rows filled at a time: NumPy keeps the interpreter lock below 500 elements
 
 Descs = npt.NDArray[np.uint32]
-Column = int | npt.NDArray[np.uint64]  # one value for a whole group, or one a page
+Column = npt.NDArray[np.uint64]
 
 
-@dataclass(slots=True)
 class _Range:
-    """One reservation. handles[p] is what page p shows, 0 for nothing; guards do not count.
+    """One reservation; for each page: the handle it shows (0 is nothing, guards do not count),
+    whether that is a host page in place, and the last queued group that changes the page."""
 
-    ticks[p] is the last queued group that changes page p.
-    """
+    __slots__ = ("address", "handles", "in_place", "nbytes", "ticks")
 
-    address: int
-    nbytes: int
-    handles: Handles
-    in_place: Mask
-    ticks: npt.NDArray[np.uint64]
+    def __init__(self, address: int, nbytes: int, page_bytes: int) -> None:
+        n = nbytes // page_bytes
+        self.address = address
+        self.nbytes = nbytes
+        self.handles = [0] * n
+        self.in_place = bytearray(n)
+        self.ticks = [0] * n
 
 
 @dataclass(frozen=True, slots=True)
 class _Face:
     """What n addresses show or shall show: handles, and where their access descriptors are."""
 
-    handles: Handles
+    handles: Column
     desc: Column
     descs: Column
 
@@ -64,22 +70,24 @@ class _Template:
     """
 
     names: tuple[str, ...]
-    rows: Calls
-    undo: Calls
+    rows: bytes
+    undo: bytes
 
     def program(self, addresses: Addresses, old: _Face | None, new: _Face | None) -> Program:
-        n, k = len(addresses), len(self.rows)
-        rows, undo = np.empty((n, k), CALL), np.empty((n, k), CALL)
-        rows[:], undo[:] = self.rows, self.undo
-        rows["entry"] = np.arange(n, dtype=np.uint32)[:, None]
-        todo, back = rows["args"], undo["args"]
-        todo[:, :, 0] = back[:, :, 0] = addresses[:, None]
-        if old is not None:
-            back[:, 0, 2], back[:, 0, 3] = old.desc, old.descs
-            back[:, 1, 3] = old.handles
-        if new is not None:
-            todo[:, k - 2, 3] = new.handles
-            todo[:, k - 1, 2], todo[:, k - 1, 3] = new.desc, new.descs
+        n, k = len(addresses), len(self.rows) // CALL.itemsize
+        rows = np.frombuffer(bytearray(self.rows * n), CALL).reshape(n, k)
+        undo = np.frombuffer(bytearray(self.undo * n), CALL).reshape(n, k)
+        for first in range(0, n, _PART):
+            part = slice(first, first + _PART)
+            rows["entry"][part] = np.arange(first, min(first + _PART, n))[:, None]
+            todo, back = rows["args"][part], undo["args"][part]
+            todo[:, :, 0] = back[:, :, 0] = addresses[part, None]
+            if old is not None:
+                back[:, 0, 2], back[:, 0, 3] = old.desc[part], old.descs[part]
+                back[:, 1, 3] = old.handles[part]
+            if new is not None:
+                todo[:, k - 2, 3] = new.handles[part]
+                todo[:, k - 1, 2], todo[:, k - 1, 3] = new.desc[part], new.descs[part]
         return Program(rows.reshape(-1), undo.reshape(-1))
 
 
@@ -121,9 +129,9 @@ class _Pending:
 
     change: Change
     where: _Range
-    pages: Slots
-    handles: Handles
-    in_place: Mask
+    pages: list[int]
+    handles: list[int]
+    in_place: list[int]
 
 
 class CudaWindow:
@@ -168,10 +176,7 @@ class CudaWindow:
             raise DriverError(f"reserve: {nbytes} bytes are no whole pages of {self.page_bytes}")
         self._refuse_closed()
         address = reserve(self.context, nbytes, self.page_bytes)
-        n = nbytes // self.page_bytes
-        where = _Range(
-            address, nbytes, np.zeros(n, np.uint64), np.zeros(n, np.bool_), np.zeros(n, np.uint64)
-        )
+        where = _Range(address, nbytes, self.page_bytes)
         try:
             self._swap_guards(where, show=True)
         except DriverError:
@@ -187,8 +192,8 @@ class CudaWindow:
             where = next((r for r in self._ranges if r.address == address), None)
             if where is None or where.nbytes != nbytes:
                 raise NotOurs(f"release: {address:#x} + {nbytes} is no reservation of this device")
-            self._settle(where, slice(None))
-            if shown := int(np.count_nonzero(where.handles)):
+            self._settle(where, range(len(where.handles)))
+            if shown := sum(1 for handle in where.handles if handle):
                 raise PageInUse(f"release: {shown} pages of {address:#x} are still shown")
             self._ranges = [r for r in self._ranges if r is not where]
         self._swap_guards(where, show=False)
@@ -199,10 +204,9 @@ class CudaWindow:
             self.context.driver.call("cuMemAddressFree", where.address, where.nbytes)
 
     def _swap_guards(self, where: _Range, *, show: bool) -> None:
-        """Show or hide the guard page at every address of a reservation that shows nothing."""
-        hidden = np.flatnonzero(where.handles == 0).astype(np.uint64)
-        for first in range(0, len(hidden) if self._guard else 0, _GUARDS):
-            part = hidden[first : first + _GUARDS]
+        """Show or hide the guard page at every address of a reservation without frames."""
+        for first in range(0, len(where.handles) if self._guard else 0, _GUARDS):
+            part = np.arange(first, min(first + _GUARDS, len(where.handles)), dtype=np.uint64)
             at = part * np.uint64(self.page_bytes) + np.uint64(where.address)
             guard = self._guards(len(at))
             change = self._submit(at, None if show else guard, guard if show else None)
@@ -234,12 +238,13 @@ class CudaWindow:
             if self._inline(len(addresses)):
                 return self._show_now(addresses.tolist(), slots.tolist(), arena, desc, in_place)
             where, pages = self._locate(addresses)
-            self._refuse(where.handles[pages] != 0, addresses, "show something")
-            self._refuse((slots < 0) | (slots >= arena.slots), slots, "are no slots")
-            handles = arena.handles[slots]
-            self._refuse(handles == 0, slots, "have no memory behind them")
-            new = _Face(handles, desc.ctypes.data, len(desc) // 3)
-            return self._change(where, pages, addresses, None, new, in_place)
+            self._refuse([where.handles[page] for page in pages], addresses, "show something")
+            numbers = slots.tolist()
+            if min(numbers) < 0 or max(numbers) >= arena.slots:
+                raise DriverError(f"window: slots {min(numbers)}..{max(numbers)} of {arena.slots}")
+            handles = [arena.handles[slot] for slot in numbers]
+            self._refuse([not handle for handle in handles], slots, "have no memory behind them")
+            return self._change(where, pages, addresses, handles, in_place)
 
     def hide(self, addresses: Addresses) -> Done:
         """Unmap the pages at these addresses, which all show something. All or nothing."""
@@ -247,32 +252,35 @@ class CudaWindow:
             if self._inline(len(addresses)):
                 return self._hide_now(addresses.tolist())
             where, pages = self._locate(addresses)
-            face = self._face(where, pages)
-            self._refuse(face.handles == 0, addresses, "show nothing")
-            return self._change(where, pages, addresses, face, None, False)
+            self._refuse([not where.handles[page] for page in pages], addresses, "show nothing")
+            return self._change(where, pages, addresses, None, False)
 
-    def _face(self, where: _Range, pages: Slots) -> _Face:
-        """What pages show now, with the access that each kind of memory gets."""
-        desc = self._frames.backing.access
-        handles, in_place = where.handles[pages], where.in_place[pages]
-        if not in_place.any():
-            return _Face(handles, desc.ctypes.data, len(desc) // 3)
-        there = self._in_place_desc
-        at = np.where(in_place, there.ctypes.data, desc.ctypes.data).astype(np.uint64)
-        count = np.where(in_place, len(there) // 3, len(desc) // 3).astype(np.uint64)
-        return _Face(handles, at, count)
+    def _face(self, handles: list[int], in_place: list[int]) -> _Face | None:
+        """Handles with the access that each kind of memory gets; None where they show nothing."""
+        if not handles[0]:
+            return self._guards(len(handles))
+        descs = (self._desc, self._in_place_desc)
+        at = [descs[kind].ctypes.data for kind in (0, 1)]
+        count = [len(desc) // 3 for desc in descs]
+        return _Face(
+            np.array(handles, np.uint64),
+            np.array([at[kind] for kind in in_place], np.uint64),
+            np.array([count[kind] for kind in in_place], np.uint64),
+        )
 
     def _guards(self, n: int) -> _Face | None:
         if self._guard is None:
             return None
+        desc = np.full(n, self._guard_desc.ctypes.data, np.uint64)
         handles = np.full(n, self._guard.handles[0], np.uint64)
-        return _Face(handles, self._guard_desc.ctypes.data, 1)
+        return _Face(handles, desc, np.ones(n, np.uint64))
 
-    def _refuse(self, bad: Mask, items: Addresses | Slots, why: str) -> None:
-        if bad.any():
-            first = int(items[int(bad.argmax())])
+    def _refuse(self, bad: list[int] | list[bool], items: Addresses | Slots, why: str) -> None:
+        if any(bad):
+            first = next(n for n, is_bad in enumerate(bad) if is_bad)
+            many = sum(1 for is_bad in bad if is_bad)
             raise DriverError(
-                f"window: {int(bad.sum())} of {len(items)} {why}, the first is {first:#x}"
+                f"window: {many} of {len(items)} {why}, the first is {int(items[first]):#x}"
             )
 
     def _refuse_closed(self) -> None:
@@ -292,26 +300,28 @@ class CudaWindow:
 
     # -- groups, queued -----------------------------------------------------------------------
 
-    def _locate(self, addresses: Addresses) -> tuple[_Range, Slots]:
+    def _locate(self, addresses: Addresses) -> tuple[_Range, list[int]]:
         """The reservation that holds all of a group, and the page numbers in it; settled.
 
         An address that stands twice in a group is left to the driver, which refuses it.
         """
-        self._refuse_closed()
-        high = int(addresses.max())
-        where, _ = self._find(int(addresses.min()))
-        if high >= where.address + where.nbytes:
-            raise NotOurs(f"window: {high:#x} is not in the reservation of {where.address:#x}")
-        pages, rest = np.divmod(addresses - np.uint64(where.address), np.uint64(self.page_bytes))
-        self._refuse(rest != 0, addresses, "are not at a page's start")
-        numbers = pages.astype(np.int32)
-        self._settle(where, numbers)
-        return where, numbers
+        all_of_it = addresses.tolist()
+        where, _ = self._find(min(all_of_it))
+        if max(all_of_it) >= where.address + where.nbytes:
+            raise NotOurs(
+                f"window: {max(all_of_it):#x} is not in the reservation of {where.address:#x}"
+            )
+        offsets = [address - where.address for address in all_of_it]
+        size = self.page_bytes
+        self._refuse([offset % size for offset in offsets], addresses, "are not at a page's start")
+        pages = [offset // size for offset in offsets]
+        self._settle(where, pages)
+        return where, pages
 
-    def _settle(self, where: _Range, pages: Slots | slice) -> None:
+    def _settle(self, where: _Range, pages: Sequence[int]) -> None:
         """Wait for queued groups that change these pages; take back what failed groups did not."""
         if self._pending:
-            self._queue.wait(int(where.ticks[pages].max()))
+            self._queue.wait(max(where.ticks[page] for page in pages))
             self._reap()
 
     def _reap(self) -> None:
@@ -319,26 +329,30 @@ class CudaWindow:
             ended = self._pending.popleft()
             ended.change.wait()
             if ended.change.error is not None:
-                ended.where.handles[ended.pages] = ended.handles
-                ended.where.in_place[ended.pages] = ended.in_place
+                for page, handle, kind in zip(
+                    ended.pages, ended.handles, ended.in_place, strict=True
+                ):
+                    ended.where.handles[page] = handle
+                    ended.where.in_place[page] = kind
 
     def _change(
         self,
         where: _Range,
-        pages: Slots,
+        pages: list[int],
         addresses: Addresses,
-        old: _Face | None,
-        new: _Face | None,
+        handles: list[int] | None,
         in_place: bool,
     ) -> Change:
-        """Queue the replacement of `old` by `new`. The lock is held."""
-        before = where.handles[pages], where.in_place[pages]
-        guard = self._guards(len(pages))
-        change = self._submit(addresses, old or guard, new or guard)
+        """Queue the replacement of what pages show by `handles` (None: nothing); lock held."""
+        after = handles or [0] * len(pages)
+        kinds = [int(in_place)] * len(pages)
+        before = [where.handles[page] for page in pages], [where.in_place[page] for page in pages]
+        change = self._submit(addresses, self._face(*before), self._face(after, kinds))
         self._pending.append(_Pending(change, where, pages, *before))
-        where.handles[pages] = 0 if new is None else new.handles
-        where.in_place[pages] = in_place
-        where.ticks[pages] = change.tick
+        for page, handle in zip(pages, after, strict=True):
+            where.handles[page] = handle
+            where.in_place[page] = in_place
+            where.ticks[page] = change.tick
         return change
 
     def _submit(self, addresses: Addresses, old: _Face | None, new: _Face | None) -> Change:
@@ -367,7 +381,7 @@ class CudaWindow:
             names += ("cuMemMap", "cuMemSetAccess")
             rows += [shown, let]
             undo += [unmap, np.zeros_like(unmap)]
-        return _Template(names, np.concatenate(rows), np.concatenate(undo))
+        return _Template(names, np.concatenate(rows).tobytes(), np.concatenate(undo).tobytes())
 
     # -- a page or two, in the calling thread ----------------------------------------------------
 
@@ -389,7 +403,7 @@ class CudaWindow:
                 raise DriverError(f"window: {address:#x} shows something")
             if not 0 <= slot < arena.slots or not arena.handles[slot]:
                 raise DriverError(f"window: slot {slot} has no memory behind it")
-        handles = [int(arena.handles[slot]) for slot in slots]
+        handles = [arena.handles[slot] for slot in slots]
         mapped: list[int] = []
         try:
             for address, handle in zip(addresses, handles, strict=True):
@@ -417,7 +431,7 @@ class CudaWindow:
                 for (where, page), hidden in zip(found[:n], addresses[:n], strict=True):
                     desc = self._in_place_desc if where.in_place[page] else self._desc
                     at, count = desc.ctypes.data, len(desc) // 3
-                    driver.attempt("cuMemMap", hidden, size, 0, int(where.handles[page]), 0)
+                    driver.attempt("cuMemMap", hidden, size, 0, where.handles[page], 0)
                     driver.attempt("cuMemSetAccess", hidden, size, at, count)
                 raise driver.error("cuMemUnmap", code, f"page {n} of {len(addresses)}, all undone")
         for where, page in found:
@@ -437,14 +451,11 @@ class CudaWindow:
         attempt = self.context.driver.attempt
         with self.context:
             for where in self._ranges:
-                self._settle(where, slice(None))
-                pages = (
-                    np.arange(len(where.handles))
-                    if self._guard is not None
-                    else np.flatnonzero(where.handles)
-                )
-                for page in pages.tolist():
-                    attempt("cuMemUnmap", where.address + page * self.page_bytes, self.page_bytes)
+                self._reap()
+                for page, handle in enumerate(where.handles):
+                    if handle or self._guard is not None:
+                        address = where.address + page * self.page_bytes
+                        attempt("cuMemUnmap", address, self.page_bytes)
                 attempt("cuMemAddressFree", where.address, where.nbytes)
         self._ranges = []
         if self._guard is not None:
