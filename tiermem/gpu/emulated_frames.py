@@ -84,11 +84,12 @@ class EmulatedFrames:
 
     def check(self, slots: Slots) -> None:
         """Raise DriverError unless all of these are frames with memory behind them."""
-        if len(slots) and not (slots.min() >= 0 and slots.max() < self.most):
+        # Seen as unsigned, a negative number is too large as well.
+        if len(slots) and int(np.maximum.reduce(slots.view(np.uint32))) >= self.most:
             raise DriverError(
                 f"frames: {slots.min()} to {slots.max()} asked for; this device has {self.most}"
             )
-        if np.logical_or.reduce(self.parked[slots]):
+        if np.count_nonzero(self.parked[slots]):
             first = int(slots[self.parked[slots]][0])
             raise DriverError(f"frames: frame {first} is parked; put memory behind it with `back`")
 
