@@ -53,6 +53,9 @@ class Engine(Protocol):
         """Free streams and host memory; the device is closed by the test."""
 
 
+Parts = tuple[Device, Engine]
+
+
 def slots(*numbers: int) -> Slots:
     return np.array(numbers, np.int32)
 
@@ -89,12 +92,12 @@ class DeviceContract:
     """Inherit, and implement `open`."""
 
     @contextlib.contextmanager
-    def open(self, frames: int, max_frames: int) -> Iterator[tuple[Device, Engine]]:
+    def open(self, frames: int, max_frames: int) -> Iterator[Parts]:
         raise NotImplementedError
         yield
 
     @pytest.fixture
-    def parts(self) -> Iterator[tuple[Device, Engine]]:
+    def parts(self) -> Iterator[Parts]:
         with self.open(8, 12) as (device, engine):
             try:
                 yield device, engine
@@ -107,7 +110,7 @@ class DeviceContract:
 
     # -- frames ---------------------------------------------------------------------------
 
-    def test_frames_are_backed_and_their_aliases_do_not_overlap(self, parts):
+    def test_frames_are_backed_and_their_aliases_do_not_overlap(self, parts: Parts) -> None:
         device, _ = parts
         assert device.frames.slot_bytes == device.page_bytes
         assert device.frames.capacity == 8
@@ -115,7 +118,7 @@ class DeviceContract:
         aliases = np.sort(device.frames.addresses(slots(*range(8))))
         assert (np.diff(aliases) >= device.page_bytes).all()
 
-    def test_a_frame_keeps_its_bytes_under_its_alias_whatever_is_shown(self, parts):
+    def test_a_frame_keeps_its_bytes_under_its_alias_whatever_is_shown(self, parts: Parts) -> None:
         device, engine = parts
         start = device.reserve(4 * device.page_bytes)
         alias = int(device.frames.addresses(slots(3))[0])
@@ -131,7 +134,7 @@ class DeviceContract:
         assert engine.read(None, last, 64)() == bytes([9]) * 64
         finish(device.window.hide(pages(device, start, 2)))
 
-    def test_zero_clears_whole_frames_and_no_others(self, parts):
+    def test_zero_clears_whole_frames_and_no_others(self, parts: Parts) -> None:
         device, engine = parts
         aliases = device.frames.addresses(slots(0, 1, 2)).tolist()
         for alias in aliases:
@@ -142,7 +145,7 @@ class DeviceContract:
         assert not any(read[2])
         assert read[1] == bytes([5]) * device.page_bytes
 
-    def test_parked_frames_are_refused_until_they_are_backed(self, parts):
+    def test_parked_frames_are_refused_until_they_are_backed(self, parts: Parts) -> None:
         device, engine = parts
         start = device.reserve(2 * device.page_bytes)
         device.park(slots(6, 7))
@@ -154,7 +157,7 @@ class DeviceContract:
         finish(device.window.hide(pages(device, start, 0)))
         device.back(slots(6))
 
-    def test_frames_can_be_added_up_to_the_most_that_was_said(self, parts):
+    def test_frames_can_be_added_up_to_the_most_that_was_said(self, parts: Parts) -> None:
         device, engine = parts
         device.back(slots(8, 9, 10, 11))
         alias = int(device.frames.addresses(slots(11))[0])
@@ -165,7 +168,7 @@ class DeviceContract:
 
     # -- window ---------------------------------------------------------------------------
 
-    def test_a_group_is_shown_and_hidden_in_any_order(self, parts):
+    def test_a_group_is_shown_and_hidden_in_any_order(self, parts: Parts) -> None:
         device, engine = parts
         start = device.reserve(8 * device.page_bytes)
         frames = slots(5, 2, 7, 0, 1)
@@ -179,7 +182,7 @@ class DeviceContract:
         assert [self.byte_at(engine, a) for a in at] == [11, 10, 17, 12, 15]
         finish(device.window.hide(at))
 
-    def test_a_group_of_which_one_address_is_taken_shows_nothing(self, parts):
+    def test_a_group_of_which_one_address_is_taken_shows_nothing(self, parts: Parts) -> None:
         device, engine = parts
         start = device.reserve(4 * device.page_bytes)
         engine.fill(None, int(device.frames.addresses(slots(0))[0]), 1, device.page_bytes)
@@ -189,7 +192,7 @@ class DeviceContract:
         finish(device.window.show(pages(device, start, 0, 1), slots(1, 2)))
         finish(device.window.hide(pages(device, start, 0, 1, 2)))
 
-    def test_a_group_of_which_one_address_shows_nothing_stays_shown(self, parts):
+    def test_a_group_of_which_one_address_shows_nothing_stays_shown(self, parts: Parts) -> None:
         device, engine = parts
         start = device.reserve(4 * device.page_bytes)
         engine.fill(None, int(device.frames.addresses(slots(0))[0]), 6, device.page_bytes)
@@ -199,7 +202,7 @@ class DeviceContract:
         refusal(lambda: device.window.show(pages(device, start, 1), slots(2)))
         finish(device.window.hide(pages(device, start, 0, 1)))
 
-    def test_what_the_device_cannot_map_is_refused(self, parts):
+    def test_what_the_device_cannot_map_is_refused(self, parts: Parts) -> None:
         device, _ = parts
         start = device.reserve(2 * device.page_bytes)
         odd = pages(device, start, 0) + np.uint64(4096)
@@ -209,7 +212,7 @@ class DeviceContract:
         finish(device.window.show(pages(device, start, 0), slots(0)))
         finish(device.window.hide(pages(device, start, 0)))
 
-    def test_reservations_do_not_overlap_and_can_be_given_back(self, parts):
+    def test_reservations_do_not_overlap_and_can_be_given_back(self, parts: Parts) -> None:
         device, _ = parts
         size = 4 * device.page_bytes
         first, second = device.reserve(size), device.reserve(size)
@@ -222,7 +225,7 @@ class DeviceContract:
 
     # -- routes ---------------------------------------------------------------------------
 
-    def test_pages_go_down_and_come_back_equal(self, parts):
+    def test_pages_go_down_and_come_back_equal(self, parts: Parts) -> None:
         device, engine = parts
         host = engine.host(8)
         down, up = device.routes(host)
@@ -239,7 +242,7 @@ class DeviceContract:
                 bytes([20 + n]) * device.page_bytes
             )
 
-    def test_a_copy_down_waits_for_its_fence(self, parts):
+    def test_a_copy_down_waits_for_its_fence(self, parts: Parts) -> None:
         device, engine = parts
         host = engine.host(4)
         down, up = device.routes(host)
@@ -257,7 +260,7 @@ class DeviceContract:
         finish(up.submit(slots(1), slots(5), PASSED))
         assert self.byte_at(engine, int(device.frames.addresses(slots(5))[0])) == 2
 
-    def test_a_copy_with_a_passed_fence_overtakes_a_held_one(self, parts):
+    def test_a_copy_with_a_passed_fence_overtakes_a_held_one(self, parts: Parts) -> None:
         device, engine = parts
         host = engine.host(4)
         down, up = device.routes(host)
@@ -271,7 +274,7 @@ class DeviceContract:
             release()
         finish(held)
 
-    def test_a_stream_can_wait_for_a_load_without_the_host(self, parts):
+    def test_a_stream_can_wait_for_a_load_without_the_host(self, parts: Parts) -> None:
         device, engine = parts
         host = engine.host(4)
         down, up = device.routes(host)
@@ -293,7 +296,7 @@ class DeviceContract:
         assert seen() == bytes([8]) * device.page_bytes
         finish(load)
 
-    def test_a_closed_route_ends_what_it_took_and_takes_no_more(self, parts):
+    def test_a_closed_route_ends_what_it_took_and_takes_no_more(self, parts: Parts) -> None:
         device, engine = parts
         host = engine.host(4)
         down, _ = device.routes(host)
@@ -306,7 +309,7 @@ class DeviceContract:
 
     # -- streams --------------------------------------------------------------------------
 
-    def test_a_tick_passes_when_the_work_before_it_has_ended(self, parts):
+    def test_a_tick_passes_when_the_work_before_it_has_ended(self, parts: Parts) -> None:
         device, engine = parts
         stream, other = engine.stream(), engine.stream()
         release = engine.hold(stream)
@@ -322,21 +325,20 @@ class DeviceContract:
         assert device.streams.wait(held, LONG_S)
         assert device.streams.passed()[index] >= tick
 
-    def test_ticks_of_one_stream_grow_and_share_its_index(self, parts):
+    def test_ticks_of_one_stream_grow_and_share_its_index(self, parts: Parts) -> None:
         device, engine = parts
         stream = engine.stream()
-        seen = [device.streams.tick(stream) for _ in range(200)]
-        assert all(tick is not None for tick in seen)
-        indexes = {tick[0] for tick in seen if tick}
-        numbers = [tick[1] for tick in seen if tick]
-        assert len(indexes) == 1
+        seen = [tick for tick in (device.streams.tick(stream) for _ in range(200)) if tick]
+        assert len(seen) == 200
+        (index,) = {tick[0] for tick in seen}
+        numbers = [tick[1] for tick in seen]
         assert numbers == sorted(set(numbers))
         assert device.streams.wait(Fence((seen[-1],)), LONG_S)
-        assert device.streams.passed()[seen[-1][0]] == numbers[-1]
+        assert device.streams.passed()[index] == numbers[-1]
 
     # -- the end --------------------------------------------------------------------------
 
-    def test_closing_twice_is_fine_and_a_closed_device_refuses(self, parts):
+    def test_closing_twice_is_fine_and_a_closed_device_refuses(self, parts: Parts) -> None:
         device, engine = parts
         down, _ = device.routes(engine.host(2))
         device.close()

@@ -17,7 +17,7 @@ import pytest
 from tests.gpu.device_contract import (
     LONG_S,
     DeviceContract,
-    Engine,
+    Parts,
     fence,
     finish,
     pages,
@@ -30,7 +30,7 @@ from tiermem.gpu.driver import Context
 from tiermem.gpu.gather import Module, launch
 from tiermem.gpu.streams import Words
 from tiermem.gpu.vmm import CudaDevice
-from tiermem.tier import PASSED, Addresses, Device, Place, Slots
+from tiermem.tier import PASSED, Addresses, Place, Slots
 
 pytestmark = pytest.mark.gpu
 
@@ -146,9 +146,10 @@ class CudaEngine:
 
 
 @contextlib.contextmanager
-def opened(**options: object) -> Iterator[tuple[CudaDevice, CudaEngine]]:
-    settings = {"frames": 8, "max_frames": 12, "calibration": MEASURED}
-    device = CudaDevice(0, PAGE, **{**settings, **options})
+def opened(
+    frames: int = 8, max_frames: int = 12, *, guard: bool = False
+) -> Iterator[tuple[CudaDevice, CudaEngine]]:
+    device = CudaDevice(0, PAGE, frames, max_frames, guard=guard, calibration=MEASURED)
     engine = CudaEngine(device)
     assert device.frames.wait_ready(LONG_S)
     try:
@@ -162,7 +163,7 @@ class TestContract(DeviceContract):
     guard = False
 
     @contextlib.contextmanager
-    def open(self, frames: int, max_frames: int) -> Iterator[tuple[Device, Engine]]:
+    def open(self, frames: int, max_frames: int) -> Iterator[Parts]:
         with opened(frames=frames, max_frames=max_frames, guard=self.guard) as parts:
             yield parts
 
@@ -170,13 +171,13 @@ class TestContract(DeviceContract):
 class TestContractWithAGuardPage(TestContract):
     guard = True
 
-    def test_a_page_that_shows_nothing_can_be_read(self, parts):
+    def test_a_page_that_shows_nothing_can_be_read(self, parts: Parts) -> None:
         device, engine = parts
         start = device.reserve(4 * PAGE)
         assert len(engine.read(None, start + PAGE, 64)()) == 64
 
 
-def test_pages_are_shown_and_hidden_while_a_kernel_runs_and_groups_keep_their_order():
+def test_pages_are_shown_and_hidden_while_a_kernel_runs_and_groups_keep_their_order() -> None:
     with opened(frames=200, max_frames=200) as (device, engine):
         start = device.reserve(400 * PAGE)
         release = engine.hold(engine.stream())
@@ -198,7 +199,7 @@ def test_pages_are_shown_and_hidden_while_a_kernel_runs_and_groups_keep_their_or
         finish(device.window.hide(high))
 
 
-def test_a_load_through_the_alias_is_seen_at_the_page_by_work_ordered_behind_it():
+def test_a_load_through_the_alias_is_seen_at_the_page_by_work_ordered_behind_it() -> None:
     with opened() as (device, engine):
         host = engine.host(64)
         host.memory[:] = np.repeat(np.arange(64, dtype=np.uint8), PAGE)
@@ -221,7 +222,7 @@ def test_a_load_through_the_alias_is_seen_at_the_page_by_work_ordered_behind_it(
 
 
 @pytest.mark.parametrize("piece", [4096, 16 << 10, 48 << 10, 4080])
-def test_small_pieces_go_through_the_kernel_and_arrive_equal(piece):
+def test_small_pieces_go_through_the_kernel_and_arrive_equal(piece: int) -> None:
     with opened() as (device, engine):
         host = engine.host(4)
         down, up = device.routes(host)
@@ -242,7 +243,7 @@ def test_small_pieces_go_through_the_kernel_and_arrive_equal(piece):
             assert not got[offset + piece : offset + (48 << 10)].any()
 
 
-def test_a_host_page_is_read_in_place_by_kernels_and_then_promoted():
+def test_a_host_page_is_read_in_place_by_kernels_and_then_promoted() -> None:
     with opened() as (device, engine):
         host = device.host_pages(4)
         start = device.reserve(4 * PAGE)
@@ -267,7 +268,7 @@ def test_a_host_page_is_read_in_place_by_kernels_and_then_promoted():
         finish(device.window.hide(at))
 
 
-def test_frames_can_be_exported_to_another_process():
+def test_frames_can_be_exported_to_another_process() -> None:
     with opened() as (device, _):
         if not device.frames.arena.backing.exportable:
             pytest.skip("this device exports no POSIX file descriptors")
@@ -276,7 +277,7 @@ def test_frames_can_be_exported_to_another_process():
         os.close(fd)
 
 
-def test_more_frames_than_the_gpu_has_are_refused_with_numbers():
+def test_more_frames_than_the_gpu_has_are_refused_with_numbers() -> None:
     with opened() as (device, _):
         free, _ = device.context.free_bytes()
         rest = CudaDevice(0, 1 << 30, 1, free // (1 << 30) + 8, calibration=MEASURED)
@@ -290,7 +291,7 @@ def test_more_frames_than_the_gpu_has_are_refused_with_numbers():
             rest.close()
 
 
-def test_torch_works_beside_the_device_in_one_process():
+def test_torch_works_beside_the_device_in_one_process() -> None:
     torch = pytest.importorskip("torch")
     with opened() as (device, engine):
         host = engine.host(4)
@@ -316,7 +317,7 @@ def test_torch_works_beside_the_device_in_one_process():
         finish(device.window.hide(pages(device, start, 0)))
 
 
-def test_a_kernel_that_reads_a_hidden_page_loses_the_device_and_every_done_ends():
+def test_a_kernel_that_reads_a_hidden_page_loses_the_device_and_every_done_ends() -> None:
     code = """
 import numpy as np
 from tests.gpu.test_cuda_device import MEASURED, PAGE, Pinned, fence, slots

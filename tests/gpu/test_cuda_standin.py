@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import ctypes
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from tests.gpu.device_contract import (
     DeviceContract,
-    Engine,
+    Parts,
     fence,
     finish,
     pages,
@@ -26,9 +27,10 @@ from tiermem.gpu.copy import open_stream
 from tiermem.gpu.driver import Context, CudaError, DeviceLost
 from tiermem.gpu.frames import DEVICE, Backing
 from tiermem.gpu.vmm import CudaDevice, HostPages
-from tiermem.tier import PASSED, Device
+from tiermem.tier import PASSED
 
 PAGE = 2 << 20
+PLAIN = Calibration(page_bytes=PAGE)
 
 
 class StandInEngine:
@@ -87,9 +89,17 @@ def fake() -> Iterator[StandIn]:
 
 
 @contextlib.contextmanager
-def opened(fake: StandIn, **options: object) -> Iterator[tuple[CudaDevice, StandInEngine]]:
-    settings = {"frames": 8, "max_frames": 12, "calibration": Calibration(page_bytes=PAGE)}
-    device = CudaDevice(0, PAGE, driver=fake.driver(), **{**settings, **options})
+def opened(
+    fake: StandIn,
+    frames: int = 8,
+    max_frames: int = 12,
+    *,
+    guard: bool = False,
+    calibration: Calibration = PLAIN,
+) -> Iterator[tuple[CudaDevice, StandInEngine]]:
+    device = CudaDevice(
+        0, PAGE, frames, max_frames, guard=guard, driver=fake.driver(), calibration=calibration
+    )
     engine = StandInEngine(device, fake)
     assert device.frames.wait_ready(30)
     before = fake.in_use() - device.frames.capacity * PAGE
@@ -106,7 +116,7 @@ class TestContract(DeviceContract):
     guard = False
 
     @contextlib.contextmanager
-    def open(self, frames: int, max_frames: int) -> Iterator[tuple[Device, Engine]]:
+    def open(self, frames: int, max_frames: int) -> Iterator[Parts]:
         fake = StandIn()
         with opened(fake, frames=frames, max_frames=max_frames, guard=self.guard) as parts:
             yield parts
@@ -115,7 +125,7 @@ class TestContract(DeviceContract):
 class TestContractWithAGuardPage(TestContract):
     guard = True
 
-    def test_a_page_that_shows_nothing_can_be_read(self, parts):
+    def test_a_page_that_shows_nothing_can_be_read(self, parts: Parts) -> None:
         device, engine = parts
         start = device.reserve(4 * PAGE)
         assert len(engine.read(None, start + PAGE, 64)()) == 64
@@ -129,7 +139,7 @@ class TestContractWithoutBatchedCopies(DeviceContract):
     """A driver before CUDA 12.8: another way, the same promises."""
 
     @contextlib.contextmanager
-    def open(self, frames: int, max_frames: int) -> Iterator[tuple[Device, Engine]]:
+    def open(self, frames: int, max_frames: int) -> Iterator[Parts]:
         fake = StandIn()
         fake.lack("cuMemcpyBatchAsync")
         with opened(fake, frames=frames, max_frames=max_frames) as parts:
@@ -140,7 +150,9 @@ class TestContractWithoutBatchedCopies(DeviceContract):
 @pytest.mark.parametrize("n", [2, 6])
 @pytest.mark.parametrize("call", ["cuMemMap", "cuMemSetAccess", "cuMemUnmap"])
 @pytest.mark.parametrize("nth", [1, 2])
-def test_a_group_in_which_any_driver_call_fails_changes_nothing(fake, guard, n, call, nth):
+def test_a_group_in_which_any_driver_call_fails_changes_nothing(
+    fake: StandIn, guard: bool, n: int, call: str, nth: int
+) -> None:
     with opened(fake, guard=guard) as (device, engine):
         start = device.reserve(16 * PAGE)
         at, frames = pages(device, start, *range(n)), slots(*range(n))
@@ -165,7 +177,7 @@ def test_a_group_in_which_any_driver_call_fails_changes_nothing(fake, guard, n, 
         assert fake.mappings() == before
 
 
-def test_a_page_shown_behind_a_queued_group_waits_its_turn(fake):
+def test_a_page_shown_behind_a_queued_group_waits_its_turn(fake: StandIn) -> None:
     with opened(fake) as (device, engine):
         start = device.reserve(16 * PAGE)
         fake.slow(50_000)
@@ -181,7 +193,9 @@ def test_a_page_shown_behind_a_queued_group_waits_its_turn(fake):
 
 
 @pytest.mark.parametrize("n", [1, 6])
-def test_pages_of_a_queued_group_that_fails_are_known_to_show_nothing(fake, n):
+def test_pages_of_a_queued_group_that_fails_are_known_to_show_nothing(
+    fake: StandIn, n: int
+) -> None:
     with opened(fake) as (device, _):
         start = device.reserve(16 * PAGE)
         at, frames = pages(device, start, *range(6)), slots(*range(6))
@@ -196,7 +210,7 @@ def test_pages_of_a_queued_group_that_fails_are_known_to_show_nothing(fake, n):
         finish(device.window.hide(at))
 
 
-def test_a_full_device_is_a_full_tier_and_keeps_what_it_had(fake):
+def test_a_full_device_is_a_full_tier_and_keeps_what_it_had(fake: StandIn) -> None:
     with opened(fake) as (device, _):
         fake.limit(fake.in_use() + 2 * PAGE)
         before = fake.in_use()
@@ -206,7 +220,7 @@ def test_a_full_device_is_a_full_tier_and_keeps_what_it_had(fake):
         device.back(slots(8, 9))
 
 
-def test_a_failed_alias_gives_the_new_memory_back(fake):
+def test_a_failed_alias_gives_the_new_memory_back(fake: StandIn) -> None:
     with opened(fake) as (device, _):
         before = fake.in_use()
         fake.fail("cuMemSetAccess", 3, 1)
@@ -216,7 +230,7 @@ def test_a_failed_alias_gives_the_new_memory_back(fake):
         device.back(slots(8, 9, 10, 11))
 
 
-def test_frames_beyond_the_device_stay_missing_and_the_reason_is_kept(fake):
+def test_frames_beyond_the_device_stay_missing_and_the_reason_is_kept(fake: StandIn) -> None:
     fake.limit(fake.in_use() + 300 * PAGE)
     driver = fake.driver()
     device = CudaDevice(0, PAGE, 600, driver=driver, calibration=Calibration(page_bytes=PAGE))
@@ -228,7 +242,7 @@ def test_frames_beyond_the_device_stay_missing_and_the_reason_is_kept(fake):
         device.close()
 
 
-def test_resize_gives_memory_back_and_takes_it_again(fake):
+def test_resize_gives_memory_back_and_takes_it_again(fake: StandIn) -> None:
     with opened(fake, frames=8, max_frames=32) as (device, _):
         before = fake.in_use()
         device.frames.resize(20)
@@ -240,7 +254,9 @@ def test_resize_gives_memory_back_and_takes_it_again(fake):
         device.frames.resize(8)
 
 
-def test_a_copy_that_the_driver_refuses_names_the_entry_and_leaves_the_route_usable(fake):
+def test_a_copy_that_the_driver_refuses_names_the_entry_and_leaves_the_route_usable(
+    fake: StandIn,
+) -> None:
     with opened(fake) as (device, engine):
         down, _ = device.routes(engine.host(4))
         fake.fail("entry", 3, 1)
@@ -249,7 +265,7 @@ def test_a_copy_that_the_driver_refuses_names_the_entry_and_leaves_the_route_usa
         finish(down.submit(slots(0), slots(0), PASSED))
 
 
-def test_a_lost_device_ends_every_done_and_latches_the_route(fake):
+def test_a_lost_device_ends_every_done_and_latches_the_route(fake: StandIn) -> None:
     with opened(fake) as (device, engine):
         down, _ = device.routes(engine.host(4))
         stream = engine.stream()
@@ -267,7 +283,7 @@ def test_a_lost_device_ends_every_done_and_latches_the_route(fake):
         release()
 
 
-def test_pieces_below_the_measured_size_go_through_the_kernel_and_arrive(fake):
+def test_pieces_below_the_measured_size_go_through_the_kernel_and_arrive(fake: StandIn) -> None:
     calibration = Calibration(page_bytes=PAGE, gather_below_down=64 << 10, gather_below_up=64 << 10)
     with opened(fake, calibration=calibration) as (device, engine):
         host = engine.host(2)
@@ -286,7 +302,7 @@ def test_pieces_below_the_measured_size_go_through_the_kernel_and_arrive(fake):
             down.submit(slots(0), slots(0), PASSED)
 
 
-def test_a_host_page_is_shown_in_place_and_later_replaced_by_a_frame(fake):
+def test_a_host_page_is_shown_in_place_and_later_replaced_by_a_frame(fake: StandIn) -> None:
     with opened(fake) as (device, engine):
         host = device.host_pages(3)
         start = device.reserve(4 * PAGE)
@@ -310,7 +326,7 @@ def test_a_host_page_is_shown_in_place_and_later_replaced_by_a_frame(fake):
         finish(device.window.hide(mixed))
 
 
-def test_a_reservation_that_still_shows_something_is_not_given_back(fake):
+def test_a_reservation_that_still_shows_something_is_not_given_back(fake: StandIn) -> None:
     with opened(fake) as (device, _):
         start = device.reserve(2 * PAGE)
         finish(device.window.show(pages(device, start, 1), slots(0)))
@@ -324,7 +340,7 @@ def test_a_reservation_that_still_shows_something_is_not_given_back(fake):
             device.window.show(pages(device, start, 0), slots(0))
 
 
-def test_a_stream_that_is_being_captured_takes_no_tick(fake):
+def test_a_stream_that_is_being_captured_takes_no_tick(fake: StandIn) -> None:
     with opened(fake) as (device, engine):
         stream = engine.stream()
         fake.fail("cuStreamIsCapturing", 1, 1)
@@ -332,7 +348,7 @@ def test_a_stream_that_is_being_captured_takes_no_tick(fake):
             device.streams.tick(stream)
 
 
-def test_host_memory_that_cannot_be_pinned_says_so(fake):
+def test_host_memory_that_cannot_be_pinned_says_so(fake: StandIn) -> None:
     with opened(fake) as (device, _):
         memory = np.zeros(PAGE, np.uint8)
         fake.fail("cuMemHostRegister", 1, 712)
@@ -343,14 +359,14 @@ def test_host_memory_that_cannot_be_pinned_says_so(fake):
 
 
 @pytest.mark.parametrize("page", [4096, 3 << 20, 0])
-def test_a_page_size_that_the_device_cannot_map_is_refused(fake, page):
+def test_a_page_size_that_the_device_cannot_map_is_refused(fake: StandIn, page: int) -> None:
     before = fake.in_use()
     with pytest.raises(DriverError, match="not a multiple of 2"):
         CudaDevice(0, page, 4, driver=fake.driver(), calibration=Calibration(page_bytes=PAGE))
     assert fake.in_use() == before
 
 
-def test_the_page_is_large_enough_that_the_link_sets_the_pace():
+def test_the_page_is_large_enough_that_the_link_sets_the_pace() -> None:
     fast = Calibration(page_bytes=0, show_us=36, hide_us=20, both_gbps=92)
     assert calibrate.page_for(fast, PAGE) == 2 * PAGE
     slow_driver = Calibration(page_bytes=0, show_us=3600, hide_us=2000, both_gbps=92)
@@ -359,7 +375,9 @@ def test_the_page_is_large_enough_that_the_link_sets_the_pace():
     assert calibrate.page_for(slow_link, PAGE) == PAGE
 
 
-def test_a_calibration_is_measured_once_and_then_read(fake, tmp_path, monkeypatch):
+def test_a_calibration_is_measured_once_and_then_read(
+    fake: StandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     context = Context(fake.driver(), 0)
     backing = Backing(context, DEVICE, 0)
@@ -382,7 +400,7 @@ def test_a_calibration_is_measured_once_and_then_read(fake, tmp_path, monkeypatc
     context.close()
 
 
-def test_nothing_is_taken_by_a_device_after_close(fake):
+def test_nothing_is_taken_by_a_device_after_close(fake: StandIn) -> None:
     with opened(fake) as (device, engine):
         host = engine.host(2)
         start = device.reserve(2 * PAGE)

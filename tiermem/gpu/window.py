@@ -22,20 +22,19 @@ import numpy as np
 import numpy.typing as npt
 
 from tiermem.errors import Closed, DriverError, NotOurs, PageInUse
+from tiermem.gpu.changes import Change, Face, Templates
 from tiermem.gpu.driver import Context, CudaError
 from tiermem.gpu.frames import Arena, access, reserve
-from tiermem.native import CALL, Calls, Kind, Program, Queue, Ticket, function, group
-from tiermem.tier import Addresses, Done, Finished, Mask, Slots
+from tiermem.native import Kind, Program, Queue, group
+from tiermem.tier import Addresses, Done, Finished, Slots
 
 log = logging.getLogger(__name__)
 
 _INLINE: Final = 2  # pages at most that the calling thread shows itself: 72 us with the lock held
 _GUARDS: Final = 4096  # guard pages shown by one program
 _READ: Final = 1
-_PART: Final = 128  # rows filled at a time: NumPy keeps the interpreter lock below 500 elements
 
 Descs = npt.NDArray[np.uint32]
-Column = npt.NDArray[np.uint64]
 
 
 class _Range:
@@ -51,76 +50,6 @@ class _Range:
         self.handles = [0] * n
         self.in_place = bytearray(n)
         self.ticks = [0] * n
-
-
-@dataclass(frozen=True, slots=True)
-class _Face:
-    """What n addresses show or shall show: handles, and where their access descriptors are."""
-
-    handles: Column
-    desc: Column
-    descs: Column
-
-
-@dataclass(frozen=True, slots=True)
-class _Template:
-    """The calls that one page takes, and their undo rows: unmap the old, map the new.
-
-    Filling a copy a page costs a quarter of building the rows anew (120 to 30 us for 64 pages).
-    """
-
-    names: tuple[str, ...]
-    rows: bytes
-    undo: bytes
-
-    def program(self, addresses: Addresses, old: _Face | None, new: _Face | None) -> Program:
-        n, k = len(addresses), len(self.rows) // CALL.itemsize
-        rows = np.frombuffer(bytearray(self.rows * n), CALL).reshape(n, k)
-        undo = np.frombuffer(bytearray(self.undo * n), CALL).reshape(n, k)
-        for first in range(0, n, _PART):
-            part = slice(first, first + _PART)
-            rows["entry"][part] = np.arange(first, min(first + _PART, n))[:, None]
-            todo, back = rows["args"][part], undo["args"][part]
-            todo[:, :, 0] = back[:, :, 0] = addresses[part, None]
-            if old is not None:
-                back[:, 0, 2], back[:, 0, 3] = old.desc[part], old.descs[part]
-                back[:, 1, 3] = old.handles[part]
-            if new is not None:
-                todo[:, k - 2, 3] = new.handles[part]
-                todo[:, k - 1, 2], todo[:, k - 1, 3] = new.desc[part], new.descs[part]
-        return Program(rows.reshape(-1), undo.reshape(-1))
-
-
-class Change:
-    """A group on its way: a `Done` whose error names the call and the page."""
-
-    __slots__ = ("_context", "_names", "_ticket", "tick")
-
-    def __init__(self, context: Context, ticket: Ticket, names: tuple[str, ...]) -> None:
-        self._context = context
-        self._ticket = ticket
-        self._names = names
-        self.tick = ticket.tick
-
-    @property
-    def error(self) -> Exception | None:
-        failure = self._ticket.failure
-        if failure is None or failure.cancelled:
-            return self._ticket.error
-        page, row = divmod(failure.index, len(self._names))
-        pages = len(self._ticket.program.calls) // len(self._names)
-        at = f"page {page} of {pages}, all undone"
-        return self._context.driver.error(self._names[row], failure.code, at)
-
-    @property
-    def failed(self) -> Mask | None:
-        return self._ticket.failed
-
-    def ready(self) -> bool:
-        return self._ticket.ready()
-
-    def wait(self, timeout_s: float | None = None) -> bool:
-        return self._ticket.wait(timeout_s)
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,13 +81,9 @@ class CudaWindow:
         self._closed = False
         self._pending: deque[_Pending] = deque()
         self._last = 0
-        driver = context.driver
-        self._nothing = function("abs")  # a call that does nothing, to carry an undo row
-        self._map = driver.address("cuMemMap")
-        self._let = driver.address("cuMemSetAccess")
-        self._unmap = driver.address("cuMemUnmap")
-        self._templates: dict[tuple[bool, bool], _Template] = {}
-        setup = Program(group(driver.address("cuCtxSetCurrent"), Kind.STATUS, context.handle))
+        self._templates = Templates(context.driver, self.page_bytes)
+        current = context.driver.address("cuCtxSetCurrent")
+        setup = Program(group(current, Kind.STATUS, context.handle))
         self._queue = Queue("tiermem-window", setup=setup)
         self._desc = frames.backing.access
         self._in_place_desc = access(context.device, flags=_READ)
@@ -255,25 +180,25 @@ class CudaWindow:
             self._refuse([not where.handles[page] for page in pages], addresses, "show nothing")
             return self._change(where, pages, addresses, None, False)
 
-    def _face(self, handles: list[int], in_place: list[int]) -> _Face | None:
+    def _face(self, handles: list[int], in_place: list[int]) -> Face | None:
         """Handles with the access that each kind of memory gets; None where they show nothing."""
         if not handles[0]:
             return self._guards(len(handles))
         descs = (self._desc, self._in_place_desc)
         at = [descs[kind].ctypes.data for kind in (0, 1)]
         count = [len(desc) // 3 for desc in descs]
-        return _Face(
+        return Face(
             np.array(handles, np.uint64),
             np.array([at[kind] for kind in in_place], np.uint64),
             np.array([count[kind] for kind in in_place], np.uint64),
         )
 
-    def _guards(self, n: int) -> _Face | None:
+    def _guards(self, n: int) -> Face | None:
         if self._guard is None:
             return None
         desc = np.full(n, self._guard_desc.ctypes.data, np.uint64)
         handles = np.full(n, self._guard.handles[0], np.uint64)
-        return _Face(handles, desc, np.ones(n, np.uint64))
+        return Face(handles, desc, np.ones(n, np.uint64))
 
     def _refuse(self, bad: list[int] | list[bool], items: Addresses | Slots, why: str) -> None:
         if any(bad):
@@ -355,39 +280,19 @@ class CudaWindow:
             where.ticks[page] = change.tick
         return change
 
-    def _submit(self, addresses: Addresses, old: _Face | None, new: _Face | None) -> Change:
-        key = old is not None, new is not None
-        template = self._templates.get(key)
-        if template is None:
-            template = self._templates[key] = self._template(*key)
+    def _submit(self, addresses: Addresses, old: Face | None, new: Face | None) -> Change:
+        template = self._templates.get(old=old is not None, new=new is not None)
         ticket = self._queue.submit(template.program(addresses, old, new))
         self._last = ticket.tick
         return Change(self.context, ticket, template.names)
-
-    def _template(self, old: bool, new: bool) -> _Template:
-        size = self.page_bytes
-        unmap = group(self._unmap, Kind.STATUS, 0, size)
-        shown = group(self._map, Kind.STATUS, 0, size, 0, 0, 0)
-        let = group(self._let, Kind.STATUS, 0, size, 0, 0)
-        names: tuple[str, ...] = ()
-        rows: list[Calls] = []
-        undo: list[Calls] = []
-        if old:
-            # Undone from the back: mapped again first, then made accessible.
-            names += ("abs", "cuMemUnmap")
-            rows += [group(self._nothing, Kind.PLAIN, 0), unmap]
-            undo += [let, shown]
-        if new:
-            names += ("cuMemMap", "cuMemSetAccess")
-            rows += [shown, let]
-            undo += [unmap, np.zeros_like(unmap)]
-        return _Template(names, np.concatenate(rows).tobytes(), np.concatenate(undo).tobytes())
 
     # -- a page or two, in the calling thread ----------------------------------------------------
 
     def _inline(self, n: int) -> bool:
         """True if a group of n may run here: it is small and everything queued has ended."""
         self._refuse_closed()
+        if not n:
+            return True
         if n > _INLINE or self._guard is not None or self._queue.tick < self._last:
             return False
         self._reap()
