@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -174,3 +175,22 @@ def test_an_empty_pool_is_ready_and_can_grow() -> None:
         assert len(pool.addresses(slots())) == 0
         pool.resize(3)
         assert pool.wait_ready(3, LONG_S)
+
+
+def huge_bytes() -> int:
+    """Bytes of this process's mappings of the pool that are huge pages."""
+    rows = Path("/proc/self/smaps").read_text().split("tiermem-host")[1:]
+    fields = (line.split() for row in rows for line in row.splitlines()[:30])
+    return sum(int(f[1]) << 10 for f in fields if f and f[0] == "ShmemPmdMapped:")
+
+
+def test_large_slots_lie_on_huge_pages_where_the_kernel_can() -> None:
+    with HostPool(2 << 20, 4, huge_pages=False) as plain:
+        assert plain.wait_ready(4, LONG_S)
+        base = huge_bytes()
+    with HostPool(2 << 20, 4) as pool:
+        assert pool.wait_ready(4, LONG_S)
+        assert pool.statistics().bytes_held == 8 << 20
+        if huge_bytes() == base:
+            pytest.skip("this kernel gives no huge pages for shared memory (before 6.1, or full)")
+        assert huge_bytes() == base + (8 << 20)

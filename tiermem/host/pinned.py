@@ -34,6 +34,7 @@ HUGE = 2 << 20
 CHUNK_BYTES = 256 << 20
 MADV_HUGEPAGE = 14
 MADV_POPULATE_WRITE = 23
+MADV_COLLAPSE = 25
 MAP_FIXED = 0x10
 MAP_NORESERVE = 0x4000
 FALLOC_PUNCH = 0x02 | 0x01
@@ -240,6 +241,7 @@ class HostPool:
             for chunk in self._chunks:
                 if chunk.registered:
                     self._unregister(chunk)
+                chunk.backed = False
         self._finalizer()
 
     def __enter__(self) -> HostPool:
@@ -291,6 +293,8 @@ class HostPool:
             stay_on(self._cpus)
         while (chunk := self._claim()) is not None:
             try:
+                if self._huge:
+                    _collapse(chunk.address, chunk.nbytes)
                 _populate(chunk.address, chunk.nbytes)
                 if self._register is not None:
                     self._register.pin(chunk.address, chunk.nbytes)
@@ -346,6 +350,23 @@ class HostPool:
     def _punch(self, chunk: _Chunk) -> None:
         if _libc.fallocate(self._mapping.fd, FALLOC_PUNCH, chunk.offset, chunk.nbytes) != 0:
             raise _driver_error("fallocate(PUNCH_HOLE)", chunk.nbytes)
+
+
+def _collapse(address: int, nbytes: int) -> None:
+    """Put huge pages behind the whole ones of a range; what cannot be had is left to `_populate`.
+
+    MADV_COLLAPSE (Linux 6.1) gives them also where the system's setting for shared memory is
+    "never", the kernel's default, under which the advice is ignored. A disk reads three times as
+    fast into huge pages (FACTS, "Disk").
+    """
+    start = -(-address // HUGE) * HUGE
+    whole = (address + nbytes - start) // HUGE * HUGE
+    if whole <= 0:
+        return
+    # It collapses what is there: one small page in each makes it so.
+    touched = np.ctypeslib.as_array((ctypes.c_uint8 * whole).from_address(start))
+    touched[::HUGE] = 0
+    _libc.madvise(start, whole, MADV_COLLAPSE)
 
 
 def _populate(address: int, nbytes: int) -> None:

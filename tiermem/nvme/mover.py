@@ -115,7 +115,7 @@ class Mover:
         addresses = batch.addresses[entries]
         if native is None or not self._fits(addresses) or not batch.sequences[entries].all():
             return np.zeros(n, np.bool_)
-        reads = group(native.pread, Kind.POINTER, *self._io_arguments(batch, entries))
+        reads = self.io_calls(batch, entries, write=False)
         hashes = group(native.hash64, Kind.PLAIN, addresses, self._slab.slot_bytes)
         calls = self._run(reads, hashes)
         whole = calls["result"][0::2] == self._slab.slot_bytes
@@ -128,17 +128,21 @@ class Mover:
         if native is None or not self._fits(addresses) or self._slab.failure is not None:
             return np.zeros(n, np.bool_)
         hashes = group(native.hash64, Kind.PLAIN, addresses, self._slab.slot_bytes)
-        writes = group(native.pwrite, Kind.POINTER, *self._io_arguments(batch, entries))
+        writes = self.io_calls(batch, entries, write=True)
         calls = self._run(hashes, writes)
         batch.checksums[entries, 0] = calls["result"][0::2].view(np.uint64)
         whole: Mask = calls["result"][1::2] == self._slab.slot_bytes
         return whole
 
-    def _io_arguments(self, batch: Batch, entries: slice) -> tuple[int, Addresses, int, Words]:
-        slot_bytes = self._slab.slot_bytes
-        offsets = batch.slots[entries].astype(np.uint64) * np.uint64(slot_bytes)
+    def io_calls(self, batch: Batch, entries: slice, *, write: bool) -> Calls:
+        """One pread or pwrite of a whole slot for each entry; only where native calls work."""
+        assert self._native is not None
+        slab = self._slab
+        offsets = batch.slots[entries].astype(np.uint64) * np.uint64(slab.slot_bytes)
         offsets += np.uint64(HEADER_BYTES)
-        return self._slab.fd, batch.addresses[entries], slot_bytes, offsets
+        call = self._native.pwrite if write else self._native.pread
+        addresses = batch.addresses[entries]
+        return group(call, Kind.POINTER, slab.fd, addresses, slab.slot_bytes, offsets)
 
     def _run(self, first: Calls, second: Calls) -> Calls:
         """Run call pairs without the interpreter lock; a pair that did not run has results 0."""

@@ -124,11 +124,12 @@ class DiskThreads:
         store_threads: int | None = None,
         queue_slots: int = QUEUE_SLOTS,
         native: bool | None = None,
+        mover: type[Mover] = Mover,
     ) -> None:
         """threads: reads and writes in flight at most. store_threads: writes among them, by
         default all but one; while loads wait or run, one. queue_slots: entries that may wait in
         each direction before `submit` blocks. native: move groups without the interpreter
-        lock; None: where that works.
+        lock; None: where that works. mover: what each thread moves slots with.
         """
         self.slab = slab
         self._store_threads = min(threads, max(1, store_threads or threads - 1))
@@ -142,6 +143,7 @@ class DiskThreads:
         self._closed = False
         self._count = threads
         self._native = native
+        self._mover = mover
         self._threads = [
             threading.Thread(target=self._run, name=f"tiermem-disk-{i}", daemon=True)
             for i in range(threads)
@@ -221,7 +223,7 @@ class DiskThreads:
 
     def _run(self) -> None:
         """A thread's life: claim some entries of a job, move them, settle them."""
-        mover = Mover(self.slab, native=self._native)
+        mover = self._mover(self.slab, native=self._native)
         while (claim := self._next()) is not None:
             lane, job, entries = claim
             began = time.perf_counter()

@@ -1,0 +1,62 @@
+"""bench nvme measures, compares with fio where it is, and says so where it is not."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import msgspec
+import pytest
+from rich.console import Console
+
+from tiermem.bench import fio, nvme
+from tiermem.errors import ConfigError
+from tiermem.nvme.mover import native_calls
+
+pytestmark = pytest.mark.skipif(native_calls() is None, reason="no C compiler")
+
+
+def small(where: Path) -> nvme.Result:
+    return nvme.run(
+        where, page=64 << 10, nbytes=2 << 20, depths=(1, 3), seconds=0.02, rounds=1
+    )  # fmt: skip
+
+
+def test_without_fio_the_routes_are_measured_and_the_absence_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fio, "version", lambda: None)
+    found = small(tmp_path)
+    assert [(row.direction, row.depth) for row in found.rows] == [
+        ("read", 1), ("read", 3), ("write", 1), ("write", 3),
+    ]  # fmt: skip
+    assert all(row.bare_gbps > 0 and row.route_gbps > 0 for row in found.rows)
+    assert all(row.fio_gbps is None and row.route_of_fio is None for row in found.rows)
+    assert any("fio is not installed" in note for note in found.notes)
+    out = io.StringIO()
+    nvme.show(found, Console(file=out, width=200))
+    assert "fio is not installed" in out.getvalue()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(fio.version() is None, reason="fio is not installed")
+def test_with_fio_every_row_has_a_ratio(tmp_path: Path) -> None:
+    found = small(tmp_path)
+    assert found.fio is not None
+    assert all(row.fio_gbps and row.bare_of_fio and row.route_of_fio for row in found.rows)
+    again = msgspec.json.decode(msgspec.json.encode(found), type=nvme.Result)
+    assert again == found
+
+
+@pytest.mark.skipif(fio.version() is None, reason="fio is not installed")
+def test_what_fio_says_when_it_cannot_run_is_passed_on(tmp_path: Path) -> None:
+    with pytest.raises(fio.FioFailed, match="did not run"):
+        fio.measure(tmp_path / "absent", 0, 1 << 20, 1 << 16, 1, write=False, seconds=0.1)
+
+
+@pytest.mark.parametrize(
+    "options", [{"size": "much"}, {"page": "50%"}, {"depths": "1,none"}, {"depths": "0"}]
+)
+def test_options_that_cannot_be_meant_are_refused(tmp_path: Path, options: dict[str, str]) -> None:
+    with pytest.raises(ConfigError, match="--"):
+        nvme.command(tmp_path, **options)  # type: ignore[arg-type]

@@ -1,0 +1,329 @@
+"""`tiermem bench nvme`: the disk route beside fio, on the same overwritten file in the same run.
+
+Three ways to move the same pages between the file and huge-page buffers: fio, the route without
+its checksums (what the threads cost), and the route as it is (what a user gets). Each round
+measures all of them one after the other, so that a drive that slows down slows all alike.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+import numpy as np
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from tiermem import units
+from tiermem.bench import fio, output
+from tiermem.bench.machine import Machine, machine
+from tiermem.errors import ConfigError
+from tiermem.host.pinned import HostPool
+from tiermem.native import Program
+from tiermem.nvme.kept import Persist
+from tiermem.nvme.mover import Batch, Mover, native_calls
+from tiermem.nvme.posix import DiskThreads
+from tiermem.nvme.slab import Slab
+from tiermem.tier import PASSED, Route
+
+DEPTHS = (1, 8, 32)
+ABSENT = "fio is not installed: apt install fio; its columns are empty and nothing is compared"
+
+
+class Row(msgspec.Struct, frozen=True, kw_only=True):
+    """One direction at one depth; rates are medians over the rounds, in GB/s (1e9 bytes).
+
+    The ratios are medians of the rounds' own ratios, for what is compared ran side by side.
+    """
+
+    direction: str
+    depth: int
+    page_bytes: int
+    n: int
+    fio_gbps: float | None
+    bare_gbps: float
+    """The route's threads without checksums."""
+    route_gbps: float
+    """The route as it is: every store hashed, every load verified."""
+    bare_of_fio: float | None
+    route_of_fio: float | None
+    fio_cpu_us: float | None
+    bare_cpu_us: float
+    route_cpu_us: float
+    """Processor time a page."""
+    page_p50_us: float
+    page_p99_us: float
+    """From submission of one page to its arrival, one at a time, through the route."""
+
+
+class Result(msgspec.Struct, frozen=True, kw_only=True):
+    """What `--json` writes."""
+
+    schema: str = "tiermem.nvme.v1"
+    machine: Machine
+    path: str
+    direct: bool
+    fio: str | None
+    file_bytes: int
+    seconds: float
+    rows: tuple[Row, ...]
+    notes: tuple[str, ...]
+
+
+class BareMover(Mover):
+    """Moves slots without looking at them: for this comparison only, never in a space."""
+
+    def load(self, batch: Batch, entries: slice) -> dict[int, Exception]:
+        return self._bare(batch, entries, write=False)
+
+    def store(self, batch: Batch, entries: slice) -> dict[int, Exception]:
+        """What it stores cannot be loaded: nothing is recorded of it."""
+        return self._bare(batch, entries, write=True)
+
+    def _bare(self, batch: Batch, entries: slice, *, write: bool) -> dict[int, Exception]:
+        program = Program(self.io_calls(batch, entries, write=write))
+        failure = program.run()
+        if failure is None:
+            return {}
+        return {i: OSError(str(failure)) for i in range(entries.start, entries.stop)}
+
+
+class _Bench:
+    """The file, the buffers and the settings of one run."""
+
+    def __init__(self, where: Path, page: int, nbytes: int, seconds: float) -> None:
+        self.pages = max(1, nbytes // page)
+        self.page = page
+        self.seconds = seconds
+        self.slab = Slab(where, page, self.pages, persist=Persist("bench"))
+        self.file = where / "bench.slab"
+        self.pool = HostPool(page, self.pages)
+        self.slab.wait_ready(self.pages)
+        self.pool.wait_ready(self.pages)
+        self._order = np.random.default_rng(0)
+
+    def close(self) -> None:
+        self.pool.close()
+        self.slab.close()
+
+    def fio(self, depth: int, *, write: bool) -> tuple[float, float]:
+        """(GB/s, CPU us a page)."""
+        start, size = self.slab.offset(0), self.pages * self.page
+        found = fio.measure(
+            self.file, start, size, self.page, depth, write=write, seconds=self.seconds
+        )
+        return found.bytes_per_s / 1e9, found.cpu_us
+
+    def route(self, depth: int, mover: type[Mover], *, write: bool) -> tuple[float, float]:
+        """(GB/s, CPU us a page) of one direction with `depth` threads."""
+        if not write:
+            with self._threads(8, Mover) as (store, _):
+                self._pass(store, True)
+        with self._threads(depth, mover) as (store, load):
+            route = store if write else load
+            moved = 0
+            cpu, began = time.process_time(), time.perf_counter()
+            while time.perf_counter() - began < self.seconds:
+                moved += self._pass(route, write)
+            took, cpu = time.perf_counter() - began, time.process_time() - cpu
+        return moved * self.page / took / 1e9, cpu / moved * 1e6
+
+    def page_times(self, *, write: bool, n: int = 64) -> tuple[float, float]:
+        """(p50, p99) in us of one page at a time."""
+        times = []
+        with self._threads(1, Mover) as (store, load):
+            self._pass(store, True)
+            for slot in self._order.integers(0, self.pages, n):
+                one = np.array([slot], np.int32)
+                began = time.perf_counter()
+                (store if write else load).submit(one, one, PASSED).wait()
+                times.append((time.perf_counter() - began) * 1e6)
+        return float(np.percentile(times, 50)), float(np.percentile(times, 99))
+
+    def _pass(self, route: Route, write: bool) -> int:
+        """Move every page once, in a new order."""
+        disk = self._order.permutation(self.pages).astype(np.int32)
+        frames = np.arange(self.pages, dtype=np.int32)
+        done = route.submit(frames, disk, PASSED) if write else route.submit(disk, frames, PASSED)
+        done.wait()
+        if done.error is not None:
+            raise done.error
+        return self.pages
+
+    @contextlib.contextmanager
+    def _threads(self, depth: int, mover: type[Mover]) -> Iterator[tuple[Route, Route]]:
+        with DiskThreads(self.slab, threads=depth, store_threads=depth, mover=mover) as threads:
+            yield threads.routes(self.pool)
+
+
+def run(
+    where: Path,
+    *,
+    page: int = 2 << 20,
+    nbytes: int = 512 << 20,
+    depths: Sequence[int] = DEPTHS,
+    seconds: float = 1.0,
+    rounds: int = 3,
+    told: Callable[[str], None] = lambda text: None,
+) -> Result:
+    """Measure in a new directory under `where`, which is removed again.
+
+    page: bytes of a slot; nbytes: size of the file and of the host memory used; seconds: of one
+    measurement, of which a round has three in each direction at each depth; told: progress.
+    Raises ConfigError without native calls, for the plain way would measure the interpreter.
+    """
+    if native_calls() is None:
+        raise ConfigError("bench nvme needs a C compiler (apt install gcc) for its native calls")
+    notes = [] if fio.version() else [ABSENT]
+    where.mkdir(mode=0o700, parents=True, exist_ok=True)
+    place = Path(tempfile.mkdtemp(prefix="tiermem-bench-", dir=where))
+    try:
+        bench = _Bench(place, page, nbytes, seconds)
+        try:
+            if not bench.slab.direct:
+                notes.append("this file system has no O_DIRECT: figures show the page cache")
+            rows = tuple(
+                _measure(bench, depth, write=write, rounds=rounds, told=told)
+                for write in (False, True)
+                for depth in depths
+            )
+        finally:
+            bench.close()
+    finally:
+        shutil.rmtree(place)
+    return Result(
+        machine=machine(),
+        path=str(where),
+        direct=bench.slab.direct,
+        fio=fio.version(),
+        file_bytes=bench.pages * page,
+        seconds=seconds,
+        rows=rows,
+        notes=tuple(notes),
+    )
+
+
+def _measure(
+    bench: _Bench, depth: int, *, write: bool, rounds: int, told: Callable[[str], None]
+) -> Row:
+    yardstick: list[tuple[float, float]] = []
+    bare: list[tuple[float, float]] = []
+    route: list[tuple[float, float]] = []
+    name = "write" if write else "read"
+    for i in range(rounds):
+        told(f"{name} depth {depth}, round {i + 1} of {rounds}")
+        if fio.version():
+            yardstick.append(bench.fio(depth, write=write))
+        bare.append(bench.route(depth, BareMover, write=write))
+        route.append(bench.route(depth, Mover, write=write))
+    p50, p99 = bench.page_times(write=write)
+    return Row(
+        direction=name,
+        depth=depth,
+        page_bytes=bench.page,
+        n=rounds,
+        fio_gbps=_median(yardstick, 0),
+        bare_gbps=_median(bare, 0) or 0.0,
+        route_gbps=_median(route, 0) or 0.0,
+        bare_of_fio=_ratio(bare, yardstick),
+        route_of_fio=_ratio(route, yardstick),
+        fio_cpu_us=_median(yardstick, 1),
+        bare_cpu_us=_median(bare, 1) or 0.0,
+        route_cpu_us=_median(route, 1) or 0.0,
+        page_p50_us=p50,
+        page_p99_us=p99,
+    )
+
+
+def _median(found: list[tuple[float, float]], which: int) -> float | None:
+    return statistics.median(one[which] for one in found) if found else None
+
+
+def _ratio(ours: list[tuple[float, float]], theirs: list[tuple[float, float]]) -> float | None:
+    pairs = list(zip(ours, theirs, strict=False))
+    return statistics.median(a[0] / b[0] for a, b in pairs) if pairs else None
+
+
+def show(found: Result, console: Console) -> None:
+    """The table; every figure is in the JSON too."""
+    size = units.format_bytes(found.rows[0].page_bytes)
+    table = Table(
+        title=f"NVMe route beside {found.fio or 'nothing (no fio)'}, pages of {size}, GB/s"
+    )
+    for heading in (
+        "direction", "depth", "fio", "no checksum", "of fio", "route", "of fio",
+        "us CPU a page (fio / no checksum / route)", "one page us p50 / p99",
+    ):  # fmt: skip
+        table.add_column(heading, justify="left" if heading == "direction" else "right")
+    for row in found.rows:
+        table.add_row(
+            row.direction,
+            str(row.depth),
+            _text(row.fio_gbps, ".2f"),
+            f"{row.bare_gbps:.2f}",
+            _text(row.bare_of_fio, ".0%"),
+            f"{row.route_gbps:.2f}",
+            _text(row.route_of_fio, ".0%"),
+            f"{_text(row.fio_cpu_us, '.0f')} / {row.bare_cpu_us:.0f} / {row.route_cpu_us:.0f}",
+            f"{row.page_p50_us:.0f} / {row.page_p99_us:.0f}",
+        )
+    console.print(table)
+    for note in found.notes:
+        console.print(f"note: {note}", style="yellow", highlight=False, markup=False)
+
+
+def _text(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def command(
+    where: Annotated[Path, typer.Argument(help="Directory on the drive to measure.")] = Path("."),
+    size: Annotated[str, typer.Option(help="Size of the file, and of host memory.")] = "512MiB",
+    page: Annotated[str, typer.Option(help="Bytes of a page.")] = "2MiB",
+    depths: Annotated[str, typer.Option(help="Pages in flight.")] = "1,8,32",
+    seconds: Annotated[float, typer.Option(help="Length of one measurement.")] = 1.0,
+    rounds: Annotated[int, typer.Option(help="Rounds; medians are shown.")] = 3,
+    json: Annotated[str | None, typer.Option(help="Write JSON to this path, or to - .")] = None,
+) -> None:
+    """Measure the NVMe tier against fio, on the same file in the same run."""
+    console = Console(stderr=True)
+    with console.status("preparing") as status:
+        found = run(
+            where,
+            page=_bytes(page, "--page"),
+            nbytes=_bytes(size, "--size"),
+            depths=_numbers(depths),
+            seconds=seconds,
+            rounds=rounds,
+            told=status.update,
+        )
+    if not output.emit(found, json):
+        show(found, Console())
+
+
+def _bytes(text: str, option: str) -> int:
+    try:
+        value = units.parse_bytes(text)
+    except ValueError as error:
+        raise ConfigError(f"{option} {text}: {error}") from None
+    if not isinstance(value, int):
+        raise ConfigError(f"{option} {text}: write a size, like 512MiB")
+    return value
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        numbers = [int(part) for part in text.split(",")]
+    except ValueError:
+        numbers = [0]
+    if not numbers or min(numbers) < 1:
+        raise ConfigError(f"--depths {text}: write numbers from 1 on, like 1,8,32")
+    return numbers
