@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from tiermem.errors import TierFull
+from tiermem.errors import PageLost, TierFailed, TierFull
 from tiermem.executor import Executor, Flight
 from tiermem.plan import Plan
 from tiermem.planner import Access, Marks, Planner, Request
@@ -14,7 +14,7 @@ from tiermem.policies.base import Candidates, EvictionBase, Ids, Keys
 from tiermem.ranking import Ranking
 from tiermem.table import PageTable, Rows
 from tiermem.testing import GARBAGE, WORDS, FakeMemory, FakeRoute, FakeWindow, World
-from tiermem.tier import TIERS, Place, SlotPool, Slots
+from tiermem.tier import TIERS, Done, Place, SlotPool, Slots
 
 ALL_ROUTES = tuple((a, b) for a in TIERS for b in TIERS if a != b)
 TENANT = 1_000_000
@@ -103,6 +103,7 @@ class Harness:
         self.vacant = list(range(self.table.rows))
         self.flights: dict[int, Flight] = {}
         self.model: dict[int, int] = {}  # page -> value, for pages that have been written
+        self.alive: set[int] = set()  # pages that are allocated, as far as their owner knows
         self.now = 0
         self.next_value = 1
         self.wrong: list[str] = []
@@ -124,7 +125,8 @@ class Harness:
             self.observe()
             self.carry(self.planner.settle_idle())
         for row in self.planner.take_reaped().tolist():
-            assert row not in self.vacant
+            assert row not in self.vacant, f"page {row} became vacant twice"
+            assert row not in self.alive, f"page {row} was taken away and nobody told"
             self.vacant.append(row)
             self.model.pop(row, None)
 
@@ -165,29 +167,83 @@ class Harness:
             self.advance_for(request)
         while request.pending:
             self.advance_for(request)
+        for row in rows.tolist():
+            self.vacant.remove(row)
         if request.failed:
             self.carry(self.planner.free(rows, self.now))
             return False
+        self.alive |= set(rows.tolist())
         for row in rows.tolist():
-            self.vacant.remove(row)
             self._check_fresh(row)
         return True
 
-    def begin(self, units: list[int], access: Access) -> Request:
+    def free(self, rows: Rows) -> None:
+        self.carry(self.planner.free(rows, self.now))
+        self.alive -= set(rows.tolist())
+
+    def use(self, units: list[int], access: Access, stream: int | None = None) -> bool:
+        """Fault, wait, enter, work and leave, in one go; False if the pages cannot be had."""
+        for _ in range(50):
+            try:
+                request = self.begin(units, access)
+            except (PageLost, TierFailed, TierFull):
+                return False
+            if not request.taken:
+                self.advance_for(request)
+                continue
+            while request.pending:
+                self.advance_for(request)
+            if not request.failed:
+                self.enter(request, access)
+                self.work(request, access, stream)
+                self.leave(request, stream)
+                return True
+            self.planner.abandon(request)
+        raise AssertionError(f"units {units} cannot be had")
+
+    def pin_one(self, row: int, access: Access) -> bool:
+        """The fast path: pinned and worked on at once, or not pinned at all."""
+        self.now += 1
+        self.observe()
+        if not self.planner.pin_one(row, access != "read", self.now):
+            return False
+        request = Request(np.array([row], np.int32))
+        if access == "read":
+            self.verify(row)
+        else:
+            self.write_now(request)
+        return True
+
+    def work(self, request: Request, access: Access, stream: int | None) -> None:
+        """What the caller does with pinned pages: by itself, or by a kernel that runs later."""
+        if stream is not None:
+            self.launch(request.rows, stream, write=access != "read")
+        elif access != "read":
+            self.write_now(request)
+
+    def begin(self, units: list[int], access: Access, order: bool = False) -> Request:
         """One attempt at a fault; the caller finishes it or abandons it."""
         self.now += 1
         self.observe()
-        request = self.planner.fault(self.rows(units), access, self.now)
+        request = self.planner.fault(self.rows(units), access, self.now, order=order)
         self.carry(request.plans)
         if access == "fresh" and request.taken:
             for row in request.rows.tolist():  # the old bytes are given up from now on
                 self.model.pop(row, None)
         return request
 
+    def order(self, request: Request, stream: int) -> bool:
+        """Let a stream wait for this request's own loads, as the pager does."""
+        own = {plan.id for plan in request.plans}
+        if not self.planner.all_ordered(request) or not request.pending <= own:
+            return False
+        return all([self.flights[p].order(stream) for p in request.pending])
+
     def advance_for(self, request: Request) -> None:
         """Make something happen that the request may be waiting for."""
         if request.pending:
-            plan_id = sorted(request.pending)[0]
+            plan_id = min(request.pending)
+            assert plan_id in self.flights, f"waiting for plan {plan_id}, which nobody carries out"
             self.flights[plan_id].wait()
         elif request.fence.ticks:
             self.world.streams.reach(request.fence)
@@ -200,6 +256,7 @@ class Harness:
             self.planner.wrote(request.rows)
         for row in request.rows.tolist():
             assert self.table.pins[row] > 0, f"page {row} is not pinned"
+            assert self.table.at[row] == Place.GPU, f"page {row} is pinned and not on the GPU"
             if access == "read":
                 self.verify(row)
 
@@ -218,6 +275,7 @@ class Harness:
                 if frame is None:
                     self.wrong.append(f"kernel touched page {row}, which shows nothing")
                 elif write:
+                    assert value is not None
                     self.memories[Place.GPU].words[frame] = value
                 elif value is not None:
                     found = self.memories[Place.GPU].words[frame].tolist()
@@ -251,6 +309,15 @@ class Harness:
         assert not self.wrong, self.wrong
         self.planner.check()
 
+    def check_idle(self) -> None:
+        """After `drain`: nothing is left over, and every page is its owner's or vacant."""
+        self.check()
+        assert self.planner.is_idle(), "work is left over"
+        assert not self.table.busy.any(), "a page is busy when nothing is under way"
+        held = np.flatnonzero(self.table.at != Place.NONE).tolist()
+        assert set(held) == self.alive, "pages that are held are not those that were allocated"
+        assert set(self.vacant) == set(range(self.table.rows)) - self.alive, "a page is forgotten"
+
     def snapshot(self) -> dict[str, list[int]]:
         """The table, for comparison with another's."""
         columns = ("at", "to", "flags", "pins", "gen")
@@ -268,7 +335,7 @@ class Harness:
         if word > 0 and word // TENANT != int(self.table.tenant[row]):
             self.wrong.append(f"page {row} shows bytes of tenant {word // TENANT}")
 
-    def _zero(self, frames: Slots) -> object:
+    def _zero(self, frames: Slots) -> Done:
         def run(done: object) -> None:
             self.memories[Place.GPU].words[frames] = 0
 
@@ -278,8 +345,11 @@ class Harness:
 
     def _on_gone(self, units: Rows, reason: str) -> None:
         for row in self.table.pages(units).tolist():
+            assert self.table.at[row] != Place.NONE, f"page {row} was vacant before {reason}"
             self.gone.append((row, reason))
             self.model.pop(row, None)
+            if reason != "lost":
+                self.alive.remove(row)
 
 
 def settle_until(harness: Harness, condition: Callable[[], bool]) -> None:

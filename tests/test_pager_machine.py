@@ -1,47 +1,271 @@
-"""The pager under a state machine: adversarial copies, queued kernels, invariants at every step."""
+"""The pager under a state machine: adversarial copies, queued kernels, invariants at every step.
+
+400 runs of up to 60 steps, the same ones every time; MACHINE_RUNS=5000 draws that many at random.
+What the machine is able to catch is shown by `tests/planted_faults.py`.
+"""
 
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
+from random import Random
 
 import numpy as np
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from tests.harness import Harness
 from tiermem.errors import PageInUse, PageLost, TierFailed, TierFull
-from tiermem.planner import Marks, Request
+from tiermem.planner import Access, Marks, Request
+from tiermem.table import DOOMED
 from tiermem.tier import Place
 
-RUNS = int(os.environ.get("MACHINE_RUNS", "100"))
+RUNS = int(os.environ.get("MACHINE_RUNS", "0"))
+STEPS = 60
+SEEDS = st.integers(0, 2**32 - 1)
+STREAMS: tuple[int | None, ...] = (None, 0, 1)
+ACCESSES: tuple[Access, ...] = ("read", "read", "write", "write", "fresh")
+SHAPES = (  # slots of GPU, host and NVMe, pages of a unit
+    (4, 3, 6, 1),
+    (4, 4, 14, 1),
+    (3, 6, 5, 1),
+    (3, 0, 5, 1),
+    (4, 3, 0, 1),
+    (3, 0, 0, 1),
+    (6, 4, 8, 2),
+    (4, 2, 14, 2),
+)
+
+
+@dataclass(eq=False)
+class Work:
+    """A request of one user; `stream`: the one that waits for its loads."""
+
+    request: Request
+    access: Access
+    stream: int | None = None
 
 
 class PagerMachine(RuleBasedStateMachine):
     """Requests are begun, wait, are finished or abandoned, in any order with everything else."""
 
+    h: Harness
+
     @initialize(
-        seed=st.integers(0, 2**16),
+        seed=SEEDS,
         eager=st.booleans(),
-        shape=st.sampled_from(
-            [(4, 3, 6, 1), (3, 0, 5, 1), (4, 3, 0, 1), (3, 0, 0, 1), (6, 4, 8, 2), (4, 2, 4, 1)]
-        ),
+        shape=st.sampled_from(SHAPES),
         marks=st.sampled_from([Marks(1.0, 1.0), Marks(0.8, 0.5)]),
+        filled=st.integers(2, 12),
     )
-    def start(self, seed: int, eager: bool, shape: tuple[int, int, int, int], marks: Marks) -> None:
+    def start(
+        self, seed: int, eager: bool, shape: tuple[int, int, int, int], marks: Marks, filled: int
+    ) -> None:
         gpu, host, nvme, unit = shape
         self.h = Harness(
             gpu=gpu, host=host, nvme=nvme, regions=((12, unit, 0), (6, unit, 1)),
             eager=eager, marks=marks, seed=seed,
         )  # fmt: skip
         self.gpu_units = gpu // unit
-        self.waiting: list[tuple[Request, str]] = []
-        self.held: list[tuple[Request, str]] = []
+        self.waiting: list[Work] = []
+        self.held: list[Work] = []
         self.stream_of: dict[int, int] = {}
+        self.parked: np.ndarray | None = None
+        for head in Random(seed).sample(self.vacant(), filled // unit):
+            self.write_new(head)
+
+    # ---------------------------------------------------------------- users
+
+    @rule(seed=SEEDS)
+    def allocate(self, seed: int) -> None:
+        vacant = self.vacant()
+        if vacant and not self.waiting:
+            self.write_new(Random(seed).choice(vacant))
+
+    @rule(seed=SEEDS)
+    def allocate_two(self, seed: int) -> None:
+        vacant = self.vacant()
+        if len(vacant) > 1 and not self.waiting:
+            self.h.allocate(Random(seed).sample(vacant, 2))
+
+    @rule(seed=SEEDS)
+    def use(self, seed: int) -> None:
+        self._use(Random(seed), None)
+
+    @rule(seed=SEEDS)
+    def use_then_let_copies_end(self, seed: int) -> None:
+        self._use(Random(seed), None)
+        self.copies_end(2)
+
+    @rule(seed=SEEDS)
+    def read_a_page_that_is_away(self, seed: int) -> None:
+        self._use(Random(seed), "read", away=True)
+
+    @rule(seed=SEEDS)
+    def write_a_page_that_leaves(self, seed: int) -> None:
+        """A user comes in the middle of a copy down."""
+        random = Random(seed)
+        self._mover_verb(random, demote=True)
+        moving = self.h.table.unit[np.flatnonzero(self.h.table.to != 0)].tolist()
+        units = [random.choice(moving)] if moving else []
+        if units and self._may_use(units, "write"):
+            self._finish_use(units, "write", None)
+
+    @rule(seed=SEEDS)
+    def fault(self, seed: int) -> None:
+        random = Random(seed)
+        units = self.pick(random, self.units(), 2)
+        access = random.choice(ACCESSES)
+        if not units or len(self.held) + len(self.waiting) > 2:
+            return
+        if not self._may_use(units, access):
+            return
+        stream = random.choice((0, 1)) if access == "read" and random.random() < 0.4 else None
+        try:
+            request = self.h.begin(units, access, order=stream is not None)
+        except (PageLost, TierFull, TierFailed):
+            return
+        if request.taken:
+            self._take(Work(request, access), stream)
+        self._enter_ready()
+
+    @rule(seed=SEEDS)
+    def fault_and_leave(self, seed: int) -> None:
+        self.fault(seed)
+        self.leave(seed)
+
+    @rule(seed=SEEDS)
+    def pin_one_page(self, seed: int) -> None:
+        """The short way to a page that rests on the GPU."""
+        random = Random(seed)
+        units = self.pick(random, self.units(), 1)
+        access = random.choice(ACCESSES[:4])
+        if units and self.h.table.max_unit_pages == 1 and self._may_use(units, access):
+            rows = self.h.rows(units)
+            if access != "read":
+                self._synchronise(rows, None)
+            if self.h.pin_one(units[0], access):
+                self.h.leave(Request(rows), None)
+
+    @rule(seed=SEEDS)
+    def abandon(self, seed: int) -> None:
+        if self.waiting:
+            work = self.waiting.pop(Random(seed).randrange(len(self.waiting)))
+            self.h.planner.abandon(work.request)
+
+    @rule(seed=SEEDS)
+    def leave(self, seed: int) -> None:
+        if self.held:
+            random = Random(seed)
+            work = self.held.pop(random.randrange(len(self.held)))
+            stream = random.choice(STREAMS) if work.stream is None else work.stream
+            if stream is not None:
+                self._synchronise(work.request.rows, stream)
+            if stream is not None or work.access != "read":
+                self.h.work(work.request, work.access, stream)
+            self.h.leave(work.request, stream)
+
+    @rule(seed=SEEDS)
+    def free(self, seed: int) -> None:
+        units = self.pick(Random(seed), self.units(), 1)
+        if not units:
+            return
+        rows = self.h.rows(units)
+        used = (self.h.table.pins[rows] > 0) | (self.h.table.waiters[rows] > 0)
+        try:
+            self.h.free(rows)
+        except PageInUse:
+            assert used.any()
+        else:
+            assert not used.any(), f"pages {rows} were freed while in use"
+        self.h.settle_ready()
+
+    # ---------------------------------------------------------------- the world
+
+    @rule(stream=st.sampled_from([0, 1]))
+    def kernels_run(self, stream: int) -> None:
+        self.h.world.streams.advance(stream)
+        self.h.settle_ready()
+        self._enter_ready()
+
+    @rule(count=st.integers(1, 3))
+    def copies_end(self, count: int) -> None:
+        for _ in range(count):
+            self.h.step()
+        self._enter_ready()
+
+    @rule()
+    def mover(self) -> None:
+        self.h.observe()
+        self.h.carry(self.h.planner.relieve(self.h.now))
+
+    @rule(seed=SEEDS)
+    def prefetch(self, seed: int) -> None:
+        self._mover_verb(Random(seed), demote=False)
+
+    @rule(seed=SEEDS)
+    def demote(self, seed: int) -> None:
+        self._mover_verb(Random(seed), demote=True)
+
+    @rule(seed=SEEDS)
+    def a_copy_will_fail(self, seed: int) -> None:
+        random = Random(seed)
+        if self.h.routes:
+            route = random.choice(list(self.h.routes))
+            self.h.routes[route].fail(random.randint(1, 2))
+
+    @rule(seed=SEEDS)
+    def a_tier_fails_for_good(self, seed: int) -> None:
+        random = Random(seed)
+        stores = [r for r in self.h.routes if r[1] != Place.GPU]
+        if stores and random.random() < 0.1:
+            self.h.routes[random.choice(stores)].latched = True
+
+    @rule(limit=st.integers(2, 6))
+    def limit(self, limit: int) -> None:
+        """The GPU's budget moves; what is freed is given back and comes again."""
+        if self.parked is None:
+            self.h.planner.limits[Place.GPU] = max(limit, self.gpu_units)
+            self.parked = self.h.planner.surrender()
+        else:
+            self.h.planner.grow(Place.GPU, self.parked)
+            self.parked = None
+            self.h.planner.limits.clear()
+
+    @invariant()
+    def nothing_is_wrong(self) -> None:
+        if hasattr(self, "h"):
+            self.h.check()
+
+    # ---------------------------------------------------------------- the end
+
+    def teardown(self) -> None:
+        if not hasattr(self, "h"):
+            return
+        for work in self.waiting:
+            self.h.planner.abandon(work.request)
+        for work in self.held:
+            self.h.leave(work.request, work.stream)
+        self.h.drain()
+        self.h.check_idle()
+        for row in list(self.h.model):  # every page that was written and not lost holds that
+            if self.h.table.unit[row] == row and row in self.h.model:
+                self._read_back(row)
+        self.h.drain()
+        self.h.check_idle()
+
+    def _read_back(self, row: int) -> None:
+        lost = len(self.h.gone)
+        if not self.h.use([row], "read"):
+            failed = Place.GPU in self.h.planner.failed_tiers
+            assert failed or len(self.h.gone) > lost, f"page {row} cannot be read"
+
+    # ---------------------------------------------------------------- parts
 
     def units(self) -> list[int]:
         table = self.h.table
-        rows = np.flatnonzero((table.at != Place.NONE) & ((table.flags & 2) == 0))
+        rows = np.flatnonzero((table.at != Place.NONE) & ((table.flags & DOOMED) == 0))
         return [int(r) for r in rows if table.unit[r] == r]
 
     def vacant(self) -> list[int]:
@@ -53,197 +277,89 @@ class PagerMachine(RuleBasedStateMachine):
             if table.unit[u] == u and set(self.h.rows([u]).tolist()) <= vacant
         ]
 
-    def pick(self, data: st.DataObject, units: list[int], most: int) -> list[int]:
-        chosen = st.lists(st.sampled_from(units), min_size=1, max_size=most, unique=True)
-        return data.draw(chosen)
+    def pick(self, random: Random, units: list[int], most: int) -> list[int]:
+        return random.sample(units, min(len(units), random.randint(1, most)))
 
-    @rule(data=st.data())
-    def allocate(self, data: st.DataObject) -> None:
-        vacant = self.vacant()
-        if not vacant or self.waiting:
-            return
-        self.h.allocate(self.pick(data, vacant, 2))
+    def write_new(self, head: int) -> None:
+        if self.h.allocate([head]):
+            self.h.use([head], "write")
 
-    @rule(data=st.data(), access=st.sampled_from(["read", "write", "fresh"]))
-    def fault(self, data: st.DataObject, access: str) -> None:
+    def _mover_verb(self, random: Random, demote: bool) -> None:
+        units = self.pick(random, self.units(), 3)
+        if units:
+            verb = self.h.planner.demote if demote else self.h.planner.prefetch
+            self.h.carry(verb(self.h.rows(units), self.h.now))
+
+    def _use(self, random: Random, access: Access | None, away: bool = False) -> None:
         units = self.units()
-        if not units or len(self.held) + len(self.waiting) > 3:
-            return
-        chosen = self.pick(data, units, 2)
-        if self._has_writer(chosen, access):
-            return
-        try:
-            request = self.h.begin(chosen, access)  # type: ignore[arg-type]
-        except (PageLost, TierFull, TierFailed):
-            return
-        if request.taken:
-            self.waiting.append((request, access))
+        if away:
+            units = [u for u in units if self.h.table.at[u] != Place.GPU]
+        chosen = self.pick(random, units, 2)
+        which: Access = random.choice(ACCESSES) if access is None else access
+        if chosen and self._may_use(chosen, which):
+            self._finish_use(chosen, which, random.choice(STREAMS))
+
+    def _finish_use(self, units: list[int], access: Access, stream: int | None) -> None:
+        if access != "read" or stream is not None:
+            self._synchronise(self.h.rows(units), stream)
+        self.h.use(units, access, stream)
         self._enter_ready()
 
-    def _has_writer(self, units: list[int], access: str) -> bool:
+    def _may_use(self, units: list[int], access: str) -> bool:
         """Users do not write what others use at the same time."""
         rows = set(self.h.rows(units).tolist())
-        for request, other in self.held + self.waiting:
-            if rows & set(request.rows.tolist()) and (access != "read" or other != "read"):
-                return True
-        return False
+        return not any(
+            rows & set(other.request.rows.tolist()) and (access != "read" or other.access != "read")
+            for other in self.held + self.waiting
+        )
+
+    def _take(self, work: Work, stream: int | None) -> None:
+        """A taken request waits for its loads, unless a stream can do that."""
+        if stream is not None and work.request.pending and self.h.order(work.request, stream):
+            self._synchronise(work.request.rows, stream)
+            work.stream = stream
+            self.held.append(work)
+        else:
+            self.waiting.append(work)
 
     def _enter_ready(self) -> None:
-        for entry in list(self.waiting):
-            request, access = entry
-            if request.pending:
+        for work in list(self.waiting):
+            if work.request.pending:
                 continue
-            self.waiting.remove(entry)
-            if request.failed or Place.GPU in self.h.planner.failed_tiers:
-                self.h.planner.abandon(request)
+            self.waiting.remove(work)
+            if work.request.failed or Place.GPU in self.h.planner.failed_tiers:
+                self.h.planner.abandon(work.request)
                 continue
-            self.h.enter(request, access)  # type: ignore[arg-type]
-            if access != "read":
-                self._synchronise(request, None)
-                self.h.write_now(request)
-            self.held.append(entry)
+            self.h.enter(work.request, work.access)
+            if work.access != "read":
+                self._synchronise(work.request.rows, None)
+                self.h.write_now(work.request)
+            self.held.append(work)
 
-    def _synchronise(self, request: Request, stream: int | None) -> None:
+    def _synchronise(self, rows: np.ndarray, stream: int | None) -> None:
         """As an engine would: work on a page goes to one stream until that has passed."""
-        for row in request.rows.tolist():
+        for row in rows.tolist():
             other = self.stream_of.pop(row, None)
             if other is not None and other != stream:
                 self.h.world.streams.advance(other, 1000)
             if stream is not None:
                 self.stream_of[row] = stream
 
-    @precondition(lambda self: self.waiting)
-    @rule(data=st.data())
-    def abandon(self, data: st.DataObject) -> None:
-        entry = data.draw(st.sampled_from(range(len(self.waiting))))
-        request, _ = self.waiting.pop(entry)
-        self.h.planner.abandon(request)
 
-    @precondition(lambda self: self.held)
-    @rule(data=st.data(), stream=st.sampled_from([None, 0, 1]))
-    def leave(self, data: st.DataObject, stream: int | None) -> None:
-        entry = data.draw(st.sampled_from(range(len(self.held))))
-        request, access = self.held.pop(entry)
-        if stream is not None:
-            self._synchronise(request, stream)
-            self.h.launch(request.rows, stream, write=access != "read")
-        self.h.leave(request, stream)
-
-    @rule(stream=st.sampled_from([0, 1]))
-    def kernels_run(self, stream: int) -> None:
-        self.h.world.streams.advance(stream)
-        self.h.settle_ready()
-        self._enter_ready()
-
-    @rule(count=st.integers(1, 4))
-    def copies_end(self, count: int) -> None:
-        for _ in range(count):
-            self.h.step()
-        self._enter_ready()
-
-    @rule()
-    def mover(self) -> None:
-        self.h.observe()
-        self.h.carry(self.h.planner.relieve(self.h.now))
-
-    @rule(data=st.data())
-    def prefetch(self, data: st.DataObject) -> None:
-        units = self.units()
-        if units:
-            rows = self.h.rows(self.pick(data, units, 3))
-            self.h.carry(self.h.planner.prefetch(rows, self.h.now))
-
-    @rule(data=st.data())
-    def demote(self, data: st.DataObject) -> None:
-        units = self.units()
-        if units:
-            rows = self.h.rows(self.pick(data, units, 3))
-            self.h.carry(self.h.planner.demote(rows, self.h.now))
-
-    @rule(data=st.data())
-    def free(self, data: st.DataObject) -> None:
-        units = self.units()
-        if not units:
-            return
-        rows = self.h.rows(self.pick(data, units, 2))
-        used = (self.h.table.pins[rows] > 0) | (self.h.table.waiters[rows] > 0)
-        try:
-            self.h.carry(self.h.planner.free(rows, self.h.now))
-        except PageInUse:
-            assert used.any()
-        else:
-            assert not used.any()
-        self.h.settle_ready()
-
-    @rule(data=st.data(), entries=st.integers(1, 2))
-    def a_copy_will_fail(self, data: st.DataObject, entries: int) -> None:
-        routes = [r for r in self.h.routes if r[0] != Place.GPU]
-        if routes:
-            self.h.routes[data.draw(st.sampled_from(routes))].fail(entries)
-
-    @rule(data=st.data())
-    def a_store_will_fail(self, data: st.DataObject) -> None:
-        routes = [r for r in self.h.routes if r[0] == Place.GPU]
-        if routes:
-            self.h.routes[data.draw(st.sampled_from(routes))].fail(1)
-
-    @rule(limit=st.integers(2, 6))
-    def limit(self, limit: int) -> None:
-        """The GPU's budget moves; what is freed is given back and comes again."""
-        pool = self.h.pools[Place.GPU]
-        if limit >= pool.capacity and getattr(self, "parked", None) is not None:
-            self.h.planner.grow(Place.GPU, self.parked)
-            self.parked = None
-            self.h.planner.limits.clear()
-        elif getattr(self, "parked", None) is None:
-            self.h.planner.limits[Place.GPU] = max(limit, self.gpu_units)
-            self.parked = self.h.planner.surrender()
-
-    @invariant()
-    def nothing_is_wrong(self) -> None:
-        if hasattr(self, "h"):
-            self.h.check()
-
-    def teardown(self) -> None:
-        if not hasattr(self, "h"):
-            return
-        for request, _ in self.waiting:
-            self.h.planner.abandon(request)
-        for request, _ in self.held:
-            self.h.leave(request, None)
-        self.h.drain()
-        self.h.check()
-        assert self.h.planner.is_idle(), "work is left over"
-        for row in list(self.h.model):
-            if self.h.table.at[row] == Place.LOST:
-                continue
-            self._read_back(row)
-        self.h.check()
-
-    def _read_back(self, row: int) -> None:
-        """Every page that was written and not lost holds what was written."""
-        if self.h.table.unit[row] != row:
-            return
-        for _ in range(50):
-            try:
-                request = self.h.begin([row], "read")
-            except (PageLost, TierFailed):
-                return
-            while request.pending:
-                self.h.advance_for(request)
-            if request.taken and not request.failed:
-                self.h.enter(request, "read")
-                self.h.leave(request, None)
-                return
-            self.h.planner.abandon(request)
-        raise AssertionError(f"page {row} cannot be read")
+def machine_settings(runs: int, *, repeat: bool) -> settings:
+    """No shrinking, which takes minutes; repeat: the same examples every time."""
+    return settings(
+        max_examples=runs,
+        stateful_step_count=STEPS,
+        phases=(Phase.explicit, Phase.generate),
+        derandomize=repeat,
+        database=None,
+        deadline=None,
+        report_multiple_bugs=False,
+        suppress_health_check=list(HealthCheck),
+        print_blob=True,
+    )
 
 
-PagerMachine.TestCase.settings = settings(
-    max_examples=RUNS,
-    stateful_step_count=60,
-    deadline=None,
-    suppress_health_check=list(HealthCheck),
-    print_blob=True,
-)
+PagerMachine.TestCase.settings = machine_settings(RUNS or 400, repeat=not RUNS)
 TestThePagerServesNoWrongBytes = PagerMachine.TestCase

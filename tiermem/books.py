@@ -17,7 +17,7 @@ from tiermem.errors import TierFailed
 from tiermem.plan import Copy, Drop, Hide, Plan, Request, Show, Step
 from tiermem.policies.base import Keys
 from tiermem.ranking import Ranking
-from tiermem.table import IS_HIDING, IS_RETIRED, STALE, PageTable, Rows
+from tiermem.table import DOOMED, IS_HIDING, IS_RETIRED, STALE, PageTable, Rows
 from tiermem.tier import AT_GPU, GPU, HOST, NVME, Mask, Place, SlotPool, Slots
 
 _NO_ROWS = np.empty(0, np.int32)
@@ -89,6 +89,7 @@ class Books:
         self.table.check(self.pools)
         busy = np.zeros(self.table.rows, np.int64)
         held = {place: 0 for place in self.pools}
+        doomed = [self._doomed]
         for opened in self._open.values():
             for step in opened.plan.steps:
                 if isinstance(step, Copy):
@@ -100,6 +101,11 @@ class Books:
                 elif isinstance(step, Show) and not copies(opened.plan):
                     np.add.at(busy, step.pages, 1)
                     held[GPU] += len(step.frames)
+                elif isinstance(step, Drop) and step.reason != "lost":
+                    doomed.append(self.table.pages(step.units))
+        waiting = np.sort(np.concatenate(doomed))
+        marked = np.flatnonzero((self.table.flags & DOOMED) != 0)
+        assert np.array_equal(waiting, marked), "a doomed page is forgotten, or doomed twice"
         assert (busy == self.table.busy).all(), "busy differs from the transfers in flight"
         for place, pool in self.pools.items():
             slot = self.table.slot(place)

@@ -93,6 +93,19 @@ class ManualDone:
             self._run(self)
             self._ended = True
 
+    def order(self, stream: int | None) -> None:
+        """Make a stream wait for this work; after a failure nothing more runs there."""
+        if stream is None:
+            self.wait()
+            return
+
+        def run() -> None:
+            self._world.end(self)
+            if self.error is not None:
+                self._world.streams.dead.add(stream)
+
+        self._world.streams.launch(stream, run)
+
 
 class FakeStreams:
     """Streams on which kernels wait until `advance` runs them, in order."""
@@ -101,6 +114,7 @@ class FakeStreams:
         self._queues: list[deque[tuple[int, Callable[[], None]]]] = [deque() for _ in range(count)]
         self._last = [0] * count
         self._passed = np.zeros(count, np.uint64)
+        self.dead: set[int] = set()
 
     def launch(self, stream: int, kernel: Callable[[], None]) -> None:
         self._last[stream] += 1
@@ -116,7 +130,8 @@ class FakeStreams:
         """Run the next kernels of a stream."""
         for _ in range(min(kernels, len(self._queues[stream]))):
             tick, kernel = self._queues[stream].popleft()
-            kernel()
+            if stream not in self.dead:
+                kernel()
             self._passed[stream] = tick
 
     def reach(self, fence: Fence) -> None:
@@ -156,21 +171,24 @@ class World:
             if other is done:
                 break
             if not isinstance(other, _Ordered):
-                self._end(other)
-        self._end(done)
+                self.end(other)
+        self.end(done)
 
     def finish_all(self) -> None:
         while self.pending:
             self.finish()
 
-    def _end(self, done: ManualDone) -> None:
+    def end(self, done: ManualDone) -> None:
         done.end()
         if done in self.pending:
             self.pending.remove(done)
 
 
 class FakeRoute:
-    """Copies slots between fake memories. `fail(n)` makes the next n entries fail."""
+    """Copies slots between fake memories.
+
+    `fail(n)` makes the next n entries fail; `latched` makes the tier refuse from now on.
+    """
 
     def __init__(self, world: World, src: FakeMemory, dst: FakeMemory) -> None:
         self.src = src.place
@@ -209,7 +227,7 @@ class FakeRoute:
             if bad:
                 words[:bad] = GARBAGE
                 done.failed = np.arange(len(src)) < bad
-                done.error = TierFailed(f"{bad} of {len(src)} entries failed on purpose")
+                done.error = DriverError(f"{bad} of {len(src)} entries failed on purpose")
             self._memories[1].words[dst] = words
 
         return self._world.submit(run, after)
@@ -226,7 +244,7 @@ class _Ordered(ManualDone):
     def end(self) -> None:
         if self.previous is not None:
             before, self.previous = self.previous, None
-            self._world._end(before)
+            self._world.end(before)
         super().end()
 
 
