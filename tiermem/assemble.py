@@ -38,6 +38,7 @@ def assemble(config: Config) -> Parts:
 
     available = limits.available_bytes()
     parts = _cuda(config, available) if on_gpu(config) else _cpu(config, available)
+    parts.tiers[Place.GPU] = parts.device.frames
     try:
         _add_host(config, parts)
         _add_nvme(config, parts)

@@ -68,6 +68,7 @@ class Books:
         self.counts: Counter[str] = Counter()
         self.failed_tiers: set[Place] = set()
         self.limits: dict[Place, int] = {}
+        self.growing: set[Place] = set()  # tiers that will have more slots without our doing
         self._open: dict[int, Open] = {}
         self._watch: dict[int, list[Request]] = {}
         self._doomed = _NO_ROWS
@@ -86,7 +87,7 @@ class Books:
 
     def check(self) -> None:
         """Assert all invariants; also that no plan is lost and nothing leaks."""
-        self.table.check(self.pools)
+        self.table.check(self.pools, gpu_failed=GPU in self.failed_tiers)
         busy = np.zeros(self.table.rows, np.int64)
         held = {place: 0 for place in self.pools}
         doomed = [self._doomed]

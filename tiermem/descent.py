@@ -117,7 +117,7 @@ class Descent(Books):
     def _usable(self, dst: Place, src: Place = GPU) -> bool:
         """Whether pages can be stored in a tier at all, room or not."""
         return (
-            self.pools[dst].capacity > 0
+            (self.pools[dst].capacity > 0 or dst in self.growing)
             and dst not in self.failed_tiers
             and (src, dst) in self.routes
         )

@@ -28,6 +28,7 @@ from tiermem.tier import Fence, Place
 T = TypeVar("T")
 
 _ATTEMPTS = 4
+_GROWING_S = 0.002
 _TICK_S = 0.05  # how long a waiter sleeps at most before it looks again
 
 
@@ -256,6 +257,9 @@ class Pager:
         if not before:
             if request.fence.ticks:
                 self._wait_fence(request.fence, _TICK_S)
+            elif not request.plans:
+                with self.lock:  # a tier is growing
+                    self._settled.wait(_GROWING_S)
             return
         while len(request.pending) == before:
             self._wait_for(request, some=True)

@@ -534,7 +534,7 @@ class Planner(Descent):
         for plan_id in self._open:
             self._watch.setdefault(plan_id, []).append(request)
         request.fence = self.table.fences.point(self.table.fence[self._fenced()])
-        if not request.pending and not request.fence.ticks:
+        if not (request.pending or request.fence.ticks or self.growing):
             self._refuse(n)
         return False
 

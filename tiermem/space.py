@@ -77,6 +77,7 @@ class Space:
             wake=lambda: self._mover.wake(),
         )
         self._mover = Mover(self.pager, self._turn)
+        self._grow()
         self._mover.start()
 
     @classmethod
@@ -264,16 +265,20 @@ class Space:
         return growing
 
     def _grow(self) -> bool:
-        growing = False
+        growing: set[Place] = set()
         for place, tier in self._parts.tiers.items():
+            still = tier.growing  # asked first: what is ready by then counts
             ready = min(tier.ready, self._configured[place])
             if ready > self._ready[place]:
                 fresh = np.arange(self._ready[place], ready, dtype=np.int32)
                 with self.pager.lock:
                     self._planner.grow(place, fresh)
                 self._ready[place] = ready
-            growing |= self._ready[place] < self._configured[place]
-        return growing
+            if still and ready < self._configured[place]:
+                growing.add(place)
+        with self.pager.lock:
+            self._planner.growing = growing
+        return bool(growing)
 
     def _obey_limit(self) -> None:
         with self.pager.lock:
@@ -299,8 +304,6 @@ class Space:
                 self._planner.grow(Place.GPU, fresh)
 
     def _backed(self, place: Place) -> int:
-        if place == Place.GPU:
-            return self._configured[place]
         tier = self._parts.tiers.get(place)
         return 0 if tier is None else min(tier.ready, self._configured[place])
 

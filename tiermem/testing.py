@@ -59,6 +59,10 @@ class FakeMemory:
         start = self.words.ctypes.data
         return (start + slots.astype(np.int64) * self.slot_bytes).astype(np.uint64)
 
+    @property
+    def growing(self) -> bool:
+        return False
+
     def resize(self, capacity: int) -> None:
         grown = np.full((capacity, WORDS), GARBAGE, np.int64)
         n = min(capacity, len(self.words))

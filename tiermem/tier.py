@@ -109,6 +109,10 @@ class Tier(Protocol):
     def ready(self) -> int:
         """Slots [0, ready) may be used now; never shrinks except by `resize`."""
 
+    @property
+    def growing(self) -> bool:
+        """True while `ready` may still rise by itself."""
+
     def resize(self, capacity: int) -> None:
         """Change the capacity. Slots at or above a smaller one are unused when this is called."""
 

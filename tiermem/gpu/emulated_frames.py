@@ -69,6 +69,10 @@ class EmulatedFrames:
     def ready(self) -> int:
         return self._capacity
 
+    @property
+    def growing(self) -> bool:
+        return False
+
     def addresses(self, slots: Slots) -> Addresses:
         return slots.astype(np.uint64) * np.uint64(self.slot_bytes) + np.uint64(self._alias)
 

@@ -244,6 +244,10 @@ class CudaFrames:
     def ready(self) -> int:
         return self._ready
 
+    @property
+    def growing(self) -> bool:
+        return self._thread.is_alive()
+
     def _back_next(self) -> None:
         upto = min(self._ready + _CHUNK, self._capacity)
         self.arena.back(np.arange(self._ready, upto, dtype=np.int32))

@@ -36,6 +36,7 @@ class HostPages:
     """
 
     place = Place.HOST
+    growing = False
 
     def __init__(self, context: Context, slot_bytes: int, slots: int) -> None:
         if not context.attribute(_HAS_HOST_VMM):

@@ -161,6 +161,12 @@ class HostPool:
         with self._changed:
             return self._ready()
 
+    @property
+    def growing(self) -> bool:
+        with self._changed:
+            more = self._ready() < self._capacity and self._failure is None
+            return more and not self._closed
+
     def _ready(self) -> int:
         for chunk in self._chunks:
             if not chunk.backed:

@@ -150,6 +150,10 @@ class Slab:
     def ready(self) -> int:
         return self._ready
 
+    @property
+    def growing(self) -> bool:
+        return self._ready < self._capacity and not self._closed and self._failure is None
+
     def resize(self, capacity: int) -> None:
         """Grow (TierFull, ConfigError over the byte cap: nothing changed) or cut the file's end.
 
