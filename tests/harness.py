@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from tiermem.errors import PageLost, TierFailed, TierFull
+from tiermem.errors import NotOurs, PageLost, TierFailed, TierFull
 from tiermem.executor import Executor, Flight
 from tiermem.plan import Plan
 from tiermem.planner import Access, Marks, Planner, Request
@@ -187,6 +187,9 @@ class Harness:
             try:
                 request = self.begin(units, access)
             except (PageLost, TierFailed, TierFull):
+                return False
+            except NotOurs:
+                assert not set(self.rows(units).tolist()) <= self.alive, "an owned page is denied"
                 return False
             if not request.taken:
                 self.advance_for(request)

@@ -113,6 +113,17 @@ class PagerMachine(RuleBasedStateMachine):
             self._finish_use(units, "write", None)
 
     @rule(seed=SEEDS)
+    def let_a_page_leave_that_a_kernel_will_read(self, seed: int) -> None:
+        """It is clean, so nothing is copied and nothing waits for the kernel; its frame must."""
+        random = Random(seed)
+        away = [u for u in self.units() if self.h.table.at[u] in (Place.HOST, Place.NVME)]
+        random.shuffle(away)
+        if len(away) > 1 and self._may_use(away[:2], "read"):
+            self._finish_use(away[:1], "read", random.choice((0, 1)))
+            self.h.carry(self.h.planner.demote(self.h.rows(away[:1]), self.h.now))
+            self._finish_use(away[1:2], "read", None)
+
+    @rule(seed=SEEDS)
     def fault(self, seed: int) -> None:
         random = Random(seed)
         units = self.pick(random, self.units(), 2)
