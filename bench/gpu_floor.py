@@ -88,9 +88,7 @@ class Rig:
     def __init__(self, page: int) -> None:
         self.page = page
         self.n = POOL // page
-        # Waits sleep by the link's rate; 50 is a PCIe 5 x16 link's, rounded down.
-        settings = Calibration(page_bytes=page, down_gbps=50.0, up_gbps=50.0)
-        self.device = CudaDevice(0, page, self.n, calibration=settings)
+        self.device = CudaDevice(0, page, self.n)
         self.device.frames.wait_ready()
         self.host = Pinned(self.device, page)
         self.down, self.up = self.device.routes(self.host)
@@ -197,43 +195,51 @@ def floors() -> Figures:
 
 
 def floors_beside() -> Figures:
-    """The floors of map, access and unmap while copies run, one way and both."""
+    """Map, access and unmap while copies run: a call a page, and one call for 64 in a row."""
     found: Figures = {}
     with rig(PAGE) as r:
         context, driver, n = r.device.context, r.device.context.driver, 64
         handles = np.array(r.device.frames.arena.handles[:n], np.uint64)
-        desc = r.device.frames.arena.backing.access
-        at = r.at(0, n)
-        calls = {
-            "cuMemMap": (at, PAGE, 0, handles, 0),
-            "cuMemSetAccess": (at, PAGE, desc.ctypes.data, len(desc) // 3),
-            "cuMemUnmap": (at, PAGE),
-        }
+        desc, at = r.device.frames.arena.backing.access, r.at(0, n)
+        where, descs = desc.ctypes.data, len(desc) // 3
+
+        def program(name: str, *columns: object) -> Program:
+            return Program(group(driver.address(name), Kind.STATUS, *columns))
+
+        first = at[:1].copy()
         programs = {
-            name: Program(group(driver.address(name), Kind.STATUS, *columns))
-            for name, columns in calls.items()
+            "map": program("cuMemMap", at, PAGE, 0, handles, 0),
+            "access": program("cuMemSetAccess", at, PAGE, where, descs),
+            "unmap": program("cuMemUnmap", at, PAGE),
+            "map ": program("cuMemMap", at, PAGE, 0, handles, 0),
+            "access_64": program("cuMemSetAccess", first, n * PAGE, where, descs),
+            "unmap_64": program("cuMemUnmap", first, n * PAGE),
         }
-        quiet = r.groups(256)[0]
-        for load_, routes_ in {
-            "quiet": (),
-            "down": (r.down,),
-            "up": (r.up,),
-            "both": (r.down, r.up),
-        }.items():
+        groups = r.groups(64)
+        loads_ = {"quiet": (), "down": (r.down,), "up": (r.up,), "both": (r.down, r.up)}
+        for name, routes_ in loads_.items():
             times: dict[str, list[float]] = {}
-            copies = [route.submit(quiet, quiet, PASSED) for route in routes_ for _ in range(6)]
+            submits: list[float] = []
+            copies: list[object] = []
             with context:
-                for _ in range(8):
-                    for name, program in programs.items():
+                for turn in range(12):
+                    for route in routes_:
+                        g = groups[turn % len(groups)]
                         began = time.perf_counter()
-                        failure = program.run()
+                        copies.append(route.submit(g, g, PASSED))
+                        submits.append((time.perf_counter() - began) * 1e6)
+                    for call, rows in programs.items():
+                        began = time.perf_counter()
+                        failure = rows.run()
                         took = (time.perf_counter() - began) / n * 1e6
-                        assert failure is None, f"{name}: {failure}"
-                        times.setdefault(name, []).append(took)
-            ran = not any(copy.ready() for copy in copies[-1:])
+                        assert failure is None, f"{call}: {failure}"
+                        times.setdefault(call.strip(), []).append(took)
+            ran = not copies or not copies[-1].ready()
             end(*copies)
-            found[load_] = {f"{k}_us": round(statistics.median(v), 2) for k, v in times.items()}
-            found[load_]["copies_ran_throughout"] = ran
+            found[name] = {f"{k}_us": round(statistics.median(v), 2) for k, v in times.items()}
+            found[name] |= {"copies_ran_throughout": ran}
+            if submits:
+                found[name]["submit_64_us"] = [round(min(submits)), round(max(submits))]
     return found
 
 

@@ -252,16 +252,23 @@ int cuMemSetAccess(u64 address, u64 size, const u32 *desc, u64 count)
     pthread_mutex_unlock(&lock);
     return code;
 }
-int cuMemUnmap(u64 address, u64 size)
+int cuMemUnmap(u64 address, u64 size)   /* one or more whole mappings, without a gap */
 {
     FAULT;
+    int code = OK;
+    u64 at = address;
     pthread_mutex_lock(&lock);
-    int i = overlaps(address, size);
-    int code = i >= 0 && maps[i].address == address && maps[i].size == size ? OK : INVALID;
-    if (code == OK) {
-        mmap((void *)address, size, PROT_NONE,
-             MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0);
+    while (at < address + size && code == OK) {
+        int i = overlaps(at, 1);
+        if (i < 0 || maps[i].address != at || at + maps[i].size > address + size) code = INVALID;
+        else at += maps[i].size;
+    }
+    for (at = address; at < address + size && code == OK;) {
+        int i = overlaps(at, 1);
         handle *h = &handles[maps[i].handle];
+        mmap((void *)at, h->size, PROT_NONE,
+             MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0);
+        at += maps[i].size;
         maps[i] = maps[--maps_n];
         h->maps--;
         drop(h);
