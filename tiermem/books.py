@@ -18,7 +18,7 @@ from tiermem.plan import Copy, Drop, Hide, Plan, Request, Show, Step
 from tiermem.policies.base import Keys
 from tiermem.ranking import Ranking
 from tiermem.table import DOOMED, IS_HIDING, IS_RETIRED, STALE, PageTable, Rows
-from tiermem.tier import AT_GPU, GPU, HOST, NVME, Mask, Place, SlotPool, Slots
+from tiermem.tier import AT_GPU, GPU, HOST, NVME, TIERS, Mask, Place, SlotPool, Slots
 
 _NO_ROWS = np.empty(0, np.int32)
 
@@ -197,8 +197,11 @@ class Books:
     def _moved(self, rows: Rows, dst: Place, now: int) -> None:
         """These pages now rest in `dst` (their slot there is set): tell both policies."""
         table = self.table
-        for src in (GPU, HOST, NVME):
-            self._leave_tier(src, rows[table.at[rows] == int(src)], now)
+        at = table.at[rows]
+        for src in TIERS:
+            here = at == int(src)
+            if here.any():
+                self._leave_tier(src, rows if here.all() else rows[here], now)
         table.at[rows] = int(dst)
         self._entered(dst, table.heads(rows), now)
 

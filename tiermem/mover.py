@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable
 
 from tiermem.pager import Pager
 
 log = logging.getLogger(__name__)
 
-BUSY_S = 0.002  # while work is under way that nobody may be waiting for
+BUSY_S = 0.004  # while work is under way; who waits settles by himself, at once
+GROWING_S = 0.01
 IDLE_S = 0.5
 
 
@@ -51,7 +53,7 @@ class Mover:
             if self._stop:
                 return
             if self._pager.busy():
-                self._pager.wait_some(BUSY_S)
+                time.sleep(BUSY_S)
             else:
-                self._awake.wait(BUSY_S * 5 if more else IDLE_S)
+                self._awake.wait(GROWING_S if more else IDLE_S)
                 self._awake.clear()

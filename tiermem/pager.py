@@ -77,7 +77,7 @@ class Pager:
         while True:
             with self.lock:
                 self._refuse_closed()
-                self._observe()
+                self._settle_ended()
                 request = self.planner.fault(rows, access, self._now(), order=order)
                 self._todo.extend(request.plans)
                 if request.taken and not request.pending:
@@ -130,7 +130,7 @@ class Pager:
         while True:
             with self.lock:
                 self._refuse_closed()
-                self._observe()
+                self._settle_ended()
                 request = self.planner.allocate(
                     rows, self._now(), parents=parents, depths=depths, keys=keys
                 )
@@ -152,7 +152,7 @@ class Pager:
         """Run a verb of the planner under the lock and start its plans; how many there were."""
         with self.lock:
             self._refuse_closed()
-            self._observe()
+            self._settle_ended()
             plans = verb()
             self._todo.extend(plans)
         if plans:
@@ -165,13 +165,10 @@ class Pager:
     def settle_ready(self) -> int:
         """Settle every flight that has ended; how many did."""
         with self.lock:
-            ended = [f for f in self._flights.values() if f.ready()]
-            for flight in ended:
-                self._settle(flight)
-            self._observe()
+            ended = self._settle_ended()
             self._todo.extend(self.planner.settle_idle())
         self._start()
-        return len(ended)
+        return ended
 
     def busy(self) -> bool:
         """True while a plan is queued or under way."""
@@ -245,6 +242,13 @@ class Pager:
                     else:
                         self._flights[plan.id] = flight
                     self._settled.notify_all()
+
+    def _settle_ended(self) -> int:
+        self._observe()
+        ended = [f for f in self._flights.values() if f.ready()] if self._flights else []
+        for flight in ended:
+            self._settle(flight)
+        return len(ended)
 
     def _settle(self, flight: Flight) -> None:
         del self._flights[flight.plan.id]

@@ -41,6 +41,7 @@ Access = Literal["read", "write", "fresh"]
 __all__ = ["Access", "Marks", "Planner", "Request"]
 
 _NO_ROWS = np.empty(0, np.int32)
+_ARRIVED = {HOST: "host_gpu", NVME: "nvme_gpu"}
 
 
 class Planner(Descent):
@@ -98,8 +99,8 @@ class Planner(Descent):
         for them. Raises NotOurs, PageLost, TierFull; then nothing is pinned.
         """
         table = self.table
-        at = table.at[rows]
-        if (at == AT_NONE).any() or (table.flags[rows] & DOOMED).any():
+        at, to = table.at[rows], table.to[rows]
+        if not at.all() or (table.flags[rows] & DOOMED).any():
             raise NotOurs(f"{int((at == AT_NONE).sum())} of {len(rows)} pages not allocated")
         if access != "fresh" and (at == AT_LOST).any():
             lost = rows[at == AT_LOST]
@@ -108,28 +109,32 @@ class Planner(Descent):
                 'compute them again with access="fresh"'
             )
         request = Request(rows, pins=pin)
-        self._rescue(rows)
-        to = table.to[rows]
-        arriving = rows[to == AT_GPU]
-        away = rows[(table.at[rows] != AT_GPU) & (to != AT_GPU)]
+        arriving, moving = _NO_ROWS, bool(to.any())
+        if moving:
+            self._rescue(rows)
+            arriving = rows[to == AT_GPU]
+        below = (at != AT_GPU) & (to != AT_GPU)
+        away = rows if below.all() else rows[below]
         if len(away):
             if access == "fresh" and self._busy(away, request):
                 return request
-            self._cancel(away[table.at[away] == AT_HOST])
+            if moving:
+                self._cancel(away[table.at[away] == AT_HOST])
             if self._blocked(away, request):
                 return request
             if not self._have_room(self._frameless(away), request, now, spare_us=rows):
                 return request
-            for place in (HOST, NVME):
-                self.counts[f"fault_{place.name.lower()}"] += int(
-                    (table.at[away] == int(place)).sum()
-                )
             self._bring(away, access, request, now, order)
+            self.counts["faulted"] += len(away)
         if len(arriving):
             self._join(arriving, request)
         request.taken = True
-        if pin:
+        if not pin:
+            return request
+        if len(away) or len(arriving):
             self._pin(rows)
+        else:
+            table.pins[rows] += 1
         return request
 
     def pin_one(self, row: int, write: bool, now: int) -> bool:
@@ -303,7 +308,8 @@ class Planner(Descent):
                     self._settle_hide(step, bad)
                 case Copy(dst=Place.GPU):
                     bad = self._whole_units(step.pages, bad)
-                    bad = either(bad, np.isin(step.pages, unshown))
+                    if len(unshown):
+                        bad = either(bad, np.isin(step.pages, unshown))
                     after += self._land_up(step, opened.plan.id, bad, unshown, failed_rows, now)
                     self._note_failures(step, bad, outcome.error)
                 case Copy():
@@ -339,7 +345,8 @@ class Planner(Descent):
         """Claim frames for pages below and load them; there is room (`_have_room`)."""
         table = self.table
         back = self._take_back(away)
-        self._moved(back, GPU, now)
+        if len(back):
+            self._moved(back, GPU, now)
         if access == "fresh":
             blank = away[table.at[away] != AT_GPU]
             for place in (HOST, NVME):
@@ -351,10 +358,12 @@ class Planner(Descent):
                 self.rankings[GPU].inserted(table.heads(blank), None, now)
             self._blank(blank, request)
             return
+        at = table.at[away]
         for place in (HOST, NVME):
-            rows = away[table.at[away] == int(place)]
-            if len(rows):
-                self._load(rows, place, request, ordered=order and place == AT_HOST)
+            here = at == int(place)
+            if here.any():
+                rows = away if here.all() else away[here]
+                self._load(rows, place, request, ordered=order and place == HOST)
 
     def _load(self, rows: Rows, src: Place, request: Request, ordered: bool) -> None:
         frames, steps = self._frames(rows)
@@ -452,22 +461,25 @@ class Planner(Descent):
         table.busy[rows] -= 1
         live = table.move[rows] == plan_id
         good = live if bad is None else live & ~bad
-        table.to[rows[live]] = 0
-        table.move[rows[live]] = 0
-        landed = rows[good]
-        table.slot(GPU)[landed] = step.dst_slots[good]
+        all_good = bool(good.all())
+        alive = rows if all_good else rows[live]
+        landed = rows if all_good else rows[good]
+        table.to[alive] = 0
+        table.move[alive] = 0
+        table.slot(GPU)[landed] = step.dst_slots if all_good else step.dst_slots[good]
         table.shown[landed] = IS_FRAME
         self.pools[step.src].keep(table.slot(step.src)[landed])
         self._moved(landed, GPU, now)
         table.pins[landed] += table.waiters[landed]
-        table.waiters[rows[live]] = 0
-        ordered = (table.flags[rows] & ORDERED) != 0
-        if (ordered & live & ~good).any():
+        table.waiters[alive] = 0
+        flags = table.flags[rows]
+        if not all_good and ((flags & ORDERED != 0) & live & ~good).any():
             self.failed_tiers.add(GPU)  # a stream has gone on without its bytes
-        table.flags[rows[live]] &= ~ORDERED
-        self._release_stale(rows)
-        self.counts[f"{step.src.name}_gpu".lower()] += len(landed)
-        if good.all():
+        table.flags[alive] &= ~ORDERED
+        if (flags & STALE).any():
+            self._release_stale(rows)
+        self.counts[_ARRIVED[step.src]] += len(landed)
+        if all_good:
             return []
         unread = rows[live & ~good]
         failed.update(unread.tolist())
@@ -499,12 +511,10 @@ class Planner(Descent):
         return self._unshow(rows[~good], step.frames[~good], unshown)
 
     def _failed_shows(self, plan: Plan, outcome: Outcome) -> Rows:
-        failed = [
-            step.pages[bad]
-            for step, bad in zip(plan.steps, outcome.failed, strict=True)
-            if isinstance(step, Show) and bad is not None
-        ]
-        return np.concatenate(failed) if failed else _NO_ROWS
+        for step, bad in zip(plan.steps, outcome.failed, strict=True):
+            if isinstance(step, Show) and bad is not None:
+                return step.pages[bad]  # a plan has one Show at most
+        return _NO_ROWS
 
     # ---------------------------------------------------------------- room and waiting
 
