@@ -62,6 +62,7 @@ class Pinned:
     """Host slots in anonymous memory, pinned through the device."""
 
     place = Place.HOST
+    growing = False
 
     def __init__(self, device: CudaDevice, slot_bytes: int) -> None:
         self.slot_bytes = slot_bytes

@@ -154,6 +154,14 @@ int cuDevicePrimaryCtxRelease(int d) { (void)d; retained--; return OK; }
 int cuCtxSetCurrent(u64 c) { depth = 1; contexts[0] = c; return OK; }
 int cuCtxPushCurrent(u64 c) { contexts[depth++] = c; return OK; }
 int cuCtxPopCurrent(u64 *c) { *c = contexts[--depth]; return OK; }
+int cuThreadExchangeStreamCaptureMode(int *mode)
+{
+    static __thread int now;
+    int was = now;
+    now = *mode;
+    *mode = was;
+    return OK;
+}
 int cuMemGetInfo(u64 *free_, u64 *total) { CURRENT; *free_ = limit - in_use; *total = limit; return OK; }
 
 int cuMemAddressReserve(u64 *out, u64 size, u64 alignment, u64 hint, u64 flags)

@@ -30,7 +30,7 @@ from tiermem.gpu.driver import Context
 from tiermem.gpu.gather import Module, launch
 from tiermem.gpu.streams import Words
 from tiermem.gpu.vmm import CudaDevice
-from tiermem.tier import PASSED, Addresses, Place, Slots
+from tiermem.tier import PASSED, Addresses, Fence, Place, Slots
 
 pytestmark = pytest.mark.gpu
 
@@ -60,6 +60,7 @@ class Pinned:
     """Host slots in anonymous memory, pinned through the device."""
 
     place = Place.HOST
+    growing = False
 
     def __init__(self, device: CudaDevice, count: int, slot_bytes: int = PAGE) -> None:
         self.slot_bytes = slot_bytes
@@ -315,6 +316,46 @@ def test_torch_works_beside_the_device_in_one_process() -> None:
                 device.streams.tick(stream.cuda_stream)
             graph.capture_end()
         finish(device.window.hide(pages(device, start, 0)))
+
+
+def test_paging_goes_on_while_an_engine_captures_a_graph() -> None:
+    torch = pytest.importorskip("torch")
+    with opened() as (device, engine):
+        host = engine.host(4)
+        down, up = device.routes(host)
+        ours = engine.stream()
+        start = device.reserve(8 * PAGE)
+        x = torch.zeros(1024, device="cuda")
+        stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+        torch.cuda.synchronize()
+        with torch.cuda.stream(stream):
+            graph.capture_begin()
+            x.add_(1)
+            finish(device.window.show(pages(device, start, 0), slots(0)))
+            finish(device.window.show(pages(device, start, 1, 2, 3), slots(1, 2, 3)))
+            release = engine.hold(ours)
+            held = down.submit(slots(0, 1), slots(2, 3), fence(device, ours))
+            assert not held.wait(0.05)
+            release()
+            finish(held)
+            finish(up.submit(slots(2), slots(5), PASSED))
+            finish(device.zero(slots(4)))
+            finish(device.window.hide(pages(device, start, 0, 1, 2, 3)))
+            device.back(slots(9))
+            device.park(slots(9))
+            x.add_(1)
+            graph.capture_end()
+        graph.replay()
+        torch.cuda.synchronize()
+        assert x[0].item() == 2.0
+
+
+def test_the_default_stream_takes_ticks() -> None:
+    with opened() as (device, engine):
+        engine.fill(None, int(device.frames.addresses(slots(0))[0]), 1, PAGE)
+        tick = device.streams.tick(None)
+        assert device.streams.tick(0) == (tick[0], tick[1] + 1)
+        assert device.streams.wait(Fence((tick,)), LONG_S)
 
 
 def test_a_kernel_that_reads_a_hidden_page_loses_the_device_and_every_done_ends() -> None:

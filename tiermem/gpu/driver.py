@@ -19,6 +19,7 @@ from tiermem.errors import DriverError, TierFailed
 SUCCESS: Final = 0
 OUT_OF_MEMORY: Final = 2
 NOT_READY: Final = 600
+_RELAXED: Final = 2  # CUstreamCaptureMode
 
 # Codes after which nothing on the context works again: the device fell off the bus, or a kernel
 # left it with an error that only a new process clears.
@@ -62,6 +63,7 @@ _CALLS: Final[dict[str, _Call]] = {
     "cuCtxSetCurrent": _Call("Q"),
     "cuCtxPushCurrent": _Call("Q"),
     "cuCtxPopCurrent": _Call("P"),
+    "cuThreadExchangeStreamCaptureMode": _Call("P"),
     "cuMemGetInfo": _Call("PP"),
     "cuMemAddressReserve": _Call("PQQQQ", short=False),
     "cuMemAddressFree": _Call("QQ", short=False),
@@ -231,8 +233,19 @@ class Driver:
         return text.value.decode() if text.value else f"unknown {kind.lower()}"
 
 
+class _Modes(threading.local):
+    """The capture modes that nested `with context:` blocks of a thread found."""
+
+    def __init__(self) -> None:
+        self.found: list[int] = []
+
+
 class Context:
-    """The primary context of one device, retained; `with context:` makes it current here."""
+    """The primary context of one device, retained; `with context:` makes it current here.
+
+    Inside the block our calls are also no concern of a graph that an engine is capturing in
+    another stream: without that, a query of an event would end the engine's capture in error.
+    """
 
     def __init__(self, driver: Driver, index: int) -> None:
         count = ctypes.c_int()
@@ -246,10 +259,14 @@ class Context:
         self.index = index
         self.device = device.value
         self.handle = handle.value
+        self._modes = _Modes()
         self._closed = False
 
     def __enter__(self) -> Context:
         self.driver.call("cuCtxPushCurrent", self.handle)
+        mode = ctypes.c_int(_RELAXED)
+        self.driver.attempt("cuThreadExchangeStreamCaptureMode", ctypes.byref(mode))
+        self._modes.found.append(mode.value)
         return self
 
     def __exit__(
@@ -258,6 +275,8 @@ class Context:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        mode = ctypes.c_int(self._modes.found.pop())
+        self.driver.attempt("cuThreadExchangeStreamCaptureMode", ctypes.byref(mode))
         self.driver.attempt("cuCtxPopCurrent", ctypes.byref(ctypes.c_uint64()))
 
     def attribute(self, number: int) -> int:

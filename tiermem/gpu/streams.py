@@ -110,7 +110,8 @@ class Timeline:
         """Ask the driver whether the mark can still pass; a lost device is kept in `failure`."""
         if not self._events:
             return
-        code = self._driver.attempt("cuEventQuery", self._holding(tick))
+        with self._context:
+            code = self._driver.attempt("cuEventQuery", self._holding(tick))
         if code not in (SUCCESS, NOT_READY):
             self.failure = self._driver.error("cuEventQuery", code)
 

@@ -33,6 +33,7 @@ log = logging.getLogger(__name__)
 _INLINE: Final = 2  # pages at most that the calling thread shows itself: 72 us with the lock held
 _GUARDS: Final = 4096  # guard pages shown by one program
 _READ: Final = 1
+_RELAXED: Final = 2  # CUstreamCaptureMode: see Context
 
 Descs = npt.NDArray[np.uint32]
 
@@ -82,8 +83,12 @@ class CudaWindow:
         self._pending: deque[_Pending] = deque()
         self._last = 0
         self._templates = Templates(context.driver, self.page_bytes)
-        current = context.driver.address("cuCtxSetCurrent")
-        setup = Program(group(current, Kind.STATUS, context.handle))
+        driver = context.driver
+        mode = np.array([_RELAXED], np.uint32)
+        current = group(driver.address("cuCtxSetCurrent"), Kind.STATUS, context.handle)
+        relax = driver.address("cuThreadExchangeStreamCaptureMode")
+        relaxed = group(relax, Kind.STATUS, mode.ctypes.data)
+        setup = Program(np.concatenate([current, relaxed]), keep=(mode,))
         self._queue = Queue("tiermem-window", setup=setup)
         self._desc = frames.backing.access
         self._in_place_desc = access(context.device, flags=_READ)
@@ -161,7 +166,8 @@ class CudaWindow:
         desc = self._in_place_desc if in_place else arena.backing.access
         with self._lock:
             if self._inline(len(addresses)):
-                return self._show_now(addresses.tolist(), slots.tolist(), arena, desc, in_place)
+                with self.context:
+                    return self._show_now(addresses.tolist(), slots.tolist(), arena, desc, in_place)
             where, pages = self._locate(addresses)
             self._refuse([where.handles[page] for page in pages], addresses, "show something")
             numbers = slots.tolist()
@@ -175,7 +181,8 @@ class CudaWindow:
         """Unmap the pages at these addresses, which all show something. All or nothing."""
         with self._lock:
             if self._inline(len(addresses)):
-                return self._hide_now(addresses.tolist())
+                with self.context:
+                    return self._hide_now(addresses.tolist())
             where, pages = self._locate(addresses)
             self._refuse([not where.handles[page] for page in pages], addresses, "show nothing")
             return self._change(where, pages, addresses, None, False)
