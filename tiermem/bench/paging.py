@@ -115,21 +115,22 @@ def evict(shape: Shape, rounds: int) -> list[float]:
     return rates[1:]
 
 
-def load(shape: Shape, rounds: int) -> list[float]:
-    """GB/s of demand loads from the host into free frames (hidden at once on leaving)."""
+def load(shape: Shape, rounds: int, ahead: int = 0) -> list[float]:
+    """GB/s of demand loads from the host into free frames (hidden at once on leaving).
+
+    ahead: groups that are hinted before they are used.
+    """
     rates = []
     with rig(shape, shape.pages, hide="eager") as r:
         groups = r.fill(r.a)
         for _ in range(rounds + 1):
             r.dirty(r.a, groups)
             r.down(r.a, groups)
-            start = time.perf_counter()
-            _use_all(r, r.a, groups)
-            rates.append(_gbps(shape.nbytes, start))
+            rates.append(_use_all(r, r.a, groups, ahead))
     return rates[1:]
 
 
-def steal(shape: Shape, rounds: int) -> list[float]:
+def steal(shape: Shape, rounds: int, ahead: int = 0) -> list[float]:
     """GB/s of demand loads each of which steals retired frames of another region."""
     rates = []
     with rig(shape, shape.pages) as r:
@@ -138,9 +139,7 @@ def steal(shape: Shape, rounds: int) -> list[float]:
         there = (r.b, r.fill(r.b))
         for _ in range(2 * rounds + 1):
             r.down(*there)
-            start = time.perf_counter()
-            _use_all(r, *here)
-            rates.append(_gbps(shape.nbytes, start))
+            rates.append(_use_all(r, *here, ahead))
             here, there = there, here
     return rates[1:]
 
@@ -162,8 +161,8 @@ def swap(shape: Shape, rounds: int) -> list[float]:
                 with here[0].use(pages, "read", r.stream):
                     pass
             r.sync()
-            r.space.drain()
             rates.append(_gbps(2 * shape.nbytes, start))
+            r.space.drain()
             here, there = there, here
     return rates[1:]
 
@@ -257,12 +256,20 @@ def beside_python(work: Callable[[], list[float]]) -> tuple[list[float], float]:
     return rates, 100.0 * (1.0 - beside.per_s / alone.per_s)
 
 
-def _use_all(r: Rig, region: Region, groups: Sequence[Pages]) -> None:
-    for pages in groups:
+def _use_all(r: Rig, region: Region, groups: Sequence[Pages], ahead: int) -> float:
+    """GB/s from the first use until the stream may read the last page."""
+    start = time.perf_counter()
+    for pages in groups[:ahead]:
+        region.hint(pages, "soon")
+    for i, pages in enumerate(groups):
+        for later in groups[i + ahead : i + ahead + 1] if ahead else ():
+            region.hint(later, "soon")
         with region.use(pages, "read", r.stream):
             pass
     r.sync()
+    rate = _gbps(len(groups) * GROUP * r.shape.page_bytes, start)
     r.space.drain()
+    return rate
 
 
 def _end(dones: Sequence[object]) -> None:

@@ -1,0 +1,152 @@
+"""The bars of the GPU tier, through the whole pager, as JSON; resumable, section by section.
+
+    python bench/gpu_pager.py [--out pager.json] [--only SECTION ...] [--device cuda:0]
+
+A section that is in the output file already is not measured again. Figures are lists of rounds;
+the summary prints n, median and p99 of each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import numpy as np
+
+from tiermem.bench import paging
+from tiermem.bench.paging import Shape
+from tiermem.config import Config, Gpu, Host
+from tiermem.space import Space
+
+MIB = 1 << 20
+ROUNDS = 5
+Section = Callable[[str], dict[str, object]]
+
+
+def shapes(device: str) -> dict[str, Shape]:
+    if device == "cpu":
+        return {"64KiB": Shape(device, 65536, 1024)}
+    return {"2MiB": Shape(device, 2 * MIB, 4096), "8MiB": Shape(device, 8 * MIB, 2048)}
+
+
+def streams(device: str) -> dict[str, object]:
+    """Evict, load, steal and swap, quiet and beside one thread of pure Python (GB/s)."""
+    found: dict[str, object] = {}
+    for name, shape in shapes(device).items():
+        for work in (paging.evict, paging.load, paging.steal, paging.swap):
+            key = f"{work.__name__}_{name}_gbps"
+            found[key] = work(shape, ROUNDS)
+        for work in (paging.load, paging.steal):
+            found[f"{work.__name__}_ahead_{name}_gbps"] = work(shape, ROUNDS, paging.AHEAD)
+    return found
+
+
+def busy(device: str) -> dict[str, object]:
+    found: dict[str, object] = {}
+    for name, shape in shapes(device).items():
+        for work in (paging.evict, paging.load, paging.steal, paging.swap):
+            rates, lost = paging.beside_python(lambda w=work, s=shape: w(s, ROUNDS))
+            found[f"{work.__name__}_{name}_gbps"] = rates
+            found[f"{work.__name__}_{name}_thread_lost_percent"] = [lost]
+    return found
+
+
+def fault(device: str) -> dict[str, object]:
+    found: dict[str, object] = {}
+    for name, shape in shapes(device).items():
+        found[f"fault_{name}_us"] = paging.fault_us(shape, 500, stealing=False)
+        found[f"fault_stealing_{name}_us"] = paging.fault_us(shape, 500, stealing=True)
+    return found
+
+
+def window(device: str) -> dict[str, object]:
+    found: dict[str, object] = {}
+    for name, shape in shapes(device).items():
+        shows, hides = paging.window_us(shape, 4 * ROUNDS)
+        found |= {f"show_{name}_us": shows, f"hide_{name}_us": hides}
+    return found
+
+
+def allocate(device: str) -> dict[str, object]:
+    found: dict[str, object] = {}
+    name, shape = next(iter(shapes(device).items()))
+    shape = Shape(shape.device, shape.page_bytes, 4096)
+    for hide, sizes in (("eager", (1, 64, 512)), ("lazy", (1, 512, 4096))):
+        for n in sizes:
+            a, b = paging.allocate_us(shape, n, 50 if n < 4096 else 20, hide)
+            found |= {f"allocate_{hide}_{n}_us": a, f"free_{hide}_{n}_us": b}
+    return found
+
+
+def first_page(device: str) -> dict[str, object]:
+    """Seconds from Space.open until a page is usable, beside a pool of 64 GiB that grows."""
+    big = "64GiB" if device != "cpu" else "1GiB"
+    page = 2 * MIB if device != "cpu" else 65536
+    config = Config(
+        gpu=Gpu(device=device, budget=512 * page, page=page), host=Host(capacity=big)
+    )
+    start = time.perf_counter()
+    with Space.open(config) as space, space.reserve(512 * page) as region:
+        pages = region.allocate(1)
+        with region.use(pages, "write"):
+            first = time.perf_counter() - start
+        while True:
+            host = space.statistics().tiers[1]
+            if host.capacity == host.configured or time.perf_counter() - start > 60:
+                break
+            time.sleep(0.02)
+        took = time.perf_counter() - start
+    return {
+        "first_page_s": [first],
+        "pool_gib_per_s": [host.capacity * page / 2**30 / took],
+        "pool_gib": [host.capacity * page / 2**30],
+    }
+
+
+SECTIONS: dict[str, Section] = {
+    f.__name__: f for f in (streams, fault, window, allocate, first_page, busy)
+}
+
+
+def summary(figures: dict[str, object]) -> None:
+    for key, values in figures.items():
+        if isinstance(values, list):
+            p99 = float(np.percentile(values, 99))
+            print(f"  {key:42} n={len(values):4} median={statistics.median(values):10.2f} "
+                  f"p99={p99:10.2f}", flush=True)  # fmt: skip
+        else:
+            print(f"  {key}: {values}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("pager.json"))
+    parser.add_argument("--only", nargs="*", default=list(SECTIONS))
+    parser.add_argument("--device", default="cuda:0")
+    arguments = parser.parse_args()
+    found = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
+    for name in arguments.only:
+        if name in found:
+            continue
+        print(name, flush=True)
+        start = time.perf_counter()
+        try:
+            found[name] = SECTIONS[name](arguments.device)
+            summary(found[name])
+        except Exception:
+            traceback.print_exc()
+            continue
+        print(f"  took {time.perf_counter() - start:.1f} s", flush=True)
+        arguments.out.write_text(json.dumps(found, indent=1))
+
+
+if __name__ == "__main__":
+    main()
