@@ -40,6 +40,10 @@ class ArrayMemory:
     def ready(self) -> int:
         return self._capacity
 
+    @property
+    def growing(self) -> bool:
+        return False
+
     def resize(self, capacity: int) -> None:
         raise NotImplementedError
 

@@ -32,7 +32,8 @@ def native(request: pytest.FixtureRequest) -> bool:
 def run(
     slab: Slab, native: bool, work: Callable[[Route, Route], Moved], memory: ArrayMemory
 ) -> Moved:
-    with DiskThreads(slab, threads=3, native=native) as threads:
+    # Fewer calls in flight than threads: the gate is in the way of every one.
+    with DiskThreads(slab, threads=3, depth=1, native=native) as threads:
         return work(*threads.routes(memory))
 
 
@@ -124,3 +125,28 @@ def test_stores_wait_for_the_write_budget_and_are_counted(where: Path, native: b
         assert store(slab, native, memory, EVERY).error is None
         assert slab.statistics().written == slab.budget.spent == N * SLOT
         assert load(slab, native, memory, EVERY).error is None
+
+
+def test_a_gate_is_free_again_after_every_kind_of_failure(where: Path, native: bool) -> None:
+    memory = ArrayMemory(SLOT, N)
+    original = memory.fill()
+    with Slab(where, SLOT, N, prewrite=False) as slab:
+        store(slab, native, memory, EVERY)
+        size = os.fstat(slab.fd).st_size
+        with DiskThreads(slab, threads=4, depth=1, native=native) as threads:
+            _, back = threads.routes(memory)
+            for _ in range(3):
+                os.ftruncate(slab.fd, slab.offset(N - 5) + 4096)
+                assert move(back, EVERY, EVERY).failed == list(range(N - 5, N))
+            os.ftruncate(slab.fd, size)
+            spared = os.dup(slab.fd)
+            null = os.open("/dev/null", os.O_WRONLY)
+            os.dup2(null, slab.fd)
+            assert len(move(back, EVERY, EVERY).failed) == N
+            os.dup2(spared, slab.fd)
+            os.close(null)
+            os.close(spared)
+            memory.bytes[:] = 0
+            some = EVERY[: N - 5]
+            assert move(back, some, some).error is None
+            assert (memory.bytes[some] == original[some]).all()

@@ -12,9 +12,11 @@ import functools
 import importlib.util
 import logging
 import mmap
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import xxhash
 
 from tiermem.errors import DriverError, PageLost, TierFailed
@@ -25,6 +27,8 @@ from tiermem.nvme.superblock import HEADER_BYTES
 from tiermem.tier import Addresses, Mask, Slots
 
 log = logging.getLogger(__name__)
+
+Longs = npt.NDArray[np.int64]
 
 
 @dataclass(slots=True, eq=False)
@@ -70,12 +74,35 @@ def native_calls() -> NativeCalls | None:
     return calls
 
 
+class Gate:
+    """At most `limit` reads and writes at the drive, while more threads hash what they moved."""
+
+    def __init__(self, limit: int) -> None:
+        libc = ctypes.CDLL(None, use_errno=True)
+        self._semaphore = ctypes.create_string_buffer(64)  # sem_t has 32 bytes on x86-64 and arm64
+        self.address = ctypes.addressof(self._semaphore)
+        self._libc = libc
+        if libc.sem_init(self._semaphore, 0, ctypes.c_uint(limit)) != 0:
+            raise DriverError(f"nvme: sem_init({limit}) failed")
+        self.wait, self.post = function("sem_wait"), function("sem_post")
+
+    def __enter__(self) -> None:
+        while self._libc.sem_wait(self._semaphore) != 0:
+            pass  # interrupted by a signal
+
+    def __exit__(self, *exc: object) -> None:
+        self._libc.sem_post(self._semaphore)
+
+
 class Mover:
     """What one thread needs: the slab, and a buffer for what cannot move from where it is."""
 
-    def __init__(self, slab: Slab, *, native: bool | None = None) -> None:
-        """native: None: where it works and the slab makes its calls itself."""
+    def __init__(self, slab: Slab, *, native: bool | None = None, gate: Gate | None = None) -> None:
+        """native: None: where it works and the slab makes its calls itself. gate: shared by the
+        threads of one slab; None: as many calls in flight as there are threads.
+        """
         self._slab = slab
+        self._gate = gate
         self._scratch: mmap.mmap | None = None
         # An `io` that somebody put in wants to see every call.
         wanted = type(slab.io) is PosixIo if native is None else native
@@ -117,9 +144,8 @@ class Mover:
             return np.zeros(n, np.bool_)
         reads = self.io_calls(batch, entries, write=False)
         hashes = group(native.hash64, Kind.PLAIN, addresses, self._slab.slot_bytes)
-        calls = self._run(reads, hashes)
-        whole = calls["result"][0::2] == self._slab.slot_bytes
-        good: Mask = whole & (calls["result"][1::2].view(np.uint64) == batch.checksums[entries, 0])
+        moved, found = self._run(reads, hashes, hash_first=False)
+        good: Mask = (moved == self._slab.slot_bytes) & (found == batch.checksums[entries, 0])
         return good
 
     def _store_group(self, batch: Batch, entries: slice) -> Mask:
@@ -129,9 +155,8 @@ class Mover:
             return np.zeros(n, np.bool_)
         hashes = group(native.hash64, Kind.PLAIN, addresses, self._slab.slot_bytes)
         writes = self.io_calls(batch, entries, write=True)
-        calls = self._run(hashes, writes)
-        batch.checksums[entries, 0] = calls["result"][0::2].view(np.uint64)
-        whole: Mask = calls["result"][1::2] == self._slab.slot_bytes
+        moved, batch.checksums[entries, 0] = self._run(writes, hashes, hash_first=True)
+        whole: Mask = moved == self._slab.slot_bytes
         return whole
 
     def io_calls(self, batch: Batch, entries: slice, *, write: bool) -> Calls:
@@ -144,11 +169,23 @@ class Mover:
         addresses = batch.addresses[entries]
         return group(call, Kind.POINTER, slab.fd, addresses, slab.slot_bytes, offsets)
 
-    def _run(self, first: Calls, second: Calls) -> Calls:
-        """Run call pairs without the interpreter lock; a pair that did not run has results 0."""
-        program = Program(interleave(first, second))
-        program.run()
-        return program.calls
+    def _run(self, moves: Calls, hashes: Calls, *, hash_first: bool) -> tuple[Longs, Words]:
+        """Run all without the interpreter lock: (bytes moved, hashes), 0 for what did not run."""
+        guarded = [moves]
+        if self._gate is not None:
+            n, at = len(moves), self._gate.address
+            waits = np.repeat(group(self._gate.wait, Kind.INT, at), n)
+            posts = np.repeat(group(self._gate.post, Kind.PLAIN, at), n)
+            guarded = [waits, moves, posts]
+        order = [hashes, *guarded] if hash_first else [*guarded, hashes]
+        place = next(i for i, one in enumerate(order) if one is moves)
+        program = Program(interleave(*order))
+        failure = program.run()
+        if failure is not None and failure.index % len(order) == place and self._gate is not None:
+            self._gate.__exit__()  # the program ended between its wait and its post
+        results = program.calls["result"].reshape(-1, len(order))
+        found = results[:, 0 if hash_first else -1].copy()
+        return results[:, place], found.view(np.uint64)
 
     def _fits(self, addresses: Addresses) -> bool:
         return not (self._slab.direct and (addresses % np.uint64(GRAIN)).any())
@@ -171,7 +208,8 @@ class Mover:
                 bounce[:] = source
                 source = bounce
             batch.checksums[i] = xxhash.xxh3_64_intdigest(source)
-        write_whole(slab.io, slab.fd, source, slab.offset(slot))
+        with self._gate or nullcontext():
+            write_whole(slab.io, slab.fd, source, slab.offset(slot))
 
     def _load_one(self, batch: Batch, i: int) -> None:
         slab, slot, address = self._slab, int(batch.slots[i]), int(batch.addresses[i])
@@ -180,7 +218,8 @@ class Mover:
         target = memory_at(address, slab.slot_bytes)
         bounced = slab.cipher is not None or (slab.direct and address % GRAIN > 0)
         landing = self._bounce()[: slab.slot_bytes] if bounced else target
-        read_whole(slab.io, slab.fd, landing, slab.offset(slot))
+        with self._gate or nullcontext():
+            read_whole(slab.io, slab.fd, landing, slab.offset(slot))
         if slab.cipher is not None:
             first, second = (int(word) for word in batch.checksums[i])
             sequence, n = int(batch.sequences[i]), slab.slot_bytes

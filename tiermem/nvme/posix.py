@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from tiermem.errors import Closed, PageLost
-from tiermem.nvme.mover import Batch, Mover
+from tiermem.nvme.mover import Batch, Gate, Mover
 from tiermem.nvme.slab import Slab
 from tiermem.tier import Fence, Mask, Memory, Place, Slots, Streams
 
@@ -122,14 +122,16 @@ class DiskThreads:
         *,
         threads: int = THREADS,
         store_threads: int | None = None,
+        depth: int | None = None,
         queue_slots: int = QUEUE_SLOTS,
         native: bool | None = None,
         mover: type[Mover] = Mover,
     ) -> None:
-        """threads: reads and writes in flight at most. store_threads: writes among them, by
-        default all but one; while loads wait or run, one. queue_slots: entries that may wait in
-        each direction before `submit` blocks. native: move groups without the interpreter
-        lock; None: where that works. mover: what each thread moves slots with.
+        """threads: slots in hand at most; depth: reads and writes at the drive among them, by
+        default all (more threads than depth hash while others move). store_threads: threads that
+        may store, by default all but one; while loads wait or run, one. queue_slots: entries that
+        may wait in each direction before `submit` blocks. native: move groups without the
+        interpreter lock; None: where that works. mover: what each thread moves slots with.
         """
         self.slab = slab
         self._store_threads = min(threads, max(1, store_threads or threads - 1))
@@ -144,6 +146,7 @@ class DiskThreads:
         self._count = threads
         self._native = native
         self._mover = mover
+        self._gate = Gate(depth) if depth is not None and depth < threads else None
         self._threads = [
             threading.Thread(target=self._run, name=f"tiermem-disk-{i}", daemon=True)
             for i in range(threads)
@@ -223,7 +226,7 @@ class DiskThreads:
 
     def _run(self) -> None:
         """A thread's life: claim some entries of a job, move them, settle them."""
-        mover = self._mover(self.slab, native=self._native)
+        mover = self._mover(self.slab, native=self._native, gate=self._gate)
         while (claim := self._next()) is not None:
             lane, job, entries = claim
             began = time.perf_counter()
