@@ -28,6 +28,7 @@ from tests.gpu.device_contract import (
     slots,
 )
 from tiermem.errors import Closed, DriverError, NotOurs, PageInUse
+from tiermem.gpu import mappings
 from tiermem.gpu.emulated import EmulatedDevice
 from tiermem.tier import PASSED, Addresses, Device, Orderable, Place, Slots
 
@@ -38,6 +39,7 @@ class PlainHost:
     """A host tier over one anonymous mapping."""
 
     place = Place.HOST
+    growing = False
 
     def __init__(self, slot_bytes: int, capacity: int) -> None:
         self.slot_bytes = slot_bytes
@@ -283,40 +285,73 @@ def test_routes_to_slots_of_another_size_are_refused(device: EmulatedDevice) -> 
         device.routes(PlainHost(4096, 2))
 
 
-def test_too_many_mappings_undo_the_group_and_name_the_limit() -> None:
+def test_a_window_refuses_more_pages_than_the_process_may_map() -> None:
     limit = _map_limit()
-    if limit is None or limit > 100_000:
-        pytest.skip("the system's limit on mappings is too high to reach in a test")
-    n = limit // 2 + 4096
-    with EmulatedDevice(4096, n) as device:
-        start = device.reserve(2 * n * 4096)
-        # Every second page, and frames apart: no two mappings can become one.
-        at = start + np.arange(0, 2 * n, 2, dtype=np.uint64) * np.uint64(4096)
-        frames = np.arange(n, dtype=np.int32)
-        shown = 0
-        while True:
-            part = slice(shown, shown + 2048)
-            done = device.window.show(at[part], frames[part])
-            assert done.wait(LONG_S)
-            if done.error is not None:
-                break
-            shown += 2048
-        assert f"vm.max_map_count is {limit}" in str(done.error)
-        assert "sysctl" in str(done.error)
-        assert done.failed is not None
-        assert done.failed.all()
-        for first in range(0, shown, 2048):
-            finish(device.window.hide(at[first : first + 2048]))
-        # Nothing of the failed group is shown: all of it can be shown now.
-        finish(device.window.show(at[part], frames[part]))
+    n = limit * 7 // 16
+    with EmulatedDevice(4096, n + 1) as device:
+        start = device.reserve(2 * (n + 1) * 4096)
+        # Every second page: no two mappings can become one.
+        at = start + np.arange(0, 2 * (n + 1), 2, dtype=np.uint64) * np.uint64(4096)
+        frames = np.arange(n + 1, dtype=np.int32)
+        finish(device.window.show(at[: n - 2], frames[: n - 2]))
+        error = refusal(lambda: device.window.show(at[n - 2 :], frames[n - 2 :]))
+        assert f"vm.max_map_count is {limit}" in str(error)
+        assert "sysctl" in str(error)
+        # Frames that follow one another at addresses that do are one mapping: room again.
+        finish(device.window.hide(at[: n - 2]))
+        dense = start + np.arange(n, dtype=np.uint64) * np.uint64(4096)
+        for part in (slice(0, n // 2), slice(n // 2, n)):
+            finish(device.window.show(dense[part], frames[part]))
+        finish(device.window.hide(dense))
 
 
-def _map_limit() -> int | None:
-    try:
-        with open("/proc/sys/vm/max_map_count") as file:
-            return int(file.read())
-    except OSError:
-        return None
+def test_a_group_that_fails_in_the_middle_is_undone_and_its_error_names_the_limit() -> None:
+    """Somebody else's mappings take all but a few; in a child, where nothing else needs any."""
+    _map_limit()
+    done = _child("""
+        import ctypes, mmap
+        import numpy as np
+        from pathlib import Path
+        from tiermem.gpu import mappings
+        from tiermem.gpu.emulated import EmulatedDevice
+        from tiermem.native import Kind, Program, function, group
+        device = EmulatedDevice(4096, 64)
+        start = device.reserve(129 * 4096)
+        at = start + np.arange(1, 129, 2, dtype=np.uint64) * np.uint64(4096)
+        frames = np.arange(64, dtype=np.int32)
+        for frame, alias in enumerate(device.frames.addresses(frames).tolist()):
+            ctypes.memset(alias, frame, 4096)
+        device.window.show(at[:8], frames[:8]).wait()
+        maps = Path("/proc/self/maps")
+        free = mappings.limit() - maps.read_bytes().count(b"\\n") - 60
+        other = mappings.reserve(free * 4096, 4096)
+        odd = other + np.arange(1, free - 1, 2, dtype=np.uint64) * np.uint64(4096)
+        readable = group(function("mprotect"), Kind.INT, odd, 4096, mmap.PROT_READ)
+        assert Program(readable).run() is None
+        failed = device.window.show(at[8:], frames[8:])
+        failed.wait()
+        print(failed.error)
+        print(failed.failed.all())
+        mappings.unmap(other, free * 4096)
+        # None of the group is shown, so all of it can be; the pages before it still are.
+        again = device.window.show(at[8:], frames[8:])
+        again.wait()
+        print(again.error)
+        print([ctypes.string_at(int(a), 1)[0] for a in at] == list(range(64)))
+        device.close()
+    """)
+    lines = done.stdout.splitlines()
+    assert done.returncode == 0, done.stderr
+    assert "ENOMEM" in lines[0]
+    assert "vm.max_map_count is" in lines[0]
+    assert lines[1:] == ["True", "None", "True"]
+
+
+def _map_limit() -> int:
+    limit = mappings.limit()
+    if limit > 100_000:
+        pytest.skip(f"{limit} mappings are too many to make in a test")
+    return limit
 
 
 # -- window -------------------------------------------------------------------------------------

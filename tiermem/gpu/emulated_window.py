@@ -20,14 +20,14 @@ from tiermem.tier import Addresses, Mask, Slots
 _NOTHING = -1
 _ADDRESS, _OFFSET = 1, 6
 """Columns of a call's numbers: its first and sixth argument stand behind the function."""
-_INLINE = 4
-"""Pages at most that the calling thread maps itself when nothing is queued: 3 us to show and 7
-to hide a 64 KiB page, a hand-over about 30 (gpu/emulated.py's measurement, 2-core, 2026-11)."""
+_INLINE_BYTES = 256 << 10
+"""The calling thread maps a single page, or a group of up to this size, itself when nothing is
+queued: 20 us for a 64 KiB page, 240 for 2 MiB, and about 50 to hand a group over (2-core)."""
 _DEPTH = 128
-"""Groups queued at most: 64 pages in each are 25 ms of work, five times what the submitter waits
-for the interpreter lock beside a busy thread."""
+"""Groups queued at most: 64 pages of 64 KiB in each are 100 ms of work, twenty times what the
+submitter waits for the interpreter lock beside a busy thread."""
 _PATIENCE_S = 300e-6
-"""A group of 64 pages takes 200-400 us; coming back to the interpreter lock costs 5 ms."""
+"""A few pages end within it; coming back to the lock beside a busy thread costs 5 ms."""
 
 
 @dataclass(slots=True)
@@ -41,20 +41,20 @@ class _Range:
 
 @dataclass(frozen=True, slots=True)
 class _Change:
-    """A group on its way, and what its pages showed before it."""
+    """A group on its way, what its pages showed before it, and how many more it shows."""
 
-    ticket: Ticket
     where: _Range
     pages: npt.NDArray[np.int64]
     before: Slots
+    more: int
 
 
 class EmulatedWindow:
     """Shows frames at reserved addresses with mmap; refuses what CUDA refuses, with DriverError.
 
     A group is one native program with an undo for each page. Groups take effect in the order in
-    which they are made: all pass one queue of one thread, but a group of up to 4 pages is mapped
-    by the calling thread when the queue is idle, so that a fault pays no hand-over.
+    which they are made: all pass one queue of one thread, but a page, or a group of up to
+    256 KiB, is mapped by the calling thread when the queue is idle: a fault pays no hand-over.
 
     guard: absent addresses read as zeros (one page of the kernel's, shared by all) instead of
     ending the process; a write still ends it.
@@ -70,7 +70,11 @@ class EmulatedWindow:
         self._starts: list[int] = []
         self._lock = threading.Lock()
         self._closed = False
-        self._changes: deque[_Change] = deque()
+        self._changes: deque[tuple[Ticket, _Change]] = deque()
+        self._pages_shown = 0
+        # A window that reached the kernel's limit could not even hide a page any more, so an
+        # eighth is left to the rest of the process.
+        self._most_mappings = mappings.limit() * 7 // 8
         self._queue = Queue(
             "tm-window", depth=_DEPTH, patience_s=_PATIENCE_S, explain=mappings.explain
         )
@@ -116,8 +120,9 @@ class EmulatedWindow:
             if np.maximum.reduce(before) != _NOTHING:
                 self._refuse(before != _NOTHING, addresses, "show something; hide them first")
             self.frames.check(frames)
+            self._refuse_crowd(len(frames))
             program = Program(self._showing(addresses, frames), self._hiding(addresses))
-            return self._submit(program, where, pages, before, frames)
+            return self._submit(program, _Change(where, pages, before, len(pages)), frames)
 
     def hide(self, addresses: Addresses) -> Ticket:
         """Unmap the pages at these addresses, which all show something. All or nothing."""
@@ -130,7 +135,7 @@ class EmulatedWindow:
             if used is not None and used.any():
                 self._refuse(used, addresses, "are used by launched work; wait for its fence")
             program = Program(self._hiding(addresses), self._showing(addresses, before))
-            return self._submit(program, where, pages, before, _NOTHING)
+            return self._submit(program, _Change(where, pages, before, -len(pages)), _NOTHING)
 
     def occupy(self, addresses: Addresses, submit: Callable[[], Ticket]) -> Ticket:
         """Submit work that uses shown pages; until it has ended they cannot be hidden."""
@@ -151,35 +156,47 @@ class EmulatedWindow:
             ranges = [where.shown for where in self._ranges]
         return np.isin(frames, np.concatenate(ranges)) if ranges else np.zeros(len(frames), bool)
 
-    def _submit(
-        self,
-        program: Program,
-        where: _Range,
-        pages: npt.NDArray[np.int64],
-        before: Slots,
-        after: Slots | int,
-    ) -> Ticket:
+    def _submit(self, program: Program, change: _Change, after: Slots | int) -> Ticket:
         """The lock is held, so that the order of submission is the order of the checks."""
-        enter = self._queue.call if len(pages) <= _INLINE else self._queue.submit
-        ticket = enter(program)
-        where.shown[pages] = after
+        n = len(change.pages)
+        here = n == 1 or n * self._page_bytes <= _INLINE_BYTES
+        ticket = self._queue.call(program) if here else self._queue.submit(program)
+        change.where.shown[change.pages] = after
+        self._pages_shown += change.more
         if not ticket.ready() or ticket.failure is not None:
-            self._changes.append(_Change(ticket, where, pages, before))
+            self._changes.append((ticket, change))
         return ticket
 
     def _settle(self) -> None:
         """Set pages of failed groups back to what they show, unless a later group changed them."""
         changes = self._changes
-        while changes and changes[0].ticket.ready():
-            ended = changes.popleft()
-            if ended.ticket.failure is None:
+        while changes and changes[0][0].ready():
+            ticket, ended = changes.popleft()
+            if ticket.failure is None:
                 continue
-            later = [c.pages for c in changes if c.where is ended.where]
+            self._pages_shown -= ended.more
+            later = [change.pages for _, change in changes if change.where is ended.where]
             pages, before = ended.pages, ended.before
             if later:
                 ours = ~np.isin(pages, np.concatenate(later))
                 pages, before = pages[ours], before[ours]
             ended.where.shown[pages] = before
+
+    def _refuse_crowd(self, more: int) -> None:
+        """Refuse to show so many pages that the process could run out of mappings."""
+        if 2 * (self._pages_shown + more) < self._most_mappings:
+            return
+        # Neighbours that show nothing, or neighbouring frames, are one mapping.
+        now = 2 * more
+        for where in self._ranges:
+            here, there = where.shown[:-1], where.shown[1:]
+            joined = np.where(here == _NOTHING, there == _NOTHING, there == here + 1)
+            now += 1 + np.count_nonzero(~joined)
+        if now > self._most_mappings:
+            raise DriverError(
+                f"window: {self._pages_shown + more} pages shown would take up to {now} mappings, "
+                f"more than 7/8 of what this process may have; {mappings.way_out()}"
+            )
 
     def _locate(self, addresses: Addresses) -> tuple[_Range, npt.NDArray[np.int64]]:
         """The reservation that holds all of a group, and the page numbers in it; settled."""
