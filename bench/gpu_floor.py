@@ -9,6 +9,7 @@ ceilings  one 256 MiB copy down, up, both at once (GB/s)
 floors    cuMemCreate, cuMemMap, cuMemSetAccess, cuMemUnmap, cuMemRelease of 2 MiB, one native
           program of 64 calls each (us a call)
 floors_beside   map, access and unmap while copies run
+stall     the same one by one, beside copies of other sizes and by the kernel (p50, p90, max)
 window    show and hide through CudaWindow, groups of 64, waited for one by one and with eight in
           flight, and of 1 in the calling thread (us a page), 2 and 8 MiB
 routes    submit to end, groups of 64 and 256, several in flight, each way and both (GB/s)
@@ -45,6 +46,7 @@ import numpy as np
 
 from tiermem.gpu import calibrate
 from tiermem.gpu.calibrate import Calibration
+from tiermem.gpu.copy import CudaRoute, Lane
 from tiermem.gpu.driver import Context, load
 from tiermem.gpu.frames import DEVICE, Backing, access, reserve
 from tiermem.gpu.vmm import CudaDevice
@@ -241,6 +243,65 @@ def floors_beside() -> Figures:
             found[name] |= {"copies_ran_throughout": ran}
             if submits:
                 found[name]["submit_64_us"] = [round(min(submits)), round(max(submits))]
+    return found
+
+
+def stall() -> Figures:
+    """One map, access, unmap at a time while copies of several forms are in flight (us)."""
+    found: Figures = {}
+    with rig(PAGE) as r:
+        kernels = Lane(r.device.context, r.device._words, 1 << 30)  # everything by the kernel
+        by_kernel = {
+            "down": CudaRoute(kernels, r.device.streams, r.device.frames, r.host),
+            "up": CudaRoute(kernels, r.device.streams, r.host, r.device.frames),
+        }
+        forms: dict[str, tuple[int, list[CudaRoute]]] = {"quiet": (PAGE, [])}
+        for way, route in (("down", r.down), ("up", r.up)):
+            forms |= {f"{way}_{k}KiB": (k * 1024, [route]) for k in (2048, 512, 128)}
+            forms[f"{way}_kernel"] = (PAGE, [by_kernel[way]])
+        forms["both_2048KiB"] = (PAGE, [r.down, r.up])
+        forms["both_512KiB"] = (512 * 1024, [r.down, r.up])
+        for name, (piece, routes_) in forms.items():
+            found[name] = stall_of(r, piece, routes_)
+        kernels.close()
+    return found
+
+
+def stall_of(r: Rig, piece: int, routes_: list[CudaRoute]) -> Figures:
+    driver, desc = r.device.context.driver, r.device.frames.arena.backing.access
+    handle, calls = r.device.frames.arena.handles[0], {"map": [], "access": [], "unmap": []}
+    at = np.arange(POOL // piece, dtype=np.uint64) * np.uint64(piece)
+    frame, host = r.device.frames.addresses(r.frames[:1])[0], r.host.addresses(r.frames[:1])[0]
+    sizes = np.full(len(at), piece, np.uint64)
+    dones: list[object] = []
+    began = time.perf_counter()
+    for first in range(0, len(at), 1024):
+        part = slice(first, first + 1024)
+        for route in routes_:
+            ends = at[part] + frame, at[part] + host
+            src, dst = ends if route.src == Place.GPU else ends[::-1]
+            dones.append(route.submit_pieces(src, dst, sizes[part], PASSED))
+    submitted = time.perf_counter()
+    n = 0
+    while n < 300 and (not dones or not all(done.ready() for done in dones)):
+        address = r.start + (n % 256) * PAGE
+        t0 = time.perf_counter()
+        driver.call("cuMemMap", address, PAGE, 0, handle, 0)
+        t1 = time.perf_counter()
+        driver.call("cuMemSetAccess", address, PAGE, desc.ctypes.data, len(desc) // 3)
+        t2 = time.perf_counter()
+        driver.call("cuMemUnmap", address, PAGE)
+        t3 = time.perf_counter()
+        n += 1
+        for times, took in zip(calls.values(), (t1 - t0, t2 - t1, t3 - t2), strict=True):
+            times.append(took * 1e6)
+    end(*dones)
+    ended = time.perf_counter()
+    found: Figures = {"pages": n, "submit_ms": round((submitted - began) * 1e3, 2)}
+    for name, times in calls.items():
+        found[name] = [round(float(x), 1) for x in np.percentile(times, [50, 90, 100])] if n else []
+    if dones:
+        found["gbps"] = round(len(routes_) * POOL / (ended - began) / 1e9, 1)
     return found
 
 
@@ -657,6 +718,7 @@ SECTIONS: dict[str, Callable[[], Figures]] = {
     "ceilings": ceilings,
     "floors": floors,
     "floors_beside": floors_beside,
+    "stall": stall,
     "window": window,
     "routes": routes,
     "load": loads,
