@@ -170,9 +170,12 @@ class Ranking:
         return None
 
     def _parent_first(self, answer: Rows) -> bool:
+        parents, depths = self._table.parent[answer], self._table.depth[answer]
+        # A parent that has left may have given its row to a block that is not nearer to the root.
+        stale = (depths > 0) & (self._table.depth[parents] >= depths)
         position = {unit: i for i, unit in enumerate(answer.tolist())}
-        parents = self._table.parent[answer].tolist()
-        return any(position.get(p, len(answer)) < i for i, p in enumerate(parents))
+        linked = np.where(stale, -1, parents).tolist()
+        return any(position.get(p, len(answer)) < i for i, p in enumerate(linked))
 
     def _judge_time(self, took_s: float) -> None:
         self._late_in_a_row = self._late_in_a_row + 1 if took_s > LATE_S else 0
