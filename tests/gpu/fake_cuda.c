@@ -25,7 +25,7 @@ enum { MOST = 65536 };
 static const u64 PAGE = 2 << 20;
 
 typedef struct op { int kind; u64 a, b, c; void *list; struct op *next; } op;
-enum { COPY, SET32, RECORD, AWAIT, WRITE, HOLD, GATHER };
+enum { COPY, SET32, RECORD, AWAIT, WRITE, HOLD, EQUAL, GATHER };
 typedef struct { u64 id; op *first, *last; int busy, used; } stream;
 typedef struct { u64 recorded, fired; } event;
 typedef struct { u64 offset, size; int held, maps; } handle;
@@ -76,6 +76,7 @@ static int run(op *o)   /* 1 when it has ended; called without the lock */
     case WRITE: __atomic_store_n((u64 *)o->a, o->b, __ATOMIC_SEQ_CST); return 1;
     case RECORD: __atomic_store_n(&((event *)o->a)->fired, o->b, __ATOMIC_SEQ_CST); return 1;
     case AWAIT: return __atomic_load_n(&((event *)o->a)->fired, __ATOMIC_SEQ_CST) >= o->b;
+    case EQUAL: return __atomic_load_n((u64 *)o->a, __ATOMIC_SEQ_CST) == o->b;
     case HOLD: return __atomic_load_n((u32 *)o->a, __ATOMIC_SEQ_CST) != 0;
     default: {
         u64 n = o->a, *dst = o->list, *src = dst + n, *size = src + n;
@@ -370,6 +371,11 @@ int cuStreamWriteValue64(u64 s, u64 address, u64 value, u32 flags)
 {
     FAULT;
     return flags ? INVALID : queue(s, (op){.kind = WRITE, .a = address, .b = value});
+}
+int cuStreamWaitValue64(u64 s, u64 address, u64 value, u32 flags)   /* CU_STREAM_WAIT_VALUE_EQ */
+{
+    FAULT;
+    return flags != 1 ? INVALID : queue(s, (op){.kind = EQUAL, .a = address, .b = value});
 }
 int cuStreamIsCapturing(u64 s, int *out) { (void)s; *out = planted(__func__) != 0; return OK; }
 int cuStreamGetId(u64 s, u64 *out) { *out = streams[s].id; return OK; }

@@ -210,6 +210,37 @@ def test_pages_of_a_queued_group_that_fails_are_known_to_show_nothing(
         finish(device.window.hide(at))
 
 
+@pytest.mark.parametrize("fails", [False, True])
+def test_copies_down_make_way_for_a_group_that_is_being_shown(fake: StandIn, fails: bool) -> None:
+    with opened(fake) as (device, engine):
+        down, up = device.routes(engine.host(4))
+        start = device.reserve(8 * PAGE)
+        before = fake.mappings()
+        fake.slow(60_000)
+        if fails:
+            fake.fail("cuMemMap", 6, 1)
+        group = device.window.show(pages(device, start, *range(6)), slots(*range(6)))
+        while fake.mappings() == before:
+            pass
+        done = down.submit(slots(6), slots(1), PASSED)
+        finish(up.submit(slots(2), slots(7), PASSED))
+        assert not done.ready()
+        assert group.wait(30)
+        assert bool(group.error) == fails
+        finish(done)
+
+
+def test_a_page_shown_by_the_calling_thread_leaves_the_way_down_open(fake: StandIn) -> None:
+    with opened(fake) as (device, engine):
+        down, _ = device.routes(engine.host(4))
+        start = device.reserve(8 * PAGE)
+        fake.fail("cuMemSetAccess", 1, 1)
+        refusal(lambda: device.window.show(pages(device, start, 0), slots(0)))
+        finish(down.submit(slots(6), slots(1), PASSED))
+        finish(device.window.show(pages(device, start, 0), slots(0)))
+        finish(down.submit(slots(6), slots(1), PASSED))
+
+
 def test_a_full_device_is_a_full_tier_and_keeps_what_it_had(fake: StandIn) -> None:
     with opened(fake) as (device, _):
         fake.limit(fake.in_use() + 2 * PAGE)

@@ -9,7 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 from tiermem.gpu.driver import Context, Driver
-from tiermem.native import CALL, Calls, Kind, Program, Ticket, function, group
+from tiermem.gpu.streams import Gate
+from tiermem.native import ALL, CALL, Calls, Kind, Program, Ticket, function, group
 from tiermem.tier import Addresses, Mask
 
 _PART: Final = 128  # rows filled at a time: NumPy keeps the interpreter lock below 500 elements
@@ -36,6 +37,8 @@ class Template:
     names: tuple[str, ...]
     rows: bytes
     undo: bytes
+    before: Calls  # once a group: shut the gate; undone by opening it
+    after: Calls
 
     def program(self, addresses: Addresses, old: Face | None, new: Face | None) -> Program:
         n, k = len(addresses), len(self.rows) // CALL.itemsize
@@ -52,14 +55,19 @@ class Template:
             if new is not None:
                 todo[:, k - 2, 3] = new.handles[part]
                 todo[:, k - 1, 2], todo[:, k - 1, 3] = new.desc[part], new.descs[part]
-        return Program(rows.reshape(-1), undo.reshape(-1))
+        nothing = np.zeros(len(self.after), CALL)
+        return Program(
+            np.concatenate([self.before, rows.reshape(-1), self.after]),
+            np.concatenate([self.after, undo.reshape(-1), nothing]),
+        )
 
 
 class Templates:
     """The templates of a page size, made when they are first needed."""
 
-    def __init__(self, driver: Driver, page_bytes: int) -> None:
+    def __init__(self, driver: Driver, page_bytes: int, gate: Gate) -> None:
         self._page_bytes = page_bytes
+        self._gate = gate
         self._nothing = function("abs")  # a call that does nothing, to carry an undo row
         self._map = driver.address("cuMemMap")
         self._let = driver.address("cuMemSetAccess")
@@ -90,18 +98,35 @@ class Templates:
             names += ("cuMemMap", "cuMemSetAccess")
             rows += [shown, let]
             undo += [unmap, np.zeros_like(unmap)]
-        return Template(names, np.concatenate(rows).tobytes(), np.concatenate(undo).tobytes())
+        before, after = self._gates() if new else (np.zeros(0, CALL), np.zeros(0, CALL))
+        return Template(
+            names,
+            np.concatenate(rows).tobytes(),
+            np.concatenate(undo).tobytes(),
+            before,
+            after,
+        )
+
+    def _gates(self) -> tuple[Calls, Calls]:
+        """One call that shuts the gate and one that opens it."""
+        gate, copy = self._gate, function("memcpy")
+        shut, open_ = gate.shut_value.ctypes.data, gate.open_value.ctypes.data
+        return (
+            group(copy, Kind.PLAIN, gate.address, shut, 8, entries=ALL),
+            group(copy, Kind.PLAIN, gate.address, open_, 8, entries=ALL),
+        )
 
 
 class Change:
     """A group on its way: a `Done` whose error names the call and the page."""
 
-    __slots__ = ("_context", "_names", "_ticket", "tick")
+    __slots__ = ("_before", "_context", "_names", "_ticket", "tick")
 
-    def __init__(self, context: Context, ticket: Ticket, names: tuple[str, ...]) -> None:
+    def __init__(self, context: Context, ticket: Ticket, template: Template) -> None:
         self._context = context
         self._ticket = ticket
-        self._names = names
+        self._names = template.names
+        self._before = len(template.before)
         self.tick = ticket.tick
 
     @property
@@ -109,7 +134,7 @@ class Change:
         failure = self._ticket.failure
         if failure is None or failure.cancelled:
             return self._ticket.error
-        page, row = divmod(failure.index, len(self._names))
+        page, row = divmod(failure.index - self._before, len(self._names))
         pages = len(self._ticket.program.calls) // len(self._names)
         at = f"page {page} of {pages}, all undone"
         return self._context.driver.error(self._names[row], failure.code, at)

@@ -91,6 +91,7 @@ _CALLS: Final[dict[str, _Call]] = {
     "cuStreamSynchronize": _Call("Q", short=False),
     "cuStreamWaitEvent": _Call("QQI"),
     "cuStreamWriteValue64": _Call("QQQI"),
+    "cuStreamWaitValue64": _Call("QQQI"),
     "cuStreamIsCapturing": _Call("QP"),
     "cuStreamGetId": _Call("QP"),
     "cuModuleLoadData": _Call("PP", short=False),

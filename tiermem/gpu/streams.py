@@ -24,6 +24,9 @@ _CHECK_EVERY: Final = 256  # unready polls between two looks for a lost device
 _HOST_FLAGS: Final = 1 | 2  # portable, mapped
 _EVENT_FLAGS: Final = 2  # no timing: cheaper to record and to wait for
 NON_BLOCKING: Final = 1
+_OPEN: Final = 0
+_SHUT: Final = 1
+_WAIT_EQUAL: Final = 1  # CU_STREAM_WAIT_VALUE_EQ
 
 
 class Words:
@@ -54,6 +57,36 @@ class Words:
                 self.context.driver.attempt("cuMemFreeHost", self.address)
             self.values = last
             self.address = 0
+
+
+class Gate:
+    """A host word that copies down wait for, so that the window can have the copy engine.
+
+    The driver writes page-table entries with the engine that copies to the host: while such
+    copies run, cuMemSetAccess takes 1,030 us a page (the engine's time slice) instead of 17, in
+    every form of copy and stream that we tried (bench gpu_floor, sections stall and
+    floors_beside, H200, driver 580, 2026-11). cuMemUnmap and copies up do not suffer so.
+    So copies down go in short pieces with this gate before each, and it is shut during a show.
+    """
+
+    def __init__(self, words: Words) -> None:
+        self._words = words
+        self._index = words.take()
+        self.address = words.address + 8 * self._index
+        self.open_value = np.array([_OPEN], np.uint64)
+        self.shut_value = np.array([_SHUT], np.uint64)
+
+    def __enter__(self) -> None:
+        """Shut it, for calls by this thread; the window lets one group at a time do so."""
+        self._words.values[self._index] = _SHUT
+
+    def __exit__(self, *_: object) -> None:
+        self._words.values[self._index] = _OPEN
+
+    def pass_through(self, stream: int) -> None:
+        """Let what is queued on `stream` from now on wait until the gate is open."""
+        driver = self._words.context.driver
+        driver.call("cuStreamWaitValue64", stream, self.address, _OPEN, _WAIT_EQUAL)
 
 
 class Timeline:

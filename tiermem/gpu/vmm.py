@@ -12,7 +12,7 @@ from tiermem.gpu import calibrate
 from tiermem.gpu.copy import CudaRoute, Lane
 from tiermem.gpu.driver import Context, Driver, load
 from tiermem.gpu.frames import DEVICE, HOST_NUMA, Arena, Backing, CudaFrames
-from tiermem.gpu.streams import CudaStreams, Words
+from tiermem.gpu.streams import CudaStreams, Gate, Words
 from tiermem.gpu.window import CudaWindow
 from tiermem.tier import Addresses, Done, Memory, Place, Slots
 from tiermem.units import format_bytes
@@ -130,9 +130,10 @@ class CudaDevice:
         self.frames = CudaFrames(Arena(context, backing, self.page_bytes, most), frames)
         try:
             self._words = Words(context, _LANES)
+            self._gate = Gate(self._words)
             self.streams = CudaStreams(context)
             self._fill = self._lane()
-            self.window = CudaWindow(context, self.frames.arena, guard=guard)
+            self.window = CudaWindow(context, self.frames.arena, self._gate, guard=guard)
         except BaseException:
             self.frames.close()
             raise
@@ -141,8 +142,8 @@ class CudaDevice:
     def torch_device(self) -> str:
         return f"cuda:{self.context.index}"
 
-    def _lane(self, gather_below: int = 0, gbps: float = 0.0) -> Lane:
-        lane = Lane(self.context, self._words, gather_below, gbps)
+    def _lane(self, gather_below: int = 0, gbps: float = 0.0, gate: Gate | None = None) -> Lane:
+        lane = Lane(self.context, self._words, gather_below, gbps, gate)
         self._lanes.append(lane)
         return lane
 
@@ -165,7 +166,7 @@ class CudaDevice:
         """
         self._refuse_closed()
         measured = self.calibration
-        down = self._lane(measured.gather_below_down, measured.down_gbps)
+        down = self._lane(measured.gather_below_down, measured.down_gbps, self._gate)
         up = self._lane(measured.gather_below_up, measured.up_gbps)
         return (
             CudaRoute(down, self.streams, self.frames, host),

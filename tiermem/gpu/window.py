@@ -25,6 +25,7 @@ from tiermem.errors import Closed, DriverError, NotOurs, PageInUse
 from tiermem.gpu.changes import Change, Face, Templates
 from tiermem.gpu.driver import Context, CudaError
 from tiermem.gpu.frames import Arena, access, reserve
+from tiermem.gpu.streams import Gate
 from tiermem.native import Kind, Program, Queue, group
 from tiermem.tier import Addresses, Done, Finished, Slots
 
@@ -73,7 +74,7 @@ class CudaWindow:
     doubles the cost of a steal, and `reserve` takes 25 us a page (FACTS, H200).
     """
 
-    def __init__(self, context: Context, frames: Arena, *, guard: bool = False) -> None:
+    def __init__(self, context: Context, frames: Arena, gate: Gate, *, guard: bool = False) -> None:
         self.context = context
         self.page_bytes = frames.slot_bytes
         self._frames = frames
@@ -82,7 +83,8 @@ class CudaWindow:
         self._closed = False
         self._pending: deque[_Pending] = deque()
         self._last = 0
-        self._templates = Templates(context.driver, self.page_bytes)
+        self._gate = gate
+        self._templates = Templates(context.driver, self.page_bytes, gate)
         driver = context.driver
         mode = np.array([_RELAXED], np.uint32)
         current = group(driver.address("cuCtxSetCurrent"), Kind.STATUS, context.handle)
@@ -166,7 +168,7 @@ class CudaWindow:
         desc = self._in_place_desc if in_place else arena.backing.access
         with self._lock:
             if self._inline(len(addresses)):
-                with self.context:
+                with self.context, self._gate:
                     return self._show_now(addresses.tolist(), slots.tolist(), arena, desc, in_place)
             where, pages = self._locate(addresses)
             self._refuse([where.handles[page] for page in pages], addresses, "show something")
@@ -291,7 +293,7 @@ class CudaWindow:
         template = self._templates.get(old=old is not None, new=new is not None)
         ticket = self._queue.submit(template.program(addresses, old, new))
         self._last = ticket.tick
-        return Change(self.context, ticket, template.names)
+        return Change(self.context, ticket, template)
 
     # -- a page or two, in the calling thread ----------------------------------------------------
 
