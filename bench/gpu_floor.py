@@ -444,11 +444,11 @@ def loads() -> Figures:
     return found
 
 
-def swap_of(r: Rig, size: int = 64) -> Figures:
+def swap_of(r: Rig, size: int = 32) -> Figures:
     """Each page that leaves a frame goes down first; the page that takes the frame comes up.
 
     Hidden and copied down together (both only read the frame), loaded behind the copy on the
-    device, shown when hidden: as the space does it, without its planner.
+    device, shown when hidden: as the space does it, without its planner. A group comes again only after it has ended.
     """
     window, half = r.device.window, r.n // 2
     there, back = r.at(0, r.n), r.at(r.n, r.n)
@@ -478,13 +478,17 @@ def swap() -> Figures:
     found: Figures = {}
     for page in (PAGE, 4 * PAGE):
         with rig(page) as r:
-            found |= swap_of(r, 64 if page == PAGE else 32)
+            found |= swap_of(r, 32 if page == PAGE else 8)
     return found
 
 
-def fault_of(r: Rig) -> Figures:
-    times = []
-    for n in range(min(r.n, 400)):
+def fault_of(r: Rig, *, beside_down: bool = False) -> Figures:
+    """One page loaded and shown, kernel-ready; on request while copies down keep the link busy."""
+    times: list[float] = []
+    rest = r.frames[400:]
+    for n in range(400):
+        if beside_down and n % 50 == 0:
+            stores = [r.down.submit(rest, rest, PASSED) for _ in range(8)]
         one, at = r.frames[n : n + 1], r.at(n, 1)
         began = time.perf_counter()
         copy = r.up.submit(one, one, PASSED)
@@ -492,6 +496,8 @@ def fault_of(r: Rig) -> Figures:
         shown.wait()
         copy.wait()
         times.append((time.perf_counter() - began) * 1e6)
+        if beside_down and n % 50 == 49:
+            end(*stores)
     end(r.device.window.hide(r.at(0, len(times))))
     p50, p99 = np.percentile(times[20:], [50, 99])
     return {"p50_us": round(float(p50), 1), "p99_us": round(float(p99), 1), "n": len(times) - 20}
@@ -499,7 +505,7 @@ def fault_of(r: Rig) -> Figures:
 
 def fault() -> Figures:
     with rig(PAGE) as r:
-        return {"2MiB": fault_of(r)}
+        return {"2MiB": fault_of(r), "2MiB_beside_down": fault_of(r, beside_down=True)}
 
 
 class Busy:
