@@ -448,7 +448,8 @@ def swap_of(r: Rig, size: int = 32) -> Figures:
     """Each page that leaves a frame goes down first; the page that takes the frame comes up.
 
     Hidden and copied down together (both only read the frame), loaded behind the copy on the
-    device, shown when hidden: as the space does it, without its planner. A group comes again only after it has ended.
+    device, shown when hidden. The limit is two pages in the time of one copy down and one show:
+    the driver cannot do the two together (see `streams.Gate`).
     """
     window, half = r.device.window, r.n // 2
     there, back = r.at(0, r.n), r.at(r.n, r.n)
