@@ -20,6 +20,7 @@ BUILT_IN = {
     "2q": "tiermem.policies.twoqueue:TwoQueue",
     "arc": "tiermem.policies.arc:ARC",
     "belady": "tiermem.policies.belady:Belady",
+    "classq": "tiermem.policies.classq:ClassQueues",
     "clock": "tiermem.policies.clock:Clock",
     "fifo": "tiermem.policies.fifo:FIFO",
     "lfu": "tiermem.policies.lfu:LFU",
