@@ -86,22 +86,17 @@ class QueuePrefetch(NoPrefetch):
 
     def prefetch(self, budget: Budget, now: int) -> Ids:
         room = budget.nbytes // budget.unit_bytes
-        parts: list[Ids] = []
-        named: set[int] = set()
-        sent = 0
+        named: Ids = NONE
         for request, (units, deadline) in list(self._waiting.items()):
-            if room <= 0:
-                break
-            fresh = np.array([u for u in units.tolist() if u not in named], np.int32)
-            part = fresh[: min(room, in_time(budget, now, deadline, sent))]
-            named.update(part.tolist())
-            parts.append(part)
-            room -= len(part)
-            sent += len(part)
-            rest = fresh[len(part) :]
-            # What has been named is on its way; a deadline that cuts a chain cuts it for good.
-            self._waiting[request] = (NONE if deadline is not None and room > 0 else rest, deadline)
-        return joined(parts)
+            # What was named for another request is on its way.
+            fresh = units[~np.isin(units, named)]
+            sent = len(named)
+            part = fresh[: min(room - sent, in_time(budget, now, deadline, sent))]
+            named = joined([named, part])
+            late = deadline is not None and sent + len(part) < room
+            # A deadline that cuts a chain cuts it for good.
+            self._waiting[request] = (NONE if late else fresh[len(part) :], deadline)
+        return named
 
 
 class HintPrefetch(QueuePrefetch):
