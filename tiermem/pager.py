@@ -80,16 +80,18 @@ class Pager:
                 self._settle_ended()
                 request = self.planner.fault(rows, access, self._now(), order=order)
                 self._todo.extend(request.plans)
-                if request.taken and not request.pending:
+                # Decided here: once the lock is free, others settle what is pending.
+                resident = request.taken and not request.pending
+                if resident:
                     self._enter(rows, writes)
-            if not request.taken or request.pending:
+            if not resident:
                 start_s = start_s or time.perf_counter()
             self._start()
+            if resident:
+                break
             if not request.taken:
                 self._await_any(request)
                 continue
-            if not request.pending:
-                break
             if order and self._order(request, stream):
                 self._wake()  # nobody else will settle these loads
                 break
@@ -292,7 +294,7 @@ class Pager:
             own = {plan.id for plan in request.plans}
             flights = [self._flights.get(p) for p in request.pending]
             ordered = self.planner.all_ordered(request)
-        if not ordered or not request.pending <= own or None in flights:
+        if not flights or not ordered or not request.pending <= own or None in flights:
             return False
         return all([f.order(stream) for f in flights if f is not None])
 
