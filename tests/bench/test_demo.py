@@ -16,7 +16,7 @@ import pytest
 from tiermem import cli
 from tiermem.assemble import Parts, assemble
 from tiermem.bench import demo
-from tiermem.bench.demo_content import base_words, mixed
+from tiermem.bench.demo_content import HostContent, TorchContent, base_words, mixed
 from tiermem.bench.demo_replay import BlockMap, Replay
 from tiermem.bench.demo_report import Report
 from tiermem.bench.demo_setup import configuration, slab_directory
@@ -357,6 +357,19 @@ def test_pages_of_any_two_blocks_differ_in_every_word() -> None:
     one, other = words + mix[0], words + mix[1]
     assert (one != other).all()
     assert (one[1:] != one[:-1]).all()
+
+
+def test_kernels_and_the_processor_write_and_check_the_same_bytes(tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    with Space.open(config_of(tmp_path, gpu=8)) as space, space.reserve(16 * PAGE) as region:
+        pages, ids = region.allocate(6), np.arange(6)
+        by_kernel, by_processor = TorchContent(region), HostContent(region)
+        with region.use(pages, "fresh"):
+            by_kernel.fill(pages, ids)
+            assert not by_processor.wrong(pages, ids).any()
+            region.view()[pages[2], 17] ^= 1
+            for content in (by_kernel, by_processor):
+                assert content.wrong(pages, ids).tolist() == [False, False, True, *[False] * 3]
 
 
 def test_a_page_that_is_told_gone_twice_leaves_its_successor_alone() -> None:
