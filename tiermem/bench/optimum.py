@@ -6,8 +6,9 @@ import numpy as np
 import numpy.typing as npt
 
 from tiermem.bench import fast
-from tiermem.bench.replay import Score, next_accesses
+from tiermem.bench.replay import next_accesses
 from tiermem.bench.workload import I64, Workload
+from tiermem.policies.trial import Score
 
 DEPTH_BITS = 22
 """A request has fewer blocks than two to this power; so has the trace requests to the rest."""

@@ -10,13 +10,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from tiermem.bench.traces import Event
 from tiermem.bench.workload import I32, I64, Workload
-from tiermem.errors import BadPolicy
-from tiermem.policies.base import Candidates, Eviction, EvictionBase, Ids, Mask
+from tiermem.policies.base import Eviction, EvictionBase, Ids, Mask
 from tiermem.policies.belady import Belady
+from tiermem.policies.trial import Score, Trial
 
 Progress = Callable[[int], None]
 """Told how many requests have been replayed."""
@@ -33,32 +32,6 @@ class Facts:
     turn: int | None = None
     reason: str | None = None
     output_tokens: int | None = None
-
-
-@dataclass(slots=True)
-class Score:
-    """What a policy earned. prefix_hits: over requests, the blocks before the first miss."""
-
-    accesses: int = 0
-    hits: int = 0
-    prefix_hits: int = 0
-    inserted: int = 0
-    evicted: int = 0
-
-
-class Resident:
-    """The units in the simulated tier; those of the running request may not leave."""
-
-    def __init__(self, units: int) -> None:
-        self.held: Mask = np.zeros(units, np.bool_)
-        self.pinned: Mask = np.zeros(units, np.bool_)
-        self.size = 0
-
-    def keep(self, units: Ids) -> Mask:
-        return self.held[units] & ~self.pinned[units]
-
-    def all(self) -> Ids:
-        return np.flatnonzero(self.held & ~self.pinned).astype(np.int32)
 
 
 def facts_of(workload: Workload, request: int, features: bool) -> Facts:
@@ -81,34 +54,38 @@ def stream(
     progress: Progress | None = None,
 ) -> Score:
     """Replay block by block, in the order of the trace; every miss inserts."""
-    score = Score(accesses=workload.accesses)
-    tier = Resident(workload.distinct)
-    coming = getattr(policy, "coming", EvictionBase.coming.__get__(policy))
-    next_use = next_accesses(workload.blocks) if isinstance(policy, Belady) else None
+    trial = Trial(policy, capacity, workload.distinct)
+    trial.score.accesses = workload.accesses
+    following = next_accesses(workload.blocks) if isinstance(policy, Belady) else None
     for request in range(workload.requests):
-        now, whole = int(workload.time_ms[request]), True
-        first = int(workload.start[request])
-        blocks = workload.of(request)
-        for depth in range(len(blocks)):
-            unit = blocks[depth : depth + 1]
-            if tier.held[unit[0]]:
-                score.hits += 1
-                score.prefix_hits += whole
-                policy.accessed(unit, now)
-            else:
-                whole = False
-                keys = unit.astype(np.uint64)
-                coming(unit, keys, now)
-                if tier.size == capacity:
-                    _evict(policy, tier, 1, now, score)
-                parent = blocks[depth - 1 : depth] if depth else NO_ONE
-                _insert(policy, tier, unit, parent, np.array([depth], np.int32), now, score)
-            if next_use is not None and isinstance(policy, Belady):
-                policy.expect(unit, next_use[first + depth : first + depth + 1])
-        _end(workload, request, policy, tier, features, now)
+        _stream_one(workload, request, trial, following)
+        blocks, now = workload.of(request), int(workload.time_ms[request])
+        trial.finish(blocks, facts_of(workload, request, features), now)
         if progress and request % EVERY == 0:
             progress(request)
-    return score
+    return trial.score
+
+
+def _stream_one(workload: Workload, request: int, trial: Trial, following: I64 | None) -> None:
+    policy, tier, score = trial.policy, trial.tier, trial.score
+    now, whole = int(workload.time_ms[request]), True
+    blocks = workload.of(request)
+    coming = getattr(policy, "coming", EvictionBase.coming.__get__(policy))
+    for depth in range(len(blocks)):
+        unit = blocks[depth : depth + 1]
+        if tier.held[unit[0]]:
+            score.hits += 1
+            score.prefix_hits += whole
+            policy.accessed(unit, now)
+        else:
+            whole = False
+            coming(unit, unit.astype(np.uint64), now)
+            trial.evict(1 - (trial.capacity - tier.size), now)
+            parent = blocks[depth - 1 : depth] if depth else NO_ONE
+            trial.insert(unit, parent, np.array([depth], np.int32), now)
+        if following is not None and isinstance(policy, Belady):
+            at = int(workload.start[request]) + depth
+            policy.expect(unit, following[at : at + 1])
 
 
 def requests(
@@ -120,85 +97,15 @@ def requests(
     first_scored: int = 0,
 ) -> Score:
     """Replay request by request. Requests before `first_scored` warm the tier and do not count."""
-    score = Score()
-    tier = Resident(workload.distinct)
-    coming = getattr(policy, "coming", EvictionBase.coming.__get__(policy))
+    trial = Trial(policy, capacity, workload.distinct)
     for request in range(workload.requests):
         now = int(workload.time_ms[request])
         blocks = workload.of(request)
-        hit = tier.held[blocks]
-        if request >= first_scored:
-            score.accesses += len(blocks)
-            score.hits += int(np.count_nonzero(hit))
-            score.prefix_hits += int(hit.argmin()) if not hit.all() else len(blocks)
-        tier.pinned[blocks] = True
-        if hit.any():
-            policy.accessed(blocks[hit][::-1], now)
-        if not hit.all():
-            missing = _first_mentions(blocks, ~hit)[::-1]
-            units = blocks[missing]
-            coming(units, units.astype(np.uint64), now)
-            short = len(units) - (capacity - tier.size)
-            if short > 0:
-                _evict(policy, tier, short, now, score)
-            # Deepest first; what finds no room is not stored.
-            missing = missing[: capacity - tier.size]
-            parents = np.where(missing > 0, blocks[missing - 1], -1).astype(np.int32)
-            depths = missing.astype(np.int32)
-            _insert(policy, tier, blocks[missing], parents, depths, now, score)
-            if policy.leaf_first:
-                # The whole chain again, so that order by last use is order by depth.
-                policy.accessed(blocks[tier.held[blocks]][::-1], now)
-        _end(workload, request, policy, tier, features, now)
-        tier.pinned[blocks] = False
+        trial.use(blocks, now, counted=request >= first_scored)
+        trial.finish(blocks, facts_of(workload, request, features), now)
         if progress and request % EVERY == 0:
             progress(request)
-    return score
-
-
-def _first_mentions(blocks: I32, wanted: Mask) -> npt.NDArray[np.intp]:
-    """Positions of wanted blocks, each block once: a broken trace may name one twice."""
-    at = np.flatnonzero(wanted)
-    _, first = np.unique(blocks[at], return_index=True)
-    return at if len(first) == len(at) else at[np.sort(first)]
-
-
-def _evict(policy: Eviction, tier: Resident, n: int, now: int, score: Score) -> None:
-    units = checked(policy.victims(tier, n, now), tier, n, policy)
-    if len(units):
-        policy.removed(units, now)
-        tier.held[units] = False
-        tier.size -= len(units)
-        score.evicted += len(units)
-
-
-def checked(units: Ids, candidates: Candidates, n: int, policy: Eviction) -> Ids:
-    """The answer, if it keeps the rules; else BadPolicy: a simulator does not fall back."""
-    if len(units) > n:
-        raise BadPolicy(f"{policy.name}: {len(units)} victims named, {n} asked for")
-    if not candidates.keep(units).all():
-        bad = units[~candidates.keep(units)][:5].tolist()
-        raise BadPolicy(f"{policy.name}: named units that may not leave: {bad}")
-    if len(units) > 1 and len(np.unique(units)) < len(units):
-        raise BadPolicy(f"{policy.name}: named a unit twice")
-    return units
-
-
-def _insert(
-    policy: Eviction, tier: Resident, units: Ids, parents: Ids, depths: Ids, now: int, score: Score
-) -> None:
-    if len(units):
-        policy.inserted(units, parents, depths, units.astype(np.uint64), now)
-        tier.held[units] = True
-        tier.size += len(units)
-        score.inserted += len(units)
-
-
-def _end(
-    workload: Workload, request: int, policy: Eviction, tier: Resident, features: bool, now: int
-) -> None:
-    blocks = workload.of(request)
-    policy.finished(blocks[tier.held[blocks]][::-1], facts_of(workload, request, features), now)
+    return trial.score
 
 
 def next_accesses(blocks: I32) -> I64:

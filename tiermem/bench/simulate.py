@@ -6,6 +6,7 @@ rule instead if numba is installed (extra `sim`); tests prove both equal, hit fo
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,13 +21,14 @@ from rich.table import Table
 from tiermem.bench import fast, output, traces
 from tiermem.bench.machine import Machine, machine
 from tiermem.bench.optimum import ceiling, optimum, scored
-from tiermem.bench.replay import Score, log_victims, requests, stream
+from tiermem.bench.replay import log_victims, requests, stream
 from tiermem.bench.simulate_svg import curves
 from tiermem.bench.tiers import Costs, TierRow, tiered
 from tiermem.bench.workload import Workload, collect
 from tiermem.errors import ConfigError
 from tiermem.policies import load
 from tiermem.policies.registry import find
+from tiermem.policies.trial import Score
 
 SCHEMA = "tiermem.simulate.v1"
 POLICIES = "lru,s3fifo,classq,belady"
@@ -120,7 +122,7 @@ def command(
         admission=admission, write_mbps=write_mbps,
     )  # fmt: skip
     result = run(
-        trace, policy.split(","), capacity.split(","), mode, tiers=tiers, costs=costs,
+        trace, listed(policy), capacity.split(","), mode, tiers=tiers, costs=costs,
         features=features, limit=limit, on_bad="skip" if skip_bad else "refuse",
         console=None if json == "-" else Console(stderr=True),
     )  # fmt: skip
@@ -192,6 +194,11 @@ def read_workload(
     else:
         workload, title = collect(traces.read(trace, on_bad)), trace.name
     return (workload if limit is None else workload.part(0, limit)), title
+
+
+def listed(text: str) -> list[str]:
+    """Names with commas between them; a comma within parentheses belongs to its name."""
+    return [name.strip() for name in re.split(r",(?![^()]*\))", text)]
 
 
 def size_of(text: str, workload: Workload) -> tuple[float, int]:
@@ -273,7 +280,7 @@ def replay_log(path: Path, on_bad: traces.OnBad = "refuse") -> list[LogRow]:
     header, _ = traces.read_log(path, on_bad)
     rows = []
     for tier, head in header.tiers.items():
-        policy = load(head.policy, head.capacity, head.seed)
+        policy = load(head.policy, head.capacity, head.seed, head.params)
         answers = same = 0
         different: int | None = None
         for event, named in log_victims(traces.read_log(path, on_bad)[1], tier, policy):

@@ -17,11 +17,12 @@ import numpy as np
 import numpy.typing as npt
 from rich.table import Table
 
-from tiermem.bench.replay import EVERY, Facts, checked, facts_of
+from tiermem.bench.replay import EVERY, Facts, facts_of
 from tiermem.bench.workload import Workload
 from tiermem.policies import load
 from tiermem.policies.admission import admission
 from tiermem.policies.base import Eviction, Ids, Keys, Mask
+from tiermem.policies.trial import checked
 from tiermem.tier import TIERS, Place
 
 BLOCK_TOKENS = 512

@@ -248,6 +248,7 @@ class TierHeader(msgspec.Struct, frozen=True):
     policy: str
     capacity: int
     seed: int = 0
+    params: dict[str, float | str | bool] = {}
 
 
 class Header(msgspec.Struct, frozen=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import difflib
 import importlib
 import logging
@@ -26,6 +27,7 @@ BUILT_IN = {
     "lfu": "tiermem.policies.lfu:LFU",
     "lfuda": "tiermem.policies.lfu:LFUDA",
     "lru": "tiermem.policies.lru:LRU",
+    "retained": "tiermem.policies.retention:Retained",
     "s3fifo": "tiermem.policies.s3fifo:S3FIFO",
     "sieve": "tiermem.policies.sieve:Sieve",
     "wtinylfu": "tiermem.policies.wtinylfu:WTinyLFU",
@@ -45,9 +47,12 @@ def load(
 ) -> Eviction:
     """An instance of the policy called `name` for a tier of `capacity` units.
 
-    params: further arguments of its constructor. Raises BadPolicy, naming the nearest known name,
-    or what is wrong with the class.
+    params: further arguments of its constructor, which may also stand within the name, as in
+    "s3fifo(small=0.2)". Raises BadPolicy, naming the nearest known name, or what is wrong with
+    the class.
     """
+    name, within = parse(name)
+    params = {**within, **(params or {})}
     cls = find(name)
     make = cast(Callable[..., Eviction], cls)
     if name in FREEZES:
@@ -55,18 +60,32 @@ def load(
             "policy=%s freezes on dead sessions: for comparison only; use classq or lru", name
         )
     try:
-        policy = make(capacity, seed, **(params or {}))
+        policy = make(capacity, seed, **params)
     except (TypeError, ValueError) as error:
         raise BadPolicy(
-            f"policy {name!r}: {cls.__name__}({capacity}, {seed}, {dict(params or {})}) "
-            f"failed: {error}"
+            f"policy {name!r}: {cls.__name__}({capacity}, {seed}, {params}) failed: {error}"
         ) from error
     _check(name, policy)
     return policy
 
 
+def parse(text: str) -> tuple[str, dict[str, object]]:
+    """Name and arguments of "s3fifo(small=0.2,promote=1)"; raises BadPolicy."""
+    name, opened, rest = text.partition("(")
+    if not opened:
+        return text, {}
+    try:
+        call = ast.parse(f"f({rest}", mode="eval").body
+        if not isinstance(call, ast.Call) or call.args:
+            raise ValueError("write name(key=value, ...)")
+        return name, {word.arg or "": ast.literal_eval(word.value) for word in call.keywords}
+    except (SyntaxError, ValueError) as error:
+        raise BadPolicy(f"policy {text!r}: arguments cannot be read: {error}") from None
+
+
 def find(name: str) -> type[Eviction]:
-    """The class behind a name; raises BadPolicy."""
+    """The class behind a name, arguments left out; raises BadPolicy."""
+    name = parse(name)[0]
     where = BUILT_IN.get(name)
     if where is None and ":" in name:
         where = name
