@@ -113,14 +113,16 @@ class EmulatedDevice:
 
     def park(self, frames: Slots) -> None:
         self._refuse_closed()
-        shown = self._window.shown(frames)
-        if shown.any():
-            raise DriverError(f"park: frame {frames[shown][0]} is shown; hide it first")
-        self._frames.park(frames)
+        with self._window.quiet():
+            shown = self._window.shown(frames)
+            if shown.any():
+                raise DriverError(f"park: frame {frames[shown][0]} is shown; hide it first")
+            self._frames.park(frames)
 
     def back(self, frames: Slots) -> None:
         self._refuse_closed()
-        self._frames.back(frames)
+        with self._window.quiet():
+            self._frames.back(frames)
 
     def _refuse_closed(self) -> None:
         if self._closed:

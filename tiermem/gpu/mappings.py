@@ -11,15 +11,13 @@ import mmap
 import os
 from pathlib import Path
 
-import numpy as np
-
 from tiermem.errors import DriverError
 from tiermem.native import Calls, Failure, Kind, Program, function, group
 
 PAGE = mmap.PAGESIZE
 HUGE = 2 << 20
 NO_ACCESS, READ, READ_WRITE = 0, mmap.PROT_READ, mmap.PROT_READ | mmap.PROT_WRITE
-_FIXED, _NORESERVE, _POPULATE = 0x10, 0x4000, 0x8000
+_FIXED, _NORESERVE = 0x10, 0x4000
 _ABSENT_FLAGS = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NORESERVE
 _PUNCH_HOLE_KEEP_SIZE = 0x03
 _MADV_HUGEPAGE = 14
@@ -41,7 +39,7 @@ def reserve(nbytes: int, align: int, protection: int = NO_ACCESS) -> int:
 def unmap(address: int, nbytes: int) -> None:
     """Give addresses back, whatever they show; nothing happens for 0 bytes."""
     if nbytes:
-        _made(unmapped(address, nbytes), "munmap")
+        _made(group(_MUNMAP, Kind.INT, address, nbytes), "munmap")
 
 
 def alias(address: int, fd: int, nbytes: int, *, huge: bool) -> None:
@@ -55,27 +53,6 @@ def alias(address: int, fd: int, nbytes: int, *, huge: bool) -> None:
 def punch(fd: int, offset: int, nbytes: int) -> None:
     """Give the memory behind a part of a memory file back; it reads as zeros."""
     _made(group(_FALLOCATE, Kind.INT, fd, _PUNCH_HOLE_KEEP_SIZE, offset, nbytes), "fallocate")
-
-
-def shown(fd: int, nbytes: int, n: int) -> Calls:
-    """n calls that map `nbytes` of a file; the caller fills addresses (0) and offsets (5) in.
-
-    Populated, so that what is shown can be used at once, as on a GPU: 2 MiB cost 240 us to show
-    and 20 to touch instead of 5 and 1,060 (64 KiB: 20 and 0.2 instead of 7 and 40; 2-core).
-    """
-    flags = mmap.MAP_SHARED | _FIXED | _POPULATE
-    return group(_MMAP, Kind.POINTER, np.zeros(n, np.uint64), nbytes, READ_WRITE, flags, fd, 0)
-
-
-def hidden(nbytes: int, n: int, protection: int) -> Calls:
-    """n calls that put nothing at `nbytes` of addresses; the caller fills addresses (0) in."""
-    flags = _ABSENT_FLAGS | _FIXED
-    return group(_MMAP, Kind.POINTER, np.zeros(n, np.uint64), nbytes, protection, flags, -1, 0)
-
-
-def unmapped(address: int, nbytes: int) -> Calls:
-    """The call that gives addresses back."""
-    return group(_MUNMAP, Kind.INT, address, nbytes)
 
 
 def explain(failure: Failure, what: str = "map") -> DriverError:
