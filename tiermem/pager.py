@@ -168,7 +168,6 @@ class Pager:
         """Settle every flight that has ended; how many did."""
         with self.lock:
             ended = self._settle_ended()
-            self._todo.extend(self.planner.settle_idle())
         self._start()
         return ended
 
@@ -250,6 +249,7 @@ class Pager:
         ended = [f for f in self._flights.values() if f.ready()] if self._flights else []
         for flight in ended:
             self._settle(flight)
+        self._todo.extend(self.planner.settle_idle())
         return len(ended)
 
     def _settle(self, flight: Flight) -> None:

@@ -216,8 +216,9 @@ class Region:
                 raise PageInUse(f"region {self.name}: {pinned} pages are pinned; leave their use()")
             self._closed = True
         self._pager.drain()
-        self._pager.decide(lambda: planner.forget(mine, self._space.now()))
-        self._pager.drain()
+        for _ in range(2):  # pages that queued work still touches show their frames until then
+            self._pager.decide(lambda: planner.forget(mine, self._space.now()))
+            self._pager.drain()
         self._space.device.release(self.address, self.nbytes)
 
     def __enter__(self) -> Region:
