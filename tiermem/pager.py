@@ -157,8 +157,8 @@ class Pager:
             self._settle_ended()
             plans = verb()
             self._todo.extend(plans)
+        self._start()
         if plans:
-            self._start()
             self._wake()
         return len(plans)
 
