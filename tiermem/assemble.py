@@ -5,14 +5,25 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
+from tiermem import units
 from tiermem.config import Capacities, Config
-from tiermem.errors import ConfigError, DriverError
+from tiermem.errors import ConfigError, DriverError, TierFull
 from tiermem.tier import Device, Memory, Place, Route, Tier
+
+if TYPE_CHECKING:
+    from tiermem.host.pinned import Register
+    from tiermem.nvme.posix import DiskThreads
 
 CPU_PAGE = 2 << 20
 CPU_SHARE = 0.25
 """Of the memory that this process may use: what a fraction in gpu.budget means on the CPU."""
+
+RING_SLOTS = 64
+"""With 64 slots of 2 MiB a load through the ring runs at the drive's rate (tests of `nvme/bounce`
+on an H200 machine, 2026-11)."""
+RING_WAIT_S = 60.0
 
 
 @dataclass(slots=True)
@@ -40,8 +51,9 @@ def assemble(config: Config) -> Parts:
     parts = _cuda(config, available) if on_gpu(config) else _cpu(config, available)
     parts.tiers[Place.GPU] = parts.device.frames
     try:
+        ring_slots = _ring_slots(config, parts)
         _add_host(config, parts)
-        _add_nvme(config, parts)
+        _add_nvme(config, parts, ring_slots)
     except BaseException:
         parts.close()
         raise
@@ -111,14 +123,13 @@ def _slots(sizes: Capacities, page: int) -> dict[Place, int]:
 
 def _add_host(config: Config, parts: Parts) -> None:
     from tiermem.host import limits
-    from tiermem.host.pinned import HostPool, Register
+    from tiermem.host.pinned import HostPool
 
     capacity = parts.capacities[Place.HOST]
     if not capacity:
         return
     device = parts.device
-    pin = getattr(device, "register", None)
-    register = Register(pin, device.unregister) if pin is not None else None  # type: ignore[attr-defined]
+    register = _register(device)
     limits.check(capacity * device.page_bytes)
     host = HostPool(device.page_bytes, capacity, register=register)
     parts.closers.append(host.close)
@@ -128,7 +139,15 @@ def _add_host(config: Config, parts: Parts) -> None:
     _add_route(parts, up, "copy engine" if register else "memory copy")
 
 
-def _add_nvme(config: Config, parts: Parts) -> None:
+def _register(device: Device) -> Register | None:
+    """How host memory is pinned for the device; None where nothing needs to be."""
+    from tiermem.host.pinned import Register
+
+    pin = getattr(device, "register", None)
+    return None if pin is None else Register(pin, device.unregister)  # type: ignore[attr-defined]
+
+
+def _add_nvme(config: Config, parts: Parts, ring_slots: int) -> None:
     from tiermem.nvme.posix import DiskThreads, PosixRoute
     from tiermem.nvme.slab import Slab
 
@@ -156,10 +175,57 @@ def _add_nvme(config: Config, parts: Parts) -> None:
             "nvme.path is set and host.capacity is 0: a GPU reaches the drive through the host "
             "pool; give it some capacity"
         )
+    if ring_slots:
+        _add_bounced(parts, threads, ring_slots)
     for memory in memories:
         streams = device.streams if memory.place == Place.GPU else None
         for src, dst in ((memory.place, Place.NVME), (Place.NVME, memory.place)):
             _add_route(parts, PosixRoute(threads, memory, src, dst, streams), "O_DIRECT threads")
+
+
+def _ring_slots(config: Config, parts: Parts) -> int:
+    """Slots of each of the two rings between a GPU and its drive: a part of host.capacity."""
+    host = parts.capacities[Place.HOST]
+    if parts.device.torch_device == "cpu" or not (parts.capacities[Place.NVME] and host):
+        return 0
+    slots = min(RING_SLOTS, host // 8)
+    if not slots:
+        raise ConfigError(
+            f"host.capacity = {units.format_exactly(config.host.capacity)}: {host} pages; with an "
+            "NVMe tier at least 8, because bytes cross between GPU and drive through some of them"
+        )
+    parts.capacities[Place.HOST] = host - 2 * slots
+    return slots
+
+
+def _add_bounced(parts: Parts, threads: DiskThreads, slots: int) -> None:
+    """GPU to drive and back, each through a ring of pinned slots of its own.
+
+    A page on the drive comes up without a slot of the host tier, so a full one is not in its way.
+    """
+    from tiermem.host.pinned import HostPool
+    from tiermem.nvme.bounce import BouncedRoute
+
+    device = parts.device
+    rings = []
+    for _ in range(2):
+        ring = HostPool(device.page_bytes, slots, register=_register(device))
+        parts.closers.append(ring.close)
+        rings.append(ring)
+    for ring in rings:
+        if not ring.wait_ready(slots, RING_WAIT_S):
+            raise TierFull(f"host: no pinned memory for {slots} pages on the way to the drive")
+    down, up = rings
+    legs: list[Route] = [
+        device.routes(down)[0],
+        threads.routes(down)[0],
+        threads.routes(up)[1],
+        device.routes(up)[1],
+    ]
+    parts.closers += [leg.close for leg in legs]
+    path = "O_DIRECT threads, pinned ring, copy engine"
+    _add_route(parts, BouncedRoute(legs[0], legs[1], down), path)
+    _add_route(parts, BouncedRoute(legs[2], legs[3], up), path)
 
 
 def _add_route(parts: Parts, route: Route, path: str) -> None:
