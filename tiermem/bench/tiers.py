@@ -222,6 +222,18 @@ def tiered(
     progress: Callable[[int], None] | None = None,
 ) -> TierRow:
     """Replay on three tiers with one policy for GPU and host memory."""
+    return timed(workload, name, capacities, costs, features, progress)[0]
+
+
+def timed(
+    workload: Workload,
+    name: str,
+    capacities: Sequence[int],
+    costs: Costs,
+    features: bool = True,
+    progress: Callable[[int], None] | None = None,
+) -> tuple[TierRow, npt.NDArray[np.float64]]:
+    """The same, with each request's time to the first token in s."""
     names = (name, name, costs.nvme_policy)
     policies = [load(each, max(1, size)) for each, size in zip(names, capacities, strict=True)]
     tiers = Tiers(workload.distinct, capacities, policies, costs)
@@ -245,7 +257,7 @@ def tiered(
             progress(request)
     ttft = first_token_s(workload.time_ms / 1000, stall, compute, costs)
     p50, p90, p99 = (float(x) for x in np.percentile(ttft, (50, 90, 99)))
-    return TierRow(
+    row = TierRow(
         policy=name, capacity_blocks=(capacities[0], capacities[1], capacities[2]),
         accesses=workload.accesses,
         gpu_hits=hits[Place.GPU], host_hits=hits[Place.HOST], nvme_hits=hits[Place.NVME],
@@ -255,6 +267,7 @@ def tiered(
         nvme_written_blocks=tiers.written, nvme_written_bytes=tiers.written * costs.page_bytes,
         nvme_refused_blocks=tiers.refused,
     )  # fmt: skip
+    return row, ttft
 
 
 def load_s(run: npt.NDArray[np.uint8], costs: Costs) -> float:
