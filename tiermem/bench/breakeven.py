@@ -121,7 +121,11 @@ def sources(found: Result) -> tuple[Source, ...]:
     Without a row from NVMe to the GPU, reading into host memory stands for it: the copy that
     follows overlaps with the reads and is the faster of the two.
     """
-    plain = [row for row in found.rows if row.direction == "one-way" and not row.beside]
+    plain = [
+        row
+        for row in found.rows
+        if row.direction == "one-way" and not row.beside and row.work != "ceiling"
+    ]
     wanted = {"host": [("host", "gpu")], "NVMe": [("nvme", "gpu"), ("nvme", "host")]}
     best: list[Source] = []
     for name, ends in wanted.items():

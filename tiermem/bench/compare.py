@@ -106,7 +106,7 @@ def _kinds(row: Row) -> Hashable:
 
 def _sizes_apart(row: Row) -> Hashable:
     ends = (words.kind(row.src), words.kind(row.dst))
-    return (row.route, *ends, row.direction, row.gpus, row.beside)
+    return (row.route, *ends, row.direction, row.gpus, row.beside, row.work)
 
 
 def _join(

@@ -61,6 +61,7 @@ def html(found: Result, title: str = "Offload benchmark") -> str:
             _machine(found),
             "<h2>Every measurement</h2>",
             _table(found.rows),
+            *_figures(found),
         ]
     )
     return (
@@ -96,7 +97,7 @@ def _warnings(found: Result) -> Iterator[str]:
 
 
 def _plain(row: Row) -> bool:
-    return row.direction == "one-way" and not row.beside and row.gpus == 1
+    return row.direction == "one-way" and not row.beside and not row.work and row.gpus == 1
 
 
 def best(rows: Iterable[Row], name: Callable[[Row], str]) -> dict[str, Row]:
@@ -237,6 +238,24 @@ def _table(rows: Sequence[Row]) -> str:
     head = line((name for name, _ in COLUMNS), "th")
     body = "\n".join(line((cell(row) for _, cell in COLUMNS), "td") for row in rows)
     return f'<div class="wide"><table><thead>{head}</thead><tbody>{body}</tbody></table></div>'
+
+
+def _figures(found: Result) -> Iterator[str]:
+    """What is no rate: driver calls, faults, allocations."""
+    if not found.figures:
+        return
+    lines = (
+        f'<tr><td>{escape(name)}</td><td class="n">{figure.median:,.2f}</td>'
+        f'<td class="n">{figure.p99:,.2f}</td><td>{escape(figure.unit)}</td>'
+        f'<td class="n">{figure.n}</td></tr>'
+        for name, figure in found.figures.items()
+    )
+    yield "<h2>Calls, faults, allocations</h2>"
+    yield (
+        '<div class="wide"><table><thead><tr><th>what</th><th class="n">median</th>'
+        '<th class="n">p99</th><th>unit</th><th class="n">n</th></tr></thead>'
+        f"<tbody>{''.join(lines)}</tbody></table></div>"
+    )
 
 
 def command(

@@ -19,6 +19,7 @@ from tiermem.errors import TierMemError
 __all__ = [
     "SCHEMA",
     "BadResult",
+    "Figure",
     "Machine",
     "PageTime",
     "Result",
@@ -33,6 +34,7 @@ SCHEMA = "tiermem.offload.v1"
 
 Direction = Literal["one-way", "both"]
 Beside = Literal["", "python-thread", "disk"]
+Work = Literal["", "ceiling", "evict", "load", "load-ahead", "steal", "steal-ahead", "swap"]
 
 
 class BadResult(TierMemError):
@@ -68,8 +70,24 @@ class PageTime(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     p99: float
 
 
+class Figure(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A measured figure that is no rate of a route: what a call, a fault or an allocation takes."""
+
+    unit: str
+    """us, us/page, percent, GiB, GiB/s."""
+    n: int
+    median: float
+    p99: float
+
+    @classmethod
+    def of(cls, unit: str, samples: Sequence[float]) -> Figure:
+        """Summarise samples; at least one."""
+        median, p99 = (float(x) for x in np.percentile(samples, (50, 99)))
+        return cls(unit, len(samples), median, p99)
+
+
 class Row(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """One measured combination. `route` to `beside` name it; no two rows of a file share a name."""
+    """One measured combination. `route` to `work` name it; no two rows of a file share a name."""
 
     route: str
     """Tiers in the order of travel (host-gpu, gpu-host, nvme-host, ..., gpu-gpu), or in-place."""
@@ -78,18 +96,22 @@ class Row(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True)
     dst: str
     page_bytes: int
     group: int
-    """Pages in one batched call (copies), or operations in flight (disk)."""
+    """Pages in one batched call (copies; several calls are in flight), operations in flight
+    (disk), pages that are asked for at once (through the pager). 1: one page, waited for."""
     direction: Direction = "one-way"
     """both: the other way runs at the same time, and the rate is the sum of the two."""
     gpus: int = 1
     """GPUs that work at once; the rate is the sum over all of them."""
     beside: Beside = ""
     """What else runs meanwhile: a busy Python thread, or the disk."""
+    work: Work = ""
+    """Nothing: the route alone. ceiling: one large copy. Else work through the whole pager."""
     gbps: Spread
     page_us: PageTime | None = None
     cpu_s_per_gib: float | None = None
     percent_of_link: float | None = None
-    """100 x median / usable rate of the negotiated link; None where the link is not known."""
+    """100 x median / usable rate of the negotiated link (of both its directions where direction
+    is both, of all links where gpus > 1); None where the link is not known."""
     relation: str = "unknown"
     """PIX, PXB, PHB, NODE, SYS or NVLink between the two ends (`tiermem topo`)."""
     path: str = ""
@@ -110,6 +132,8 @@ class Result(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     machine: Machine
     rows: tuple[Row, ...]
     notes: tuple[str, ...] = ()
+    figures: dict[str, Figure] = {}
+    """By name, what is no row; docs/benchmarks.md lists the names."""
 
 
 def read(path: Path) -> Result:
@@ -141,7 +165,7 @@ def write(result: Result, path: Path) -> None:
         part.unlink(missing_ok=True)
 
 
-Key = tuple[str, str, str, int, int, str, int, str]
+Key = tuple[str, str, str, int, int, str, int, str, str]
 
 
 def key(row: Row) -> Key:
@@ -155,6 +179,7 @@ def key(row: Row) -> Key:
         row.direction,
         row.gpus,
         row.beside,
+        row.work,
     )
 
 

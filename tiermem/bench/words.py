@@ -26,10 +26,12 @@ def kind(end: str) -> str:
 
 
 def conditions(row: Row) -> str:
-    """What else names the row: both ways, 2 GPUs, beside the disk."""
+    """What else names the row: both ways, pager: steal, 2 GPUs, beside the disk."""
     parts = []
     if row.direction == "both":
         parts.append("both ways")
+    if row.work:
+        parts.append("one large copy" if row.work == "ceiling" else f"pager: {row.work}")
     if row.gpus > 1:
         parts.append(f"{row.gpus} GPUs")
     if row.beside:
