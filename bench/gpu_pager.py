@@ -37,15 +37,20 @@ def shapes(device: str) -> dict[str, Shape]:
     return {"2MiB": Shape(device, 2 * MIB, 4096), "8MiB": Shape(device, 8 * MIB, 2048)}
 
 
+def gbps(laps: list[paging.Lap]) -> list[float]:
+    return [lap.gbps for lap in laps]
+
+
 def streams(device: str) -> dict[str, object]:
     """Evict, load, steal and swap, quiet and beside one thread of pure Python (GB/s)."""
     found: dict[str, object] = {}
     for name, shape in shapes(device).items():
         for work in (paging.evict, paging.load, paging.steal, paging.swap):
             key = f"{work.__name__}_{name}_gbps"
-            found[key] = work(shape, ROUNDS)
+            found[key] = gbps(work(shape, ROUNDS))
         for work in (paging.load, paging.steal):
-            found[f"{work.__name__}_ahead_{name}_gbps"] = work(shape, ROUNDS, paging.AHEAD)
+            key = f"{work.__name__}_ahead_{name}_gbps"
+            found[key] = gbps(work(shape, ROUNDS, paging.AHEAD))
     return found
 
 
@@ -53,8 +58,8 @@ def busy(device: str) -> dict[str, object]:
     found: dict[str, object] = {}
     for name, shape in shapes(device).items():
         for work in (paging.evict, paging.load, paging.steal, paging.swap):
-            rates, lost = paging.beside_python(lambda w=work, s=shape: w(s, ROUNDS))
-            found[f"{work.__name__}_{name}_gbps"] = rates
+            laps, lost = paging.beside_python(lambda w=work, s=shape: w(s, ROUNDS))
+            found[f"{work.__name__}_{name}_gbps"] = gbps(laps)
             found[f"{work.__name__}_{name}_thread_lost_percent"] = [lost]
     return found
 
@@ -77,7 +82,7 @@ def window(device: str) -> dict[str, object]:
 
 def allocate(device: str) -> dict[str, object]:
     found: dict[str, object] = {}
-    name, shape = next(iter(shapes(device).items()))
+    shape = next(iter(shapes(device).values()))
     shape = Shape(shape.device, shape.page_bytes, 4096)
     for hide, sizes in (("eager", (1, 64, 512)), ("lazy", (1, 512, 4096))):
         for n in sizes:

@@ -11,30 +11,62 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
-from tiermem.config import Config, Gpu, Host
+from tiermem.config import Config, Gpu, Host, Nvme
 from tiermem.region import Pages, Region
 from tiermem.space import Space
 from tiermem.tier import Fence
 
 GROUP = 64
+RING = 16  # pinned slots each way between a GPU and its drive, where the host tier is small
 AHEAD = 4  # groups that a scenario asks for before it needs them, as a scheduler's queue would
 
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """What to measure on: page size, and pages of the working set."""
+    """What to measure on: page size, pages of the working set, pages asked for at once.
+
+    nvme: a directory; pages then leave the GPU for a drive instead of host memory.
+    """
 
     device: str
     page_bytes: int
     pages: int
     guard: bool = False
+    group: int = GROUP
+    nvme: Path | None = None
 
     @property
     def nbytes(self) -> int:
         return self.page_bytes * self.pages
+
+
+@dataclass(frozen=True, slots=True)
+class Lap:
+    """One measured round: bytes moved, and what that took of wall clock and of processors."""
+
+    nbytes: int
+    took_s: float
+    cpu_s: float
+
+    @property
+    def gbps(self) -> float:
+        return self.nbytes / self.took_s / 1e9
+
+
+class Watch:
+    """Starts when it is made."""
+
+    def __init__(self) -> None:
+        self._cpu = time.process_time()
+        self._wall = time.perf_counter()
+
+    def lap(self, nbytes: int) -> Lap:
+        took_s = time.perf_counter() - self._wall
+        return Lap(nbytes, took_s, time.process_time() - self._cpu)
 
 
 class Rig:
@@ -47,17 +79,18 @@ class Rig:
                 device=shape.device, budget=size, page=page, high=1.0, low=1.0,
                 hide=hide, guard=shape.guard,
             ),
-            host=Host(capacity=2 * shape.nbytes + 64 * page, high=1.0, low=1.0),
+            host=_host(shape),
+            nvme=_nvme(shape),
         )  # fmt: skip
         self.shape = shape
         self.space = Space.open(config)
-        self.wait_host()
+        self.wait_ready()
         self.stream = _stream(self.space)
         self.a = self.space.reserve(shape.nbytes, name="a")
         self.b = self.space.reserve(shape.nbytes, name="b")
 
-    def wait_host(self) -> None:
-        """Wait until the host pool is whole: its growth is measured elsewhere."""
+    def wait_ready(self) -> None:
+        """Wait until host pool and slab are whole: their growth is measured elsewhere."""
         while any(t.capacity < t.configured for t in self.space.statistics().tiers):
             time.sleep(0.01)
 
@@ -70,15 +103,15 @@ class Rig:
     def fill(self, region: Region) -> list[Pages]:
         """Allocate a region's pages in groups, resident and dirty."""
         groups = []
-        for _ in range(self.shape.pages // GROUP):
-            pages = region.allocate(GROUP)
+        for _ in range(self.shape.pages // self.shape.group):
+            pages = region.allocate(self.shape.group)
             with region.use(pages, "write"):
                 pass
             groups.append(pages)
         return groups
 
     def down(self, region: Region, groups: Sequence[Pages]) -> None:
-        """Move groups to the host and wait for it."""
+        """Move groups to the tier below and wait for it."""
         for pages in groups:
             region.hint(pages, "cold")
         self.space.drain()
@@ -102,58 +135,58 @@ def rig(shape: Shape, frames: int, hide: str = "lazy") -> Iterator[Rig]:
         made.close()
 
 
-def evict(shape: Shape, rounds: int) -> list[float]:
-    """GB/s of a dirty working set going to the host, frames retired."""
-    rates = []
+def evict(shape: Shape, rounds: int) -> list[Lap]:
+    """A dirty working set going to the host, frames retired."""
+    laps = []
     with rig(shape, shape.pages) as r:
         groups = r.fill(r.a)
         for _ in range(rounds + 1):
-            start = time.perf_counter()
+            watch = Watch()
             r.down(r.a, groups)
-            rates.append(_gbps(shape.nbytes, start))
+            laps.append(watch.lap(shape.nbytes))
             r.dirty(r.a, groups)  # frames are taken back, spares dropped
-    return rates[1:]
+    return laps[1:]
 
 
-def load(shape: Shape, rounds: int, ahead: int = 0) -> list[float]:
-    """GB/s of demand loads from the host into free frames (hidden at once on leaving).
+def load(shape: Shape, rounds: int, ahead: int = 0) -> list[Lap]:
+    """Demand loads from the host into free frames (hidden at once on leaving).
 
     ahead: groups that are hinted before they are used.
     """
-    rates = []
+    laps = []
     with rig(shape, shape.pages, hide="eager") as r:
         groups = r.fill(r.a)
         for _ in range(rounds + 1):
             r.dirty(r.a, groups)
             r.down(r.a, groups)
-            rates.append(_use_all(r, r.a, groups, ahead))
-    return rates[1:]
+            laps.append(_use_all(r, r.a, groups, ahead))
+    return laps[1:]
 
 
-def steal(shape: Shape, rounds: int, ahead: int = 0) -> list[float]:
-    """GB/s of demand loads each of which steals retired frames of another region."""
-    rates = []
+def steal(shape: Shape, rounds: int, ahead: int = 0) -> list[Lap]:
+    """Demand loads each of which steals retired frames of another region."""
+    laps = []
     with rig(shape, shape.pages) as r:
-        here, there = (r.a, r.fill(r.a)), (r.b, [])
+        here = (r.a, r.fill(r.a))
         r.down(*here)
         there = (r.b, r.fill(r.b))
         for _ in range(2 * rounds + 1):
             r.down(*there)
-            rates.append(_use_all(r, *here, ahead))
+            laps.append(_use_all(r, *here, ahead))
             here, there = there, here
-    return rates[1:]
+    return laps[1:]
 
 
-def swap(shape: Shape, rounds: int) -> list[float]:
-    """GB/s, both ways together, of one dirty region leaving while another comes."""
-    rates = []
-    with rig(shape, shape.pages + AHEAD * GROUP) as r:
-        here, there = (r.a, r.fill(r.a)), (r.b, [])
+def swap(shape: Shape, rounds: int) -> list[Lap]:
+    """One dirty region leaving while another comes; bytes of both ways."""
+    laps = []
+    with rig(shape, shape.pages + AHEAD * shape.group) as r:
+        here = (r.a, r.fill(r.a))
         r.down(*here)
         there = (r.b, r.fill(r.b))
         for _ in range(rounds + 1):
             r.dirty(*there)
-            start = time.perf_counter()
+            watch = Watch()
             for i, pages in enumerate(here[1]):
                 ahead = there[1][i : i + 1] if i else there[1][: AHEAD + 1]
                 for leaving in ahead if not i else there[1][i + AHEAD : i + AHEAD + 1]:
@@ -161,10 +194,10 @@ def swap(shape: Shape, rounds: int) -> list[float]:
                 with here[0].use(pages, "read", r.stream):
                     pass
             r.sync()
-            rates.append(_gbps(2 * shape.nbytes, start))
+            laps.append(watch.lap(2 * shape.nbytes))
             r.space.drain()
             here, there = there, here
-    return rates[1:]
+    return laps[1:]
 
 
 def fault_us(shape: Shape, n: int, stealing: bool) -> list[float]:
@@ -186,27 +219,28 @@ def fault_us(shape: Shape, n: int, stealing: bool) -> list[float]:
 
 
 def window_us(shape: Shape, rounds: int) -> tuple[list[float], list[float]]:
-    """us a page of showing and of hiding groups of 64, several groups in flight."""
+    """us a page of showing and of hiding groups of pages, several groups in flight."""
     shows, hides = [], []
     with rig(shape, shape.pages) as r:
-        device, n = r.space.device, min(shape.pages, 8 * GROUP)
+        device, n = r.space.device, min(shape.pages, 8 * shape.group)
         start_address = device.reserve(n * shape.page_bytes)
         at = np.arange(n, dtype=np.uint64) * np.uint64(shape.page_bytes) + np.uint64(start_address)
         frames = np.arange(n, dtype=np.int32)
-        cuts = range(0, n, GROUP)
+        size = shape.group
+        groups = [(at[i : i + size], frames[i : i + size]) for i in range(0, n, size)]
         for _ in range(rounds + 1):
             start = time.perf_counter()
-            _end([device.window.show(at[i : i + GROUP], frames[i : i + GROUP]) for i in cuts])
+            _end([device.window.show(*group) for group in groups])
             shows.append((time.perf_counter() - start) / n * 1e6)
             start = time.perf_counter()
-            _end([device.window.hide(at[i : i + GROUP]) for i in cuts])
+            _end([device.window.hide(where) for where, _ in groups])
             hides.append((time.perf_counter() - start) / n * 1e6)
         device.release(start_address, n * shape.page_bytes)
     return shows[1:], hides[1:]
 
 
 def allocate_us(shape: Shape, n: int, rounds: int, hide: str) -> tuple[list[float], list[float]]:
-    """us to allocate n pages and to free them: eager shows and hides each, lazy finds them shown."""
+    """us to allocate n pages and to free them: eager shows and hides, lazy finds them shown."""
     allocates, frees = [], []
     with rig(shape, shape.pages, hide=hide) as r:
         for _ in range(rounds + 1):
@@ -247,18 +281,18 @@ class BusyThread:
         self.per_s = self._count / (time.perf_counter() - self._start)
 
 
-def beside_python(work: Callable[[], list[float]]) -> tuple[list[float], float]:
-    """Rates of `work` beside a busy Python thread, and the percent that this thread lost."""
+def beside_python(work: Callable[[], list[Lap]]) -> tuple[list[Lap], float]:
+    """Laps of `work` beside a busy Python thread, and the percent that this thread lost."""
     with BusyThread() as alone:
         time.sleep(1.0)
     with BusyThread() as beside:
-        rates = work()
-    return rates, 100.0 * (1.0 - beside.per_s / alone.per_s)
+        laps = work()
+    return laps, 100.0 * (1.0 - beside.per_s / alone.per_s)
 
 
-def _use_all(r: Rig, region: Region, groups: Sequence[Pages], ahead: int) -> float:
-    """GB/s from the first use until the stream may read the last page."""
-    start = time.perf_counter()
+def _use_all(r: Rig, region: Region, groups: Sequence[Pages], ahead: int) -> Lap:
+    """From the first use until the stream may read the last page."""
+    watch = Watch()
     for pages in groups[:ahead]:
         region.hint(pages, "soon")
     for i, pages in enumerate(groups):
@@ -267,9 +301,9 @@ def _use_all(r: Rig, region: Region, groups: Sequence[Pages], ahead: int) -> flo
         with region.use(pages, "read", r.stream):
             pass
     r.sync()
-    rate = _gbps(len(groups) * GROUP * r.shape.page_bytes, start)
+    lap = watch.lap(len(groups) * r.shape.group * r.shape.page_bytes)
     r.space.drain()
-    return rate
+    return lap
 
 
 def _end(dones: Sequence[object]) -> None:
@@ -278,8 +312,21 @@ def _end(dones: Sequence[object]) -> None:
         assert done.error is None, done.error  # type: ignore[attr-defined]
 
 
-def _gbps(nbytes: int, start: float) -> float:
-    return nbytes / (time.perf_counter() - start) / 1e9
+def _host(shape: Shape) -> Host:
+    """Room for two working sets; with a drive below, what the way there needs and no more."""
+    if shape.nvme is None:
+        size = 2 * shape.nbytes + 64 * shape.page_bytes
+        return Host(capacity=size, high=1.0, low=1.0)
+    if shape.device == "cpu":
+        return Host(capacity=0)
+    return Host(capacity=8 * RING * shape.page_bytes, high=0.05, low=0.0)
+
+
+def _nvme(shape: Shape) -> Nvme:
+    if shape.nvme is None:
+        return Nvme()
+    size = 2 * shape.nbytes + 64 * shape.page_bytes
+    return Nvme(path=shape.nvme, capacity=size, high=1.0, low=1.0)
 
 
 def _stream(space: Space) -> int:
