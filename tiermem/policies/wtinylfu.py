@@ -37,9 +37,13 @@ class WTinyLFU(EvictionBase):
 
     def coming(self, units: Ids, keys: Keys | None, now: int) -> None:
         self._announced = named(units, keys)
-        for name in self._announced:
-            self._absent[name] = self._absent.get(name, 0) + 1
-            self._tick(1)
+        names = self._announced
+        while names:
+            part, names = names[: self._sample - self._seen], names[self._sample - self._seen :]
+            absent = self._absent
+            for name in part:
+                absent[name] = absent.get(name, 0) + 1
+            self._tick(len(part))
 
     def inserted(self, units: Ids, parents: Ids, depths: Ids, keys: Keys | None, now: int) -> None:
         rows = self._queues.fit(units)
