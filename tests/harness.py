@@ -96,6 +96,7 @@ class Harness:
             routes=self.routes,
             zero=self._zero,
             addresses=lambda rows: rows.astype(np.uint64) * 100,
+            region_of=lambda rows: self.table.region[rows],
             on_gone=self._on_gone,
         )
         for pages, unit, tenant in regions:
@@ -107,6 +108,7 @@ class Harness:
         self.now = 0
         self.next_value = 1
         self.wrong: list[str] = []
+        self.refusal = ""  # the last
 
     # ------------------------------------------------------------ carrying out and settling
 
@@ -159,7 +161,7 @@ class Harness:
             self.observe()
             try:
                 request = self.planner.allocate(rows, self.now)
-            except TierFull:
+            except (TierFailed, TierFull):
                 return False
             self.carry(request.plans)
             if request.taken:
@@ -186,7 +188,8 @@ class Harness:
         for _ in range(50):
             try:
                 request = self.begin(units, access)
-            except (PageLost, TierFailed, TierFull):
+            except (PageLost, TierFailed, TierFull) as error:
+                self.refusal = str(error)
                 return False
             except NotOurs:
                 assert not set(self.rows(units).tolist()) <= self.alive, "an owned page is denied"
@@ -273,6 +276,8 @@ class Harness:
             values[row] = self.model.get(row)
 
         def kernel() -> None:
+            if Place.GPU in self.planner.failed_tiers:
+                return
             for row, value in values.items():
                 frame = self.window.shown.get(row * 100)
                 if frame is None:
@@ -298,8 +303,8 @@ class Harness:
             self.memories[Place.GPU].words[self.window.shown[row * 100]] = self.model[row]
 
     def verify(self, row: int) -> None:
-        if row not in self.model:
-            return
+        if row not in self.model or Place.GPU in self.planner.failed_tiers:
+            return  # a failed GPU serves nobody: work that waited for its loads never ran
         frame = self.window.shown.get(row * 100)
         if frame is None:
             self.wrong.append(f"page {row} shows nothing")

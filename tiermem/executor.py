@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from tiermem.errors import TierMemError
 from tiermem.plan import Copy, Drop, Hide, Outcome, Plan, Show, Step, Zero
@@ -32,6 +33,7 @@ from tiermem.tier import (
 log = logging.getLogger(__name__)
 
 OnGone = Callable[[Rows, str], None]
+Part = npt.NDArray[np.int64] | slice
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +112,33 @@ class Flight:
         return Outcome(self.plan.id, tuple(failed), error)
 
 
+class _Several:
+    """The Done of a step that took a call for each region: its pages failed where theirs did."""
+
+    def __init__(self, n: int, parts: list[npt.NDArray[np.int64]], dones: list[Done]) -> None:
+        self._n = n
+        self._parts = parts
+        self._dones = dones
+
+    @property
+    def error(self) -> Exception | None:
+        return next((done.error for done in self._dones if done.error is not None), None)
+
+    @property
+    def failed(self) -> Mask | None:
+        bad = np.zeros(self._n, np.bool_)
+        for part, done in zip(self._parts, self._dones, strict=True):
+            if done.error is not None:
+                bad[part] = True if done.failed is None else done.failed
+        return bad if bad.any() else None
+
+    def ready(self) -> bool:
+        return all(done.ready() for done in self._dones)
+
+    def wait(self, timeout_s: float | None = None) -> bool:
+        return all(done.wait(timeout_s) for done in self._dones)
+
+
 def _failed(step: Step, done: Done) -> Mask | None:
     if done.error is None and done.failed is None:
         return None
@@ -139,13 +168,15 @@ class Executor:
         routes: Mapping[tuple[Place, Place], Route],
         zero: Callable[[Slots], Done],
         addresses: Callable[[Rows], Addresses],
+        region_of: Callable[[Rows], npt.NDArray[np.uint16]],
         on_gone: OnGone,
     ) -> None:
-        """addresses: page rows to virtual addresses. on_gone: called before slots are reused."""
+        """addresses, region_of: of page rows. on_gone: called before slots are reused."""
         self._window = window
         self._routes = dict(routes)
         self._zero = zero
         self._addresses = addresses
+        self._region_of = region_of
         self._on_gone = on_gone
         self._meters = {key: _Meter() for key in self._routes}
         self.failed_callbacks = 0
@@ -178,15 +209,36 @@ class Executor:
                 route = self._routes[step.src, step.dst]
                 return route.submit(step.src_slots, step.dst_slots, step.after)
             case Show():
-                return self._window.show(self._addresses(step.pages), step.frames)
+                return self._by_region(
+                    step.pages,
+                    lambda part: self._window.show(
+                        self._addresses(step.pages[part]), step.frames[part]
+                    ),
+                )
             case Hide():
-                return self._window.hide(self._addresses(step.pages))
+                return self._by_region(
+                    step.pages, lambda part: self._window.hide(self._addresses(step.pages[part]))
+                )
             case Zero():
                 done = self._zero(step.frames)
                 done.wait()  # before a later step copies into the frame or shows it
                 return done
             case Drop():
                 return self._tell(step)
+
+    def _by_region(self, rows: Rows, call: Callable[[Part], Done]) -> Done:
+        """One call of the window for each region among the pages."""
+        regions = self._region_of(rows)
+        if (regions == regions[0]).all():
+            return call(slice(None))
+        parts = [np.flatnonzero(regions == region) for region in sorted(set(regions.tolist()))]
+        dones: list[Done] = []
+        for part in parts:
+            try:
+                dones.append(call(part))
+            except TierMemError as error:
+                dones.append(Finished(error))
+        return _Several(len(rows), parts, dones)
 
     def _tell(self, step: Drop) -> Done:
         try:

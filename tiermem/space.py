@@ -66,6 +66,7 @@ class Space:
             routes=parts.routes,
             zero=self._zero,
             addresses=self.addresses,
+            region_of=lambda rows: table.region[rows],
             on_gone=self._on_gone,
         )
         self.pager = Pager(

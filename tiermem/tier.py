@@ -147,7 +147,10 @@ class Route(Protocol):
 
 
 class Window(Protocol):
-    """Shows frames at page addresses. Calls take effect in the order in which they are made."""
+    """Shows frames at page addresses. Calls take effect in the order in which they are made.
+
+    The addresses of one call lie in one reservation.
+    """
 
     def show(self, addresses: Addresses, frames: Slots) -> Done:
         """Map frame frames[i] at addresses[i], whole and read-write. All or nothing.
