@@ -66,7 +66,11 @@ class Queues:
 
     def known(self, units: Ids) -> Ids:
         """The units that are in some queue, in the same order."""
-        inside = self.of[units] >= 0
+        try:
+            inside = self.of[units] >= 0
+        except IndexError:
+            units = units[units < len(self.of)]
+            inside = self.of[units] >= 0
         return units if inside.all() else units[inside]
 
     def append(self, queue: int, units: Ids) -> None:
@@ -125,7 +129,7 @@ class Queues:
                 self.of[unit] = -1
                 self.stamp[unit] = 0
             return
-        units = self.known(units[units < len(self.of)])
+        units = self.known(units)
         units = units if len(units) < 2 else np.unique(units)
         self._leave(self.of[units])
         self.of[units] = -1
