@@ -270,7 +270,7 @@ class PagerMachine(RuleBasedStateMachine):
         lost = len(self.h.gone)
         if not self.h.use([row], "read"):
             failed = Place.GPU in self.h.planner.failed_tiers
-            assert failed or len(self.h.gone) > lost, f"page {row} cannot be read"
+            assert failed or len(self.h.gone) > lost, f"page {row}: {self.h.refusal}"
 
     # ---------------------------------------------------------------- parts
 

@@ -17,7 +17,7 @@ from tiermem.errors import TierFailed
 from tiermem.plan import Copy, Drop, Hide, Plan, Request, Show, Step
 from tiermem.policies.base import Keys
 from tiermem.ranking import Ranking
-from tiermem.table import DOOMED, IS_HIDING, IS_RETIRED, STALE, PageTable, Rows
+from tiermem.table import DOOMED, IS_HIDING, IS_RETIRED, ORDERED, STALE, PageTable, Rows
 from tiermem.tier import AT_GPU, GPU, HOST, NVME, TIERS, Mask, Place, SlotPool, Slots
 
 _NO_ROWS = np.empty(0, np.int32)
@@ -218,6 +218,7 @@ class Books:
         rows = rows[table.to[rows] != 0]
         table.to[rows] = 0
         table.move[rows] = 0
+        table.flags[rows] &= ~ORDERED
 
     def _release_slots(self, rows: Rows, place: Place) -> None:
         if len(rows):
@@ -247,9 +248,12 @@ class Books:
         return leaving + int((self.table.at[self._doomed] == place).sum())
 
     def _mark(self, place: Place, which: Literal["high", "low"]) -> float:
-        pool = self.pools[place]
-        capacity = min(pool.capacity, self.limits.get(place, pool.capacity))
-        return float(getattr(self.marks[place], which) * capacity)
+        return float(getattr(self.marks[place], which) * self._allowed(place))
+
+    def _allowed(self, place: Place) -> int:
+        """Slots that may be used: those that there are, up to the limit."""
+        capacity = self.pools[place].capacity
+        return min(capacity, self.limits.get(place, capacity))
 
     def _cut(self, rows: Rows, n: int) -> tuple[Rows, Rows]:
         """(at most n pages, the rest), never cutting through a unit."""

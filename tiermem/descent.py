@@ -67,6 +67,11 @@ class Descent(Books):
                 break
         return plans
 
+    def _drop_ranked(self, place: Place, n: int, now: int) -> list[Plan]:
+        """Drop n pages of a tier, or somewhat more, as its policy ranks them."""
+        victims = self.rankings[place].victims(-(-n // self.table.max_unit_pages), now)
+        return self._drop(self.table.pages(victims), now, "evicted")
+
     def _leave(self, place: Place, rows: Rows, now: int) -> list[Plan]:
         match place:
             case Place.GPU:

@@ -261,10 +261,11 @@ class Planner(Descent):
         return plans
 
     def room(self) -> int:
-        """Pages that an allocation could get frames for: free, retired, or movable."""
+        """Pages that could get frames within the limit: free, retired, or movable ones."""
         pool = self.pools[GPU]
         owners = pool.owner[pool.owner >= 0]
-        return pool.free + pool.kept + int(self.table.movable(owners, GPU).sum())
+        over = pool.capacity - self._allowed(GPU)
+        return max(0, pool.free + pool.kept + int(self.table.movable(owners, GPU).sum()) - over)
 
     def is_doomed(self, rows: Rows) -> Mask:
         return np.asarray((self.table.flags[rows] & DOOMED) != 0)
@@ -484,7 +485,13 @@ class Planner(Descent):
         unread = rows[live & ~good]
         failed.update(unread.tolist())
         after = self._read_failed(unread, step.src, now)
-        return after + self._unshow(rows[~good], step.dst_slots[~good], unshown)
+        rest, frames = rows[~good], step.dst_slots[~good]
+        # Freed, and a stream that waited for this load has work on it: shown until that has ended.
+        used = (table.flags[rest] & DOOMED != 0) & ~table.fences.is_passed(table.fence[rest])
+        used &= ~np.isin(rest, unshown)
+        table.slot(GPU)[rest[used]] = frames[used]
+        table.shown[rest[used]] = IS_FRAME
+        return after + self._unshow(rest[~used], frames[~used], unshown)
 
     def _settle_blank(
         self, step: Show, plan_id: int, unshown: Rows, failed: set[int], now: int
@@ -523,30 +530,38 @@ class Planner(Descent):
 
         spare_us: pages of this request, which must not be evicted for it.
         """
-        pool = self.pools[GPU]
-        have = pool.free + self._stealable(spare_us)
+        have = self._available(spare_us)
         if have >= n:
             return True
         if GPU in self.failed_tiers:
             raise TierFailed("gpu: the tier has failed; reopen the space")
         self.table.pins[spare_us] += 1
         try:
-            if n > pool.capacity - self._pinned_frames():
+            if n > self._allowed(GPU) - self._pinned_frames():
                 self._refuse(n)
             short = n - have - self._coming()
             if short > 0:
                 request.plans += self._push_down(GPU, short, now)
+            if self._available(spare_us) >= n:
+                return not request.plans
+            request.fence = self.table.fences.point(self.table.fence[self._fenced()])
+            if not (self._open or request.fence.ticks or self.growing):
+                # All that could make room below is wanted here: the last tier is this one.
+                short = n - self._available(spare_us)
+                request.plans += self._drop_ranked(GPU, short, now)
         finally:
             self.table.pins[spare_us] -= 1
-        if pool.free + self._stealable(spare_us) >= n:
-            return not request.plans
         request.pending |= set(self._open)
         for plan_id in self._open:
             self._watch.setdefault(plan_id, []).append(request)
-        request.fence = self.table.fences.point(self.table.fence[self._fenced()])
         if not (request.pending or request.fence.ticks or self.growing):
             self._refuse(n)
         return False
+
+    def _available(self, spare_us: Rows) -> int:
+        """Frames that can be had now within the limit, without those that these pages return to."""
+        pool = self.pools[GPU]
+        return pool.free + self._stealable(spare_us) - pool.capacity + self._allowed(GPU)
 
     def _refuse(self, n: int) -> None:
         pool = self.pools[GPU]
@@ -557,7 +572,7 @@ class Planner(Descent):
         )
         raise TierFull(
             f"gpu: need {n} pages, {pool.free} free, {pool.kept} retired, "
-            f"{self._pinned_frames()} of {pool.capacity} pinned; {below}; "
+            f"{self._pinned_frames()} of {self._allowed(GPU)} pinned; {below}; "
             "use fewer pages at once, or raise gpu.budget"
         )
 
