@@ -50,6 +50,7 @@ class Race:
             routes=harness.routes,
             zero=lambda frames: Finished(),
             addresses=lambda rows: rows.astype(np.uint64) * 100,
+            region_of=lambda rows: harness.table.region[rows],
             on_gone=lambda rows, reason: None,
         )
         executor.harness = harness
