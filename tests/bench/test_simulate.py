@@ -12,7 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.policies.rules import RULES
-from tiermem.bench import fast, simulate
+from tiermem.bench import demo, fast, simulate
+from tiermem.bench.demo_setup import configuration
+from tiermem.bench.generate import generate
 from tiermem.bench.optimum import ceiling, optimum
 from tiermem.bench.replay import requests, stream
 from tiermem.bench.tiers import Costs, first_token_s, tiered
@@ -21,6 +23,7 @@ from tiermem.bench.workload import Workload, collect
 from tiermem.errors import BadPolicy, BadTrace, ConfigError
 from tiermem.policies import load, names
 from tiermem.policies.base import Candidates, EvictionBase, Ids
+from tiermem.space import Space
 from tiermem.trace import EventLog
 
 ONLINE = [name for name in names() if name != "belady"]
@@ -202,6 +205,30 @@ def test_a_recorded_log_names_the_same_victims_in_the_same_order(name: str, tmp_
     assert answers > 20
     (row,) = simulate.replay_log(path)
     assert (row.answers, row.same, row.first_difference) == (answers, answers, None)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name in ("arc", "classq") else pytest.mark.slow)
+        for name in ONLINE
+    ],
+)
+def test_the_log_of_a_space_names_the_same_victims_in_the_same_order(
+    name: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "space.jsonl"
+    options = {f"evict.{tier}": name for tier in ("gpu", "host", "nvme")}
+    sizes = {"gpu.budget": "2%", "host.capacity": "6%", "nvme.capacity": "20%"}
+    workload = collect(generate(requests=60))
+    slab = tmp_path / "slab"
+    config = configuration(None, {**options, **sizes, "trace.path": path}, workload, slab)
+    with Space.open(config) as space:
+        report = demo.run(space, workload, "test")
+    assert report.pages_wrong == 0
+    rows = simulate.replay_log(path)
+    assert {row.tier for row in rows if row.answers} == {"gpu", "host", "nvme"}
+    assert [row for row in rows if row.same != row.answers] == []
 
 
 def test_a_log_of_another_policy_is_told_apart(tmp_path: Path) -> None:

@@ -137,6 +137,7 @@ def log_victims(
 ) -> Iterator[tuple[Event, list[int]]]:
     """Drive `policy` with what the log tells of one tier: each recorded answer beside its own."""
     held: dict[int, None] = {}
+    replaced = False
     for event in events:
         if event.tier != tier:
             continue
@@ -161,4 +162,10 @@ def log_victims(
             policy.finished(units, facts, event.now)
         elif event.e == "victims":
             candidates = _Recorded(event.refused, held)
-            yield event, policy.victims(candidates, event.n, event.now).tolist()
+            answer = policy.victims(candidates, event.n, event.now).tolist()
+            if not replaced:
+                yield event, answer
+            replaced = False
+        elif event.e == "fallback":
+            # The pager refused the answer that comes next in the log; what stands there is its own.
+            replaced = True

@@ -280,7 +280,7 @@ def replay_log(path: Path, on_bad: traces.OnBad = "refuse") -> list[LogRow]:
     header, _ = traces.read_log(path, on_bad)
     rows = []
     for tier, head in header.tiers.items():
-        policy = load(head.policy, head.capacity, head.seed, head.params)
+        policy = load(head.policy, max(1, head.capacity), head.seed, head.params)
         answers = same = 0
         different: int | None = None
         for event, named in log_victims(traces.read_log(path, on_bad)[1], tier, policy):
