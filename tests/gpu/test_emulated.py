@@ -409,6 +409,51 @@ def test_calls_take_effect_in_the_order_in_which_threads_make_them(
     assert failures == []
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_random_groups_leave_what_a_plain_model_says(
+    device: EmulatedDevice, start: int, seed: int
+) -> None:
+    """Neighbours and strangers, in one group; one group in three has a flaw and changes nothing."""
+    draw, size = np.random.default_rng(seed), device.page_bytes
+    numbers = np.arange(16, dtype=np.int32)
+    for frame, alias in enumerate(device.frames.addresses(numbers).tolist()):
+        ctypes.memset(alias, frame, size)
+    model: dict[int, int] = {}
+    for _ in range(150):
+        first, n = int(draw.integers(48)), int(draw.integers(1, 13))
+        group = np.arange(first, first + n)
+        if draw.random() < 0.3:
+            draw.shuffle(group)
+        frames = np.arange(n, dtype=np.int32) + draw.integers(4)
+        if draw.random() < 0.3:
+            draw.shuffle(frames)
+        showing = draw.random() < 0.5
+        if draw.random() < 0.67:  # what can be done, else mostly refused
+            keep = np.array([(page in model) != showing for page in group.tolist()])
+            group, frames = group[keep], frames[keep]
+        elif showing and draw.random() < 0.5:
+            frames[-1] = 99
+        if not len(group):
+            continue
+        at = pages(device, start, *group.tolist())
+        right = all((page in model) != showing for page in group.tolist())
+        done = device.window.show(at, frames) if showing else device.window.hide(at)
+        assert done.wait(LONG_S)
+        assert (done.error is None) == (right and not (showing and 99 in frames))
+        if done.error is None and showing:
+            model.update(zip(group.tolist(), frames.tolist(), strict=True))
+        elif done.error is None:
+            for page in group.tolist():
+                del model[page]
+        ends = [(start + p * size, start + (p + 1) * size - 1, f) for p, f in model.items()]
+        for low, high, frame in ends:
+            assert ctypes.string_at(low, 1)[0] == ctypes.string_at(high, 1)[0] == frame
+    absent = [page for page in range(64) if page not in model]
+    at = pages(device, start, *absent)
+    finish(device.window.show(at, np.resize(numbers, len(absent))))
+    finish(device.window.hide(pages(device, start, *range(64))))
+
+
 def test_a_page_is_shown_by_the_calling_thread_when_nothing_is_queued(
     device: EmulatedDevice, start: int
 ) -> None:
