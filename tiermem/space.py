@@ -341,7 +341,7 @@ class Space:
     def _ranking(self, place: Place, table: PageTable) -> Ranking:
         policy = self._load_policy(place, self.config)
         record = self._log.write if self._log else None
-        return Ranking(place, policy, table, record, time.perf_counter)
+        return Ranking(place, policy, table, record, time.thread_time)
 
     def _load_policy(self, place: Place, config: Config) -> Eviction:
         name = getattr(config.evict, place.name.lower())

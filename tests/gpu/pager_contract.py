@@ -95,6 +95,7 @@ class PagerContract:
             host=Host(capacity=32 * self.page, high=1.0, low=1.0),
         )  # fmt: skip
         space = Space.open(config)
+        self.await_capacity(space, 32, Place.HOST)
         engine = self.engine_of(space)
         held = Held(space, engine)
         try:
@@ -238,8 +239,8 @@ class PagerContract:
             h.space.drain(LONG_S)
             h.space.check()
 
-    def await_capacity(self, space: Space, frames: int) -> None:
+    def await_capacity(self, space: Space, slots: int, place: Place = Place.GPU) -> None:
         stop = threading.Event()
-        while space.statistics().tier(Place.GPU).capacity != frames:
+        while space.statistics().tier(place).capacity != slots:
             stop.wait(0.001)
 
