@@ -133,7 +133,7 @@ def test_a_compiled_rule_equals_the_class_of_the_runtime_access_by_access(name: 
     for c in (9, 60):
         blocks, start = workload.blocks, workload.start
         hit = fast.hits(name, blocks, workload.distinct, c)
-        score = stream(workload, load(name, c), c)
+        score = stream(workload, load(name, c, offline=True), c)
         assert int(hit.sum()) == score.hits
         prefix = [hit[a:b].tolist() for a, b in pairwise(start)]
         assert score.prefix_hits == sum((h.index(0) if 0 in h else len(h)) for h in prefix)

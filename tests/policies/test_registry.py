@@ -23,6 +23,10 @@ def test_a_class_of_the_readers_own_is_loaded_by_module_and_class() -> None:
     [
         ("fifi", "did you mean 'fifo'"),
         ("zzzz", "known: "),
+        ("belady", "must be told the future"),
+        ("s3fifo(0.2)", "name\\(key=value"),
+        ("s3fifo(small=", "cannot be read"),
+        ("s3fifo(size=1)", "size"),
         ("no_such_module:Policy", "cannot import"),
         ("tiermem.policies.lru:Nothing", "cannot import"),
         (f"{__name__}:NOT_A_CLASS", "is a int, not a class"),

@@ -48,7 +48,7 @@ def as_workload(accesses: Sequence[int], length: int = 7) -> Workload:
 def test_a_policy_hits_as_often_as_its_rule_on_any_accesses(
     name: str, accesses: list[int], capacity: int
 ) -> None:
-    score = replay.stream(as_workload(accesses), load(name, capacity), capacity)
+    score = replay.stream(as_workload(accesses), load(name, capacity, offline=True), capacity)
     assert score.hits == RULES[name](accesses, capacity)
 
 
@@ -59,7 +59,7 @@ def test_a_policy_hits_as_often_as_its_rule_on_skewed_accesses(name: str) -> Non
         random.random(5000) < 0.7, random.zipf(1.3, 5000) % 500, random.integers(0, 2000, 5000)
     ).tolist()
     for capacity in (7, 130):
-        score = replay.stream(as_workload(accesses), load(name, capacity), capacity)
+        score = replay.stream(as_workload(accesses), load(name, capacity, offline=True), capacity)
         assert score.hits == RULES[name](accesses, capacity)
 
 
@@ -79,7 +79,7 @@ def test_a_policy_hits_as_often_as_its_rule_on_the_conversation_trace(
     name: str, percent: float, conversation: Workload
 ) -> None:
     capacity = conversation.capacity(percent)
-    score = replay.stream(conversation, load(name, capacity), capacity)
+    score = replay.stream(conversation, load(name, capacity, offline=True), capacity)
     assert score.hits == RULES[name](conversation.blocks.tolist(), capacity)
 
 

@@ -259,7 +259,8 @@ def simulate(
     elif mode == "request":
         score = requests(workload, load(name, capacity), capacity, features, progress)
     else:
-        score = stream(workload, load(name, capacity), capacity, features, progress)
+        policy = load(name, capacity, offline=True)
+        score = stream(workload, policy, capacity, features, progress)
     return Row(
         policy=name,
         mode=mode,

@@ -16,6 +16,7 @@ class Belady(EvictionBase):
     """Needs to be told the future: `expect` after every use. A simulator can, an engine cannot."""
 
     name: ClassVar[str] = "belady"
+    offline: ClassVar[bool] = True
 
     def __init__(self, capacity: int, seed: int = 0) -> None:
         super().__init__(capacity, seed)

@@ -43,17 +43,25 @@ def names() -> list[str]:
 
 
 def load(
-    name: str, capacity: int, seed: int = 0, params: Mapping[str, object] | None = None
+    name: str,
+    capacity: int,
+    seed: int = 0,
+    params: Mapping[str, object] | None = None,
+    offline: bool = False,
 ) -> Eviction:
     """An instance of the policy called `name` for a tier of `capacity` units.
 
     params: further arguments of its constructor, which may also stand within the name, as in
     "s3fifo(small=0.2)". Raises BadPolicy, naming the nearest known name, or what is wrong with
-    the class.
+    the class. offline: also policies that must be told the future.
     """
     name, within = parse(name)
     params = {**within, **(params or {})}
     cls = find(name)
+    if getattr(cls, "offline", False) and not offline:
+        raise BadPolicy(
+            f"policy {name!r} must be told the future: `tiermem simulate` without --tiers only"
+        )
     make = cast(Callable[..., Eviction], cls)
     if name in FREEZES:
         log.warning(
