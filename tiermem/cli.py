@@ -43,6 +43,10 @@ COMMANDS: Group = {
     "bench": {
         "offload": Command("tiermem.bench.offload", "Measure every route between the tiers."),
         "nvme": Command("tiermem.bench.nvme", "Measure the NVMe tier against fio."),
+        "breakeven": Command(
+            "tiermem.bench.breakeven", "From how many tokens on loading beats computing."
+        ),
+        "report": Command("tiermem.bench.report", "Write a result as one HTML page."),
         "control": Command("tiermem.bench.control", "Measure the control plane, without bytes."),
     },
     "topo": Command("tiermem.bench.topology", "Draw GPUs, drives and NUMA nodes on their links."),

@@ -10,16 +10,18 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
 from tiermem.config import Config, Gpu, Host, Nvme
 from tiermem.region import Pages, Region
 from tiermem.space import Space
-from tiermem.tier import Fence
+from tiermem.tier import Fence, Place
 
+Hide = Literal["lazy", "eager"]
 GROUP = 64
 RING = 16  # pinned slots each way between a GPU and its drive, where the host tier is small
 AHEAD = 4  # groups that a scenario asks for before it needs them, as a scheduler's queue would
@@ -46,11 +48,13 @@ class Shape:
 
 @dataclass(frozen=True, slots=True)
 class Lap:
-    """One measured round: bytes moved, and what that took of wall clock and of processors."""
+    """One measured round: bytes moved, what that took of wall clock and of processors, and how
+    the bytes really went."""
 
     nbytes: int
     took_s: float
     cpu_s: float
+    path: str = ""
 
     @property
     def gbps(self) -> float:
@@ -68,11 +72,15 @@ class Watch:
         took_s = time.perf_counter() - self._wall
         return Lap(nbytes, took_s, time.process_time() - self._cpu)
 
+    def end(self, nbytes: int, ways: Callable[[], str]) -> Lap:
+        """A lap with its path, asked for when the time has been taken."""
+        return replace(self.lap(nbytes), path=ways())
+
 
 class Rig:
     """A space with a stream, and two regions of the working set's size."""
 
-    def __init__(self, shape: Shape, frames: int, hide: str) -> None:
+    def __init__(self, shape: Shape, frames: int, hide: Hide) -> None:
         size, page = frames * shape.page_bytes, shape.page_bytes
         config = Config(
             gpu=Gpu(
@@ -121,13 +129,22 @@ class Rig:
             with region.use(pages, "write"):
                 pass
 
+    def ways(self, *, up: bool = False, down: bool = False) -> str:
+        """The paths that pages have taken to the GPU (up) and away from it (down)."""
+        taken = {
+            r.path: None
+            for r in self.space.statistics().routes
+            if r.pages and (up if r.dst is Place.GPU else down)
+        }
+        return " + ".join(taken)
+
     def close(self) -> None:
         self.sync()
         self.space.close()
 
 
 @contextmanager
-def rig(shape: Shape, frames: int, hide: str = "lazy") -> Iterator[Rig]:
+def rig(shape: Shape, frames: int, hide: Hide = "lazy") -> Iterator[Rig]:
     made = Rig(shape, frames, hide)
     try:
         yield made
@@ -143,7 +160,7 @@ def evict(shape: Shape, rounds: int) -> list[Lap]:
         for _ in range(rounds + 1):
             watch = Watch()
             r.down(r.a, groups)
-            laps.append(watch.lap(shape.nbytes))
+            laps.append(watch.end(shape.nbytes, lambda: r.ways(down=True)))
             r.dirty(r.a, groups)  # frames are taken back, spares dropped
     return laps[1:]
 
@@ -194,7 +211,7 @@ def swap(shape: Shape, rounds: int) -> list[Lap]:
                 with here[0].use(pages, "read", r.stream):
                     pass
             r.sync()
-            laps.append(watch.lap(2 * shape.nbytes))
+            laps.append(watch.end(2 * shape.nbytes, lambda: r.ways(up=True, down=True)))
             r.space.drain()
             here, there = there, here
     return laps[1:]
@@ -239,7 +256,7 @@ def window_us(shape: Shape, rounds: int) -> tuple[list[float], list[float]]:
     return shows[1:], hides[1:]
 
 
-def allocate_us(shape: Shape, n: int, rounds: int, hide: str) -> tuple[list[float], list[float]]:
+def allocate_us(shape: Shape, n: int, rounds: int, hide: Hide) -> tuple[list[float], list[float]]:
     """us to allocate n pages and to free them: eager shows and hides, lazy finds them shown."""
     allocates, frees = [], []
     with rig(shape, shape.pages, hide=hide) as r:
@@ -301,7 +318,8 @@ def _use_all(r: Rig, region: Region, groups: Sequence[Pages], ahead: int) -> Lap
         with region.use(pages, "read", r.stream):
             pass
     r.sync()
-    lap = watch.lap(len(groups) * r.shape.group * r.shape.page_bytes)
+    nbytes = len(groups) * r.shape.group * r.shape.page_bytes
+    lap = watch.end(nbytes, lambda: r.ways(up=True))
     r.space.drain()
     return lap
 

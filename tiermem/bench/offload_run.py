@@ -1,0 +1,177 @@
+"""One run of `tiermem bench offload`: what it was asked for, and what it has measured."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Protocol
+
+from tiermem.bench import ends
+from tiermem.bench.doctor_disk import mount_of
+from tiermem.bench.machine import machine
+from tiermem.bench.paging import Lap
+from tiermem.bench.result import Beside, Direction, Figure, PageTime, Result, Row, Spread, Work
+from tiermem.bench.survey import Topology
+from tiermem.errors import TierMemError
+from tiermem.tier import Place
+
+
+class Interrupted(Exception):
+    """The user wants no further measurement."""
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What to measure, and how long. pages: bytes of a page; nvme: a directory that is ours."""
+
+    device: str
+    pages: tuple[int, ...]
+    rounds: int
+    seconds: float
+    """Of one round of a bare route; rounds of the pager move a working set, however long."""
+    work_bytes: int
+    """Of the working set, per page size at most; at least 128 pages are used."""
+    nvme: Path | None
+    quick: bool = False
+
+    @property
+    def cuda(self) -> bool:
+        return self.device != "cpu"
+
+    def count(self, page: int) -> int:
+        """Pages of the working set."""
+        return max(128, self.work_bytes // page)
+
+
+class Told(Protocol):
+    """Who shows how far the run is."""
+
+    def begin(self, title: str) -> None:
+        """A measurement begins; the one before it has ended. Raises Interrupted to end the run."""
+
+    def measured(self, row: Row) -> None: ...
+
+
+@dataclass(slots=True)
+class Run:
+    """Collects rows, figures and notes."""
+
+    settings: Settings
+    topology: Topology
+    told: Told
+    rows: list[Row] = field(default_factory=list)
+    figures: dict[str, Figure] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    written: int = 0
+    """Bytes that went to the drive."""
+
+    def note(self, text: str) -> None:
+        if text not in self.notes:
+            self.notes.append(text)
+
+    def figure(self, name: str, unit: str, samples: Sequence[float]) -> None:
+        if samples:
+            self.figures[name] = Figure.of(unit, samples)
+
+    def end_name(self, place: Place, gpu: int = 0) -> str:
+        """How a result file writes an end; the CPU device's frames are "gpu" without a number."""
+        if place is Place.GPU:
+            return f"gpu:{gpu}" if self.settings.cuda else "gpu"
+        if place is Place.NVME and self.settings.nvme is not None:
+            drive = drive_of(self.settings.nvme)
+            return f"nvme:{drive}" if drive else "nvme"
+        return place.name.lower()
+
+    def add(
+        self,
+        ends_: tuple[str, str],
+        page: int,
+        group: int,
+        laps: Sequence[Lap],
+        path: str,
+        *,
+        route: str | None = None,
+        direction: Direction = "one-way",
+        gpus: int = 1,
+        beside: Beside = "",
+        work: Work = "",
+        page_us: PageTime | None = None,
+    ) -> None:
+        """Add a row; beside other work the process's own time says nothing about the route."""
+        src, dst = ends_
+        spread = Spread.of([lap.gbps for lap in laps])
+        link, relation = self._link(src, dst)
+        if link is not None:
+            link *= gpus * (2 if direction == "both" else 1)
+        gib = sum(lap.nbytes for lap in laps) / 2**30
+        row = Row(
+            route=route or f"{src.partition(':')[0]}-{dst.partition(':')[0]}",
+            src=src,
+            dst=dst,
+            page_bytes=page,
+            group=group,
+            direction=direction,
+            gpus=gpus,
+            beside=beside,
+            work=work,
+            gbps=spread,
+            page_us=page_us,
+            cpu_s_per_gib=None if beside else sum(lap.cpu_s for lap in laps) / gib,
+            percent_of_link=None if link is None else 100 * spread.median / link,
+            relation=relation,
+            path=path,
+        )
+        self.rows.append(row)
+        self.told.measured(row)
+
+    def _link(self, src: str, dst: str) -> tuple[float | None, str]:
+        if "gpu" in (src, dst):  # the CPU device has no link
+            return None, "unknown"
+        known = ends.link_gbps(self.topology, src, dst)
+        return known, str(ends.relation(self.topology, src, dst))
+
+    @contextmanager
+    def section(self, name: str) -> Iterator[None]:
+        """What fails for a reason that we know becomes a note, and the run goes on."""
+        try:
+            yield
+        except (TierMemError, OSError) as error:
+            self.note(f"{name} left out: {error}")
+
+    def result(self, started: datetime, began_s: float, *, complete: bool) -> Result:
+        if self.written:
+            self.figure("disk-written", "GiB", [self.written / 2**30])
+        return Result(
+            started=started.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+            took_s=time.perf_counter() - began_s,
+            complete=complete,
+            device="cuda" if self.settings.cuda else "cpu",
+            machine=machine(),
+            rows=tuple(self.rows),
+            notes=tuple(self.notes),
+            figures=self.figures,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    """A part of the run. steps: measurements that it announces; seconds: how long it may take."""
+
+    name: str
+    steps: int
+    seconds: float
+    work: Callable[[Run], None]
+
+
+def drive_of(folder: Path, root: Path = Path("/")) -> str | None:
+    """The disk that a folder is on, such as nvme0n1; None where the system does not say."""
+    mount = mount_of(folder, root)
+    block = None if mount is None else root / "sys/dev/block" / mount.device
+    if block is None or not block.exists():
+        return None
+    real = block.resolve()
+    return real.name if (real / "queue").is_dir() else real.parent.name
