@@ -222,6 +222,12 @@ def test_shown_and_used_frames_cannot_be_parked(device: EmulatedDevice, start: i
         latch.set()
     finish(copied)
     device.park(slots(5))
+    finish(device.window.show(pages(device, start, 1), slots(3)))
+    finish(device.window.hide(pages(device, start, 0)))
+    with pytest.raises(DriverError, match="frame 3 is shown"):
+        device.park(slots(3))
+    finish(device.window.hide(pages(device, start, 1)))
+    device.park(slots(3))
     for call in (
         lambda: device.park(slots(5)),
         lambda: down.submit(slots(5), slots(0), PASSED),
@@ -309,7 +315,7 @@ def test_a_group_that_fails_in_the_middle_is_undone_and_its_error_names_the_limi
     """Somebody else's mappings take all but a few; in a child, where nothing else needs any."""
     _map_limit()
     done = _child("""
-        import ctypes, mmap
+        import ctypes, mmap, os, resource
         import numpy as np
         from pathlib import Path
         from tiermem.gpu import mappings
@@ -334,6 +340,13 @@ def test_a_group_that_fails_in_the_middle_is_undone_and_its_error_names_the_limi
         print(failed.failed.all())
         mappings.unmap(other, free * 4096)
         # None of the group is shown, so all of it can be; the pages before it still are.
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        for address in at[8:12].tolist():
+            pid = os.fork()
+            if pid == 0:
+                ctypes.string_at(address, 1)
+                os._exit(0)
+            print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
         again = device.window.show(at[8:], frames[8:])
         again.wait()
         print(again.error)
@@ -344,7 +357,7 @@ def test_a_group_that_fails_in_the_middle_is_undone_and_its_error_names_the_limi
     assert done.returncode == 0, done.stderr
     assert "ENOMEM" in lines[0]
     assert "vm.max_map_count is" in lines[0]
-    assert lines[1:] == ["True", "None", "True"]
+    assert lines[1:] == ["True", *["-11"] * 4, "None", "True"]
 
 
 def _map_limit() -> int:
@@ -407,6 +420,22 @@ def test_calls_take_effect_in_the_order_in_which_threads_make_them(
     for thread in threads:
         thread.join(LONG_S)
     assert failures == []
+
+
+def test_a_caller_may_change_its_arrays_once_a_group_is_submitted(
+    device: EmulatedDevice, start: int
+) -> None:
+    everywhere, frames = pages(device, start, *range(16)), np.arange(16, dtype=np.int32)
+    for frame, alias in enumerate(device.frames.addresses(frames).tolist()):
+        ctypes.memset(alias, frame, device.page_bytes)
+    for _ in range(50):  # so that the last group is still queued when its arrays change
+        device.window.show(everywhere, frames)
+        device.window.hide(everywhere)
+    at, which = everywhere[::-1].copy(), frames[::-1].copy()
+    done = device.window.show(at, which)
+    at[:], which[:] = 0, 99
+    finish(done)
+    assert [ctypes.string_at(int(a), 1)[0] for a in everywhere] == list(range(16))
 
 
 @pytest.mark.parametrize("seed", range(4))
