@@ -39,11 +39,11 @@ def as_workload(accesses: Sequence[int], length: int = 7) -> Workload:
     return collect(Request(i, 0, 0, blocks[i : i + length], session=1) for i in cuts)
 
 
-@settings(max_examples=120, deadline=None)
+@pytest.mark.parametrize("name", sorted(RULES))
+@settings(max_examples=60, deadline=None)
 @given(
-    st.sampled_from(sorted(RULES)),
-    st.lists(st.integers(0, 30), min_size=1, max_size=250),
-    st.integers(1, 24),
+    accesses=st.lists(st.integers(0, 12), min_size=1, max_size=150),
+    capacity=st.integers(1, 10),
 )
 def test_a_policy_hits_as_often_as_its_rule_on_any_accesses(
     name: str, accesses: list[int], capacity: int
@@ -53,12 +53,15 @@ def test_a_policy_hits_as_often_as_its_rule_on_any_accesses(
 
 
 @pytest.mark.parametrize("name", sorted(RULES))
-def test_a_policy_hits_as_often_as_its_rule_on_skewed_accesses(name: str) -> None:
-    random = np.random.default_rng(3)
-    accesses = np.where(
-        random.random(5000) < 0.7, random.zipf(1.3, 5000) % 500, random.integers(0, 2000, 5000)
-    ).tolist()
-    for capacity in (7, 130):
+def test_a_policy_hits_as_often_as_its_rule_on_skewed_accesses_beside_a_loop(name: str) -> None:
+    # Loops and a change of load make ghosts matter: integer division in ARC's p shows here.
+    random = np.random.default_rng(0)
+    half = random.random(8000) < 0.5
+    mixed = np.where(half, random.zipf(1.2, 8000) % 2000, 2000 + np.arange(8000) % 60)
+    mixed[4000:] = random.zipf(1.15, 4000) % 2000
+    mixed[6000:] = 2000 + np.arange(2000) % 60
+    accesses = mixed.tolist()
+    for capacity in (40, 130):
         score = replay.stream(as_workload(accesses), load(name, capacity, offline=True), capacity)
         assert score.hits == RULES[name](accesses, capacity)
 
