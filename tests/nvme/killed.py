@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from tests.nvme.fakes import ArrayMemory, move
-from tiermem.nvme.index import Keys
+from tiermem.keyindex import Keys
 from tiermem.nvme.kept import Persist
 from tiermem.nvme.posix import DiskThreads
 from tiermem.nvme.slab import Slab, bytes_for

@@ -13,7 +13,7 @@ import pytest
 
 from tests.nvme.fakes import LONG_S, ArrayMemory, FaultyIo, failing, move, slots
 from tiermem.errors import ConfigError, PageLost
-from tiermem.nvme.index import Keys
+from tiermem.keyindex import Keys
 from tiermem.nvme.kept import Persist
 from tiermem.nvme.posix import DiskThreads
 from tiermem.nvme.slab import Slab, bytes_for

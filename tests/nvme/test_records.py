@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tiermem.errors import ConfigError
-from tiermem.nvme.index import KeyIndex
+from tiermem.keyindex import KeyIndex
 from tiermem.nvme.journal import Journal, replay
 from tiermem.nvme.records import BYTES, RECORD, Kind, Records, seal, seed_of, sound
 from tiermem.nvme.superblock import BYTES as BLOCK
@@ -217,3 +217,14 @@ def test_the_index_finds_many_keys_at_once_and_not_the_others() -> None:
     others = rng.integers(1, 1 << 63, (20_000, 2), dtype=np.uint64)
     assert (index.find(others) == -1).all()
     assert index.find(np.zeros((3, 2), np.uint64)).tolist() == [-1, -1, -1]
+
+
+def test_a_slot_that_does_not_count_hides_no_other_with_its_key() -> None:
+    keys = np.zeros((20, 2), np.uint64)
+    index = KeyIndex(keys)
+    keys[:10] = (7, 1)
+    keys[10:] = (8, 1)
+    index.add(np.arange(20, dtype=np.int32))
+    wanted = np.array([(7, 1), (8, 1), (9, 1)], np.uint64)
+    found = index.find(wanted, lambda slots, which: slots % 10 == 4 + which)
+    assert found.tolist() == [4, 15, -1]

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from tiermem.nvme.index import KeyIndex, Keys
+from tiermem.keyindex import KeyIndex, Keys
 from tiermem.nvme.journal import Journal, files_of, replay
 from tiermem.nvme.records import RECORD, Kind, Records
 from tiermem.tier import Mask, Slots

@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 
 from tiermem.errors import ConfigError, TierFull
+from tiermem.keyindex import Keys
 from tiermem.nvme.catalog import Catalog, Numbers
 from tiermem.nvme.files import FileIo, PosixIo, lock, open_named, read_whole, write_whole
-from tiermem.nvme.index import Keys
 from tiermem.nvme.journal import files_of
 from tiermem.nvme.records import Records
 from tiermem.nvme.superblock import (

@@ -24,6 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tiermem.errors import Closed, ConfigError, TierFailed, TierFull
+from tiermem.keyindex import Keys
 from tiermem.nvme.budget import WriteBudget
 from tiermem.nvme.catalog import Catalog, Numbers
 from tiermem.nvme.crypt import Cipher
@@ -35,7 +36,6 @@ from tiermem.nvme.files import (
     take_room,
     write_whole,
 )
-from tiermem.nvme.index import Keys
 from tiermem.nvme.kept import Kept, Persist, Recovered, none_recovered, open_kept
 from tiermem.nvme.records import RECORD, Algorithm, Kind, Records
 from tiermem.nvme.superblock import HEADER_BYTES
