@@ -28,7 +28,7 @@ from tiermem.bench import offload_cuda as cuda
 from tiermem.bench import offload_pager as pager
 from tiermem.bench import offload_routes as routes
 from tiermem.bench import output, report
-from tiermem.bench.offload_run import Interrupted, Run, Section, Settings
+from tiermem.bench.offload_run import Interrupted, Run, Section, Settings, gpus
 from tiermem.bench.offload_show import Watcher, picture, show
 from tiermem.bench.result import Result
 from tiermem.bench.survey import survey
@@ -37,7 +37,7 @@ from tiermem.errors import ConfigError, DriverError
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells have it."""
 
-WIDTH = 132
+WIDTH = 150
 """Columns of the table where there is no terminal."""
 
 CUDA_PAGES = (2 << 20, 8 << 20)
@@ -84,18 +84,23 @@ def _of_cuda(settings: Settings, cell: float) -> Iterator[Section]:
     for page in settings.pages if settings.quick else IN_PLACE_PAGES:
         name = f"in place {units.format_exactly(page)}"
         yield Section(name, 1, cell + 0.5, partial(cuda.in_place, page=page))
-    count = cuda.gpus()
+    count = gpus()
     if count > 1:
         several = partial(cuda.together, page=settings.pages[0], count=count)
         yield Section("several GPUs", 2, 2 * cell + count, several)
         yield Section("gpu to gpu", 2, 2 * cell + 5, cuda.peers)
 
 
-def measure(settings: Settings, console: Console, notes: tuple[str, ...] = ()) -> Result:
-    """Run the whole plan; interrupted, what was measured until then, with `complete` false."""
+def measure(
+    settings: Settings, console: Console, notes: tuple[str, ...] = ()
+) -> tuple[Result, Exception | None]:
+    """Run the whole plan; what ended it early, if not the user, is the second.
+
+    Interrupted or ended early, the result has what was measured until then, not `complete`.
+    """
     started, began_s = datetime.now(UTC), time.perf_counter()
     sections = plan(settings)
-    complete = False
+    complete, failure = False, None
     with Watcher(sections, console) as watcher:
         run = Run(settings, survey(), watcher, notes=list(notes))
         try:
@@ -108,7 +113,10 @@ def measure(settings: Settings, console: Console, notes: tuple[str, ...] = ()) -
             complete = True
         except (Interrupted, KeyboardInterrupt):
             run.note("interrupted: what is missing was not measured")
-    return run.result(started, began_s, complete=complete)
+        except Exception as error:  # what there is is kept; the command raises it at its end
+            run.note(f"ended early by {type(error).__name__}: {error}")
+            failure = error
+    return run.result(started, began_s, complete=complete), failure
 
 
 @contextmanager
@@ -129,7 +137,7 @@ def _interruptible(watcher: Watcher, console: Console) -> Iterator[None]:
 
 
 @contextmanager
-def _directory(where: str, notes: list[str]) -> Iterator[Path | None]:
+def our_directory(where: str, notes: list[str]) -> Iterator[Path | None]:
     """A directory of our own on the drive, removed again; None when there is to be none."""
     if where == "off":
         yield None
@@ -148,13 +156,13 @@ def _directory(where: str, notes: list[str]) -> Iterator[Path | None]:
 
 def _device(named: str) -> str:
     if named == "auto":
-        return "cuda:0" if cuda.gpus() else "cpu"
+        return "cuda:0" if gpus() else "cpu"
     if named == "cpu":
         return named
     kind, _, number = named.partition(":")
     if kind != "cuda" or not (number or "0").isdecimal():
         raise ConfigError(f"--device {named}: write cpu, cuda:0 or auto")
-    count = cuda.gpus()
+    count = gpus()
     if int(number or 0) >= count:
         raise DriverError(f"--device {named}: {count} GPUs are visible; --device cpu needs none")
     return f"cuda:{number or 0}"
@@ -217,9 +225,9 @@ def command(
     notes: list[str] = []
     if quick and device == "cpu":
         notes.append("quick: working sets of 16 MiB, which a processor's cache may hold")
-    with _directory(nvme_path, notes) as ours:
+    with our_directory(nvme_path, notes) as ours:
         settings = _settings(device, pages, rounds, quick, ours)
-        found = measure(settings, Console(stderr=True), tuple(notes))
+        found, failure = measure(settings, Console(stderr=True), tuple(notes))
     if html is not None:
         output.save(html, report.html(found))
     if plot is not None:
@@ -227,5 +235,7 @@ def command(
     if not output.emit(found, json):
         console = Console()
         show(found, console if console.is_terminal else Console(width=WIDTH))
+    if failure is not None:
+        raise failure
     if not found.complete:
         raise typer.Exit(INTERRUPTED)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import importlib.util
 import time
 from contextlib import ExitStack
@@ -25,19 +24,6 @@ IN_PLACE_BYTES = 128 << 20
 PEER_BYTES = 256 << 20
 KERNEL_ONLY = 1 << 30
 """Bytes below which pieces go through the gather kernel: all of them."""
-
-
-def gpus() -> int:
-    """Visible GPUs; 0 without a driver."""
-    from tiermem.errors import DriverError
-    from tiermem.gpu.driver import load
-
-    count = ctypes.c_int()
-    try:
-        load().call("cuDeviceGetCount", ctypes.byref(count))
-    except DriverError:
-        return 0
-    return count.value
 
 
 def in_place(run: Run, page: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -10,14 +11,28 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Protocol
 
+import msgspec
+
 from tiermem.bench import ends
 from tiermem.bench.doctor_disk import mount_of
-from tiermem.bench.machine import machine
+from tiermem.bench.machine import Machine, machine
 from tiermem.bench.paging import Lap
 from tiermem.bench.result import Beside, Direction, Figure, PageTime, Result, Row, Spread, Work
 from tiermem.bench.survey import Topology
-from tiermem.errors import TierMemError
+from tiermem.errors import DriverError, TierMemError
 from tiermem.tier import Place
+
+
+def gpus() -> int:
+    """Visible GPUs; 0 without a driver."""
+    from tiermem.gpu.driver import load
+
+    count = ctypes.c_int()
+    try:
+        load().call("cuDeviceGetCount", ctypes.byref(count))
+    except DriverError:
+        return 0
+    return count.value
 
 
 class Interrupted(Exception):
@@ -150,11 +165,26 @@ class Run:
             took_s=time.perf_counter() - began_s,
             complete=complete,
             device="cuda" if self.settings.cuda else "cpu",
-            machine=machine(),
+            machine=self._machine(),
             rows=tuple(self.rows),
             notes=tuple(self.notes),
             figures=self.figures,
         )
+
+    def _machine(self) -> Machine:
+        """With the GPUs as the CUDA driver names them where NVML does not say."""
+        found = machine()
+        if found.gpus or not self.settings.cuda:
+            return found
+        from tiermem.gpu.driver import Context, load
+
+        driver = load()
+        names = []
+        for index in range(gpus()):
+            context = Context(driver, index)
+            names.append(context.name)
+            context.close()
+        return msgspec.structs.replace(found, gpus=tuple(names), cuda=driver.version_text)
 
 
 @dataclass(frozen=True, slots=True)

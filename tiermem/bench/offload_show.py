@@ -14,6 +14,11 @@ from tiermem.bench import report, svg, words
 from tiermem.bench.offload_run import Interrupted, Section
 from tiermem.bench.result import Result, Row
 
+WIDE = 120
+"""Columns of a terminal from which on paths are shown; they are in the JSON always."""
+FIGURES = {"GB/s": 6, "p5 - p95": 15, "ceiling": 7, "link": 5, "p50 / p99 us": 12, "CPU s": 6}
+"""Headings and the columns that their figures need; CPU seconds are for a GiB."""
+
 
 class Watcher:
     """Shows how far a run is and how long it may still take; ends it when asked to.
@@ -59,8 +64,8 @@ class Watcher:
         if self._left:
             self._left -= 1
             self._planned_s += self._share_s
-        left = self.left_s()
-        text = "" if left is None else f"{left // 60:.0f}:{left % 60:02.0f} left"
+        minutes, seconds = divmod(round(self.left_s()), 60)
+        text = f"{minutes}:{seconds:02} left"
         before = max(0.0, self._planned_s - self._share_s)
         self._bar.update(self._task, completed=before, description=title, left=text)
         if not self._console.is_terminal:
@@ -71,7 +76,7 @@ class Watcher:
         if not self._console.is_terminal:
             self._say(f"{' ' * 17}{row.gbps.median:.2f} GB/s  {words.title(row)}")
 
-    def left_s(self) -> float | None:
+    def left_s(self) -> float:
         """Seconds, from the plan and how much faster or slower the run has been until now."""
         before = self._planned_s - self._share_s
         if before <= 0:
@@ -88,10 +93,12 @@ def show(found: Result, console: Console) -> None:
     where = ", ".join(found.machine.gpus) if found.device == "cuda" else "the CPU device"
     title = f"Offload on {where}, {found.took_s:.0f} s"
     table = Table(title=title, title_justify="left", box=None, pad_edge=False)
-    table.add_column("what", no_wrap=True)
-    for name in ("GB/s", "p5 - p95", "ceiling", "link", "page us p50 / p99", "CPU s/GiB"):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("path", overflow="fold")
+    table.add_column("what")
+    for name, width in FIGURES.items():
+        table.add_column(name, justify="right", no_wrap=True, min_width=width)
+    wide = console.width >= WIDE
+    if wide:
+        table.add_column("path", overflow="fold")
     ceilings = ceilings_of(found.rows)
     for row in found.rows:
         ceiling = ceilings.get((row.src, row.dst, row.direction))
@@ -102,9 +109,9 @@ def show(found: Result, console: Console) -> None:
             f"{row.gbps.p5:.2f} - {row.gbps.p95:.2f}",
             f"{row.gbps.median / ceiling:.0%}" if ceiling and not own else "",
             "" if row.percent_of_link is None else f"{row.percent_of_link:.0f} %",
-            "" if row.page_us is None else f"{row.page_us.p50:.0f} / {row.page_us.p99:.0f}",
+            "" if row.page_us is None else f"{row.page_us.p50:,.0f} / {row.page_us.p99:,.0f}",
             "" if row.cpu_s_per_gib is None else f"{row.cpu_s_per_gib:.3f}",
-            row.path,
+            *((row.path,) if wide else ()),
         )
     console.print(table)
     _show_figures(found, console)

@@ -337,7 +337,7 @@ def _host(shape: Shape) -> Host:
         return Host(capacity=size, high=1.0, low=1.0)
     if shape.device == "cpu":
         return Host(capacity=0)
-    return Host(capacity=8 * RING * shape.page_bytes, high=0.05, low=0.0)
+    return Host(capacity=8 * RING * shape.page_bytes, high=0.05, low=0.02)
 
 
 def _nvme(shape: Shape) -> Nvme:
