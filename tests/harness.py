@@ -68,6 +68,7 @@ class Harness:
         routes: tuple[tuple[Place, Place], ...] = ALL_ROUTES,
         marks: Marks | None = None,
         seed: int = 0,
+        attic: bool = False,
     ) -> None:
         """regions: (pages, unit pages, tenant) each."""
         self.world = World(seed)
@@ -102,6 +103,9 @@ class Harness:
         for pages, unit, tenant in regions:
             self.table.extend(pages, unit, tenant)
         self.vacant = list(range(self.table.rows))
+        self.rows_of_regions = self.table.rows
+        if attic:
+            self.planner.open_attic(nvme)
         self.flights: dict[int, Flight] = {}
         self.model: dict[int, int] = {}  # page -> value, for pages that have been written
         self.alive: set[int] = set()  # pages that are allocated, as far as their owner knows
@@ -126,7 +130,8 @@ class Harness:
                 self.carry(self.planner.settle(flight.outcome(), self.now))
             self.observe()
             self.carry(self.planner.settle_idle())
-        for row in self.planner.take_reaped().tolist():
+        reaped = self.planner.take_reaped()
+        for row in reaped[reaped < self.rows_of_regions].tolist():
             assert row not in self.vacant, f"page {row} became vacant twice"
             assert row not in self.alive, f"page {row} was taken away and nobody told"
             self.vacant.append(row)
@@ -316,15 +321,17 @@ class Harness:
     def check(self) -> None:
         assert not self.wrong, self.wrong
         self.planner.check()
+        for place, ranking in self.planner.rankings.items():
+            assert not ranking.fallbacks, f"the policy of {place.name} was told or asked wrongly"
 
     def check_idle(self) -> None:
         """After `drain`: nothing is left over, and every page is its owner's or vacant."""
         self.check()
         assert self.planner.is_idle(), "work is left over"
         assert not self.table.busy.any(), "a page is busy when nothing is under way"
-        held = np.flatnonzero(self.table.at != Place.NONE).tolist()
+        held = np.flatnonzero(self.table.at[: self.rows_of_regions] != Place.NONE).tolist()
         assert set(held) == self.alive, "pages that are held are not those that were allocated"
-        assert set(self.vacant) == set(range(self.table.rows)) - self.alive, "a page is forgotten"
+        assert set(self.vacant) == set(range(self.rows_of_regions)) - self.alive, "a page is forgotten"
 
     def snapshot(self) -> dict[str, list[int]]:
         """The table, for comparison with another's."""
@@ -354,6 +361,8 @@ class Harness:
     def _on_gone(self, units: Rows, reason: str) -> None:
         for row in self.table.pages(units).tolist():
             assert self.table.at[row] != Place.NONE, f"page {row} was vacant before {reason}"
+            if row >= self.rows_of_regions:
+                continue  # content in the attic is nobody's
             self.gone.append((row, reason))
             self.model.pop(row, None)
             if reason != "lost":

@@ -1,8 +1,8 @@
 """The boundary between the planner and one tier's policy: facts in, checked answers out.
 
 Facts are passed on in order; every answer is checked. A wrong one is replaced by leaf-first LRU
-from the table's own access order and counted; a policy that is late eight times in a row is
-retired for good. Everything that crosses the boundary can be recorded and replayed.
+from the table's own access order and counted; a policy that is late eight times in a row, or fails
+on a fact, is retired for good. Everything that crosses the boundary can be recorded and replayed.
 """
 
 from __future__ import annotations
@@ -95,8 +95,7 @@ class Ranking:
                 "inserted", units, now, parents=parents.tolist(), depths=depths.tolist(),
                 keys=None if keys is None else keys.tolist(),
             )  # fmt: skip
-        if self._policy is not None:
-            self._policy.inserted(units, parents, depths, keys, now)
+        self._tell("inserted", units, parents, depths, keys, now)
 
     def accessed(self, units: Rows, now: int) -> None:
         """Buffered: passed on, in order, before the next other call."""
@@ -109,8 +108,7 @@ class Ranking:
         self._flush()
         if self._record:
             self._write("removed", units, now)
-        if self._policy is not None:
-            self._policy.removed(units, now)
+        self._tell("removed", units, now)
 
     def finished(self, units: Rows, facts: RequestFacts, now: int) -> None:
         self._flush()
@@ -119,8 +117,7 @@ class Ranking:
                 "finished", units, now, session=facts.session, turn=facts.turn,
                 reason=facts.reason, output_tokens=facts.output_tokens,
             )  # fmt: skip
-        if self._policy is not None:
-            self._policy.finished(units, facts, now)
+        self._tell("finished", units, facts, now)
 
     def victims(self, n: int, now: int) -> Rows:
         """Up to n units that may leave, first to leave first; fewer only if there are no more."""
@@ -137,10 +134,15 @@ class Ranking:
         if self._policy is None:
             return None
         start = self._clock() if self._clock else 0.0
-        answer = np.asarray(self._policy.victims(candidates, n, now), np.int32)
+        try:
+            answer = np.asarray(self._policy.victims(candidates, n, now), np.int32)
+            fault = self._fault(answer, n)
+        except Exception as error:  # a policy's bug must not cost its engine a request
+            answer, fault = np.empty(0, np.int32), f"raised {type(error).__name__}: {error}"
         if self._clock:
             self._judge_time(self._clock() - start)
-        fault = self._fault(answer, n)
+        if fault is None and not len(answer) and len(candidates.all()):
+            fault = "no victim, though units may leave"
         if fault is None:
             return answer
         self.fallbacks += 1
@@ -151,6 +153,20 @@ class Ranking:
         if self._record:
             self._write("fallback", answer, now, reason=fault)
         return None
+
+    def _tell(self, fact: str, *what: object) -> None:
+        """Pass a fact on. A policy that fails on one has lost count, and answers no more."""
+        if self._policy is None:
+            return
+        try:
+            getattr(self._policy, fact)(*what)
+        except Exception:
+            log.exception(
+                "policy replaced tier=%s policy=%s by=lru reason=failed on %s",
+                self._tier, self._name, fact,
+            )  # fmt: skip
+            self.fallbacks += 1
+            self._policy = None
 
     def _fault(self, answer: Rows, n: int) -> str | None:
         """Why an answer breaks the rules, or None."""
@@ -201,8 +217,7 @@ class Ranking:
         self._touched.clear()
         if self._record:
             self._write("accessed", units, self._touched_at)
-        if self._policy is not None:
-            self._policy.accessed(units, self._touched_at)
+        self._tell("accessed", units, self._touched_at)
 
     def _write(self, event: str, units: Rows, now: int, **more: object) -> None:
         assert self._record is not None
