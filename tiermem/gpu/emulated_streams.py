@@ -17,7 +17,8 @@ from tiermem.tier import Fence, Mask, Memory, Place, Slots
 
 _STREAMS = 1024
 _PATIENCE_S = 300e-6
-"""As for the window: a 2 MiB page is copied in about this time."""
+_SHORT_BYTES = 2 << 20
+"""As for the window: so much is copied in about this time."""
 _KERNEL = ctypes.CFUNCTYPE(ctypes.c_int)
 _MARK = Program(np.zeros(0, CALL))
 
@@ -162,7 +163,8 @@ class EmulatedRoute:
         copies = group(self._memcpy, Kind.PLAIN, to, start, self._frames.slot_bytes)
         calls = np.concatenate([*self._streams.waiting(after), copies])
         program = Program(calls, entries=len(src), keep=(self._streams,))
-        ticket = self._queue.submit(program)
+        short = len(src) * self._frames.slot_bytes <= _SHORT_BYTES
+        ticket = self._queue.submit(program, short=short)
         self._frames.in_flight.add(ticket, frames.copy())
         return Copied(ticket, self._streams)
 
@@ -186,9 +188,9 @@ class Zeroing:
     def submit(self, frames: Slots) -> Ticket:
         self._frames.check(frames)
         at = self._frames.addresses(frames)
-        ticket = self._queue.submit(
-            Program(group(self._memset, Kind.PLAIN, at, 0, self._frames.slot_bytes))
-        )
+        program = Program(group(self._memset, Kind.PLAIN, at, 0, self._frames.slot_bytes))
+        short = len(frames) * self._frames.slot_bytes <= _SHORT_BYTES
+        ticket = self._queue.submit(program, short=short)
         self._frames.in_flight.add(ticket, frames.copy())
         return ticket
 

@@ -36,7 +36,8 @@ _DEPTH = 128
 """Groups queued at most: 64 pages of 64 KiB in each are 100 ms of work, twenty times what the
 submitter waits for the interpreter lock beside a busy thread."""
 _PATIENCE_S = 300e-6
-"""A few pages end within it; coming back to the lock beside a busy thread costs 5 ms."""
+_SHORT_BYTES = 2 << 20
+"""So much is mapped in 240 us; coming back to the lock beside a busy thread costs 5 ms."""
 
 _SOURCE = Path(__file__).parents[1] / "emulated.c"
 _Numbers = npt.NDArray[np.uint64]
@@ -175,9 +176,12 @@ class EmulatedWindow:
         row[0, 2], row[0, 3] = _address(where.numbers), _address(at)
         calls = row.view(CALL)[0]
         program = Program(calls, entries=n, keep=(where, at, slots))
-        here = n == 1 or n * self._page_bytes <= _INLINE_BYTES
-        enter = self._queue.call if here else self._queue.submit
-        ticket = enter(program, functools.partial(self._explain, calls, at, slots))
+        explain = functools.partial(self._explain, calls, at, slots)
+        if n == 1 or n * self._page_bytes <= _INLINE_BYTES:
+            ticket = self._queue.call(program, explain)
+        else:
+            short = n * self._page_bytes <= _SHORT_BYTES
+            ticket = self._queue.submit(program, explain, short=short)
         self._last = ticket.tick
         return ticket
 

@@ -50,18 +50,17 @@ class Ticket:
         "_explain",
         "_fenced",
         "_out",
-        "_patience_s",
+        "patience_s",
         "program",
         "tick",
     )
 
-    def __init__(
-        self, clock: Clock, program: Program, explain: Explain, patience_s: float = 0.0
-    ) -> None:
+    def __init__(self, clock: Clock, program: Program, explain: Explain) -> None:
         self.program = program
         self.tick = 0
+        self.patience_s = 0.0
         self._clock = clock
-        self._patience_s = patience_s
+        self.patience_s = patience_s
         self._explain = explain
         self._out = Outcome()
         self._error: Exception | None = None
@@ -82,9 +81,9 @@ class Ticket:
     def wait(self, timeout_s: float | None = None) -> bool:
         """Block until ready or the timeout; returns `ready()`.
 
-        Keeps the interpreter lock for the queue's `patience_s` at first, then releases it.
+        Keeps the interpreter lock for `patience_s` at first, then releases it.
         """
-        patience_s = self._patience_s if timeout_s is None else min(self._patience_s, timeout_s)
+        patience_s = self.patience_s if timeout_s is None else min(self.patience_s, timeout_s)
         return self.hold(patience_s) or self._clock.block(
             self.tick, timeout_s, self._out, self.ready
         )
@@ -202,7 +201,8 @@ class Queue(Clock):
     explain: words a failure as an exception. sticky: after a failure nothing more runs (all later
     tickets end cancelled, with the code of the first failure), as on a CUDA stream.
     patience_s: how long `Ticket.wait` keeps the interpreter lock before it releases it, since
-    coming back costs 5 ms beside a busy thread; 0 for programs that call Python.
+    coming back costs 5 ms beside a busy thread; 0 for programs that call Python. It holds for
+    short programs (`submit(short=True)`) that had nothing queued before them.
     Raises DriverError if a thread cannot start or its setup fails.
     """
 
@@ -248,12 +248,15 @@ class Queue(Clock):
             self.close(cancel=True)
             raise self._explain(failure)
 
-    def submit(self, program: Program, explain: Explain | None = None) -> Ticket:
+    def submit(
+        self, program: Program, explain: Explain | None = None, *, short: bool = True
+    ) -> Ticket:
         """Queue a program; returns at once, or blocks while the queue is full. Raises Closed.
 
-        explain: words this program's failure, instead of the queue's.
+        explain: words this program's failure, instead of the queue's. short: it is likely to end
+        within the queue's `patience_s`.
         """
-        return self._submit(program, False, explain)
+        return self._submit(program, False, explain, short)
 
     def call(self, program: Program, explain: Explain | None = None) -> Ticket:
         """Run a program behind all that was submitted: here and now if that is nothing.
@@ -261,12 +264,12 @@ class Queue(Clock):
         If the queue is idle the calling thread runs it with the interpreter lock kept and the
         ticket returned is ready: no thread hand-over. Else as `submit`. Order is the same.
         """
-        return self._submit(program, True, explain)
+        return self._submit(program, True, explain, True)
 
-    def _submit(self, program: Program, here: bool, explain: Explain | None) -> Ticket:
+    def _submit(self, program: Program, here: bool, explain: Explain | None, short: bool) -> Ticket:
         if self.foreign:
             raise DriverError(_FORKED)
-        ticket = Ticket(self, program, explain or self._explain, self._patience_s)
+        ticket = Ticket(self, program, explain or self._explain)
         out = ctypes.addressof(ticket._out)
         # First kept, then submitted: an exception in between must not free what a thread reads.
         self._forget_ended()
@@ -284,6 +287,8 @@ class Queue(Clock):
         if tick < 0:
             raise Closed(f"queue {self.name} is closed; it takes no more work")
         ticket.tick = tick
+        if short and self.tick >= tick - 1:
+            ticket.patience_s = self._patience_s
         return ticket
 
     def _forget_ended(self) -> None:
