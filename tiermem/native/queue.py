@@ -60,7 +60,6 @@ class Ticket:
         self.tick = 0
         self.patience_s = 0.0
         self._clock = clock
-        self.patience_s = patience_s
         self._explain = explain
         self._out = Outcome()
         self._error: Exception | None = None
