@@ -6,7 +6,7 @@ class TierMemError(Exception):
 
 
 class ConfigError(TierMemError):
-    """A configuration that cannot be meant or cannot hold; the message names key, value, source."""
+    """A configuration that cannot be meant or cannot hold; it names key, value and source."""
 
 
 class TierFull(TierMemError):
@@ -34,7 +34,7 @@ class Closed(TierMemError):
 
 
 class DriverError(TierMemError):
-    """A driver or system call that failed; the message has the call, the error's name and its cause."""
+    """A driver or system call that failed; it names the call, the error and its cause."""
 
 
 class BadPolicy(TierMemError):

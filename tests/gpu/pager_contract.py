@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Literal
 
 import numpy as np
 
@@ -80,7 +81,7 @@ class PagerContract:
 
     device: str
     page: int
-    hide = "lazy"
+    hide: Literal["lazy", "eager"] = "lazy"
 
     def engine_of(self, space: Space) -> Engine:
         raise NotImplementedError

@@ -64,7 +64,7 @@ class OnGpu:
         import torch
 
         self._torch = torch
-        self._own = torch.cuda.Stream()
+        self._own = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         self.stream: int | None = self._own.cuda_stream
         words = region.page_bytes // 8
         self._pages = region.tensor(torch.int64, (region.pages, words))
@@ -163,7 +163,7 @@ def soak(device: str, seconds: float, threads: int) -> list[Worker]:
     )
     share = (FRAMES // 2 + HOST_PAGES) * 3 // 4 // threads  # nothing need be dropped
     with Space.open(config) as space:
-        make = OnCpu if device == "cpu" else OnGpu
+        make: Callable[[Region], Bytes] = OnCpu if device == "cpu" else OnGpu
         workers = [Worker(space, seed, make) for seed in range(threads)]
         until = time.monotonic() + seconds
         running = [threading.Thread(target=w.run, args=(until, share)) for w in workers]
