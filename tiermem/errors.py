@@ -14,7 +14,7 @@ class TierFull(TierMemError):
 
 
 class TierFailed(TierMemError):
-    """A tier that stopped working (I/O error, lost device) and stays closed until it is reopened."""
+    """A tier that stopped working (I/O error, lost device); closed until it is reopened."""
 
 
 class PageLost(TierMemError):

@@ -244,4 +244,3 @@ class PagerContract:
         stop = threading.Event()
         while space.statistics().tier(place).capacity != slots:
             stop.wait(0.001)
-

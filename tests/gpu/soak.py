@@ -31,7 +31,8 @@ FRAMES, HOST_PAGES, PAGES = 96, 160, 220
 class Bytes(Protocol):
     """Fills and compares pages, on a stream of its own."""
 
-    stream: int | None
+    @property
+    def stream(self) -> int | None: ...
 
     def fill(self, page: int, value: int) -> None: ...
 
