@@ -95,9 +95,7 @@ def first_page(device: str) -> dict[str, object]:
     """Seconds from Space.open until a page is usable, beside a pool of 64 GiB that grows."""
     big = "64GiB" if device != "cpu" else "1GiB"
     page = 2 * MIB if device != "cpu" else 65536
-    config = Config(
-        gpu=Gpu(device=device, budget=512 * page, page=page), host=Host(capacity=big)
-    )
+    config = Config(gpu=Gpu(device=device, budget=512 * page, page=page), host=Host(capacity=big))
     start = time.perf_counter()
     with Space.open(config) as space, space.reserve(512 * page) as region:
         pages = region.allocate(1)
