@@ -60,7 +60,7 @@ def test_a_full_file_is_read_into_bytes_and_words(tmp_path: Path) -> None:
     assert cfg.nvme.write_budget == 400 * 2**20
     assert (cfg.evict.gpu, cfg.evict.host, cfg.evict.nvme) == (
         "classq",
-        "lru",
+        "classq",
         "my_module:MyPolicy",
     )
     assert (cfg.share.floor, cfg.share.cap, cfg.share.weight) == (8 * 2**30, 30 * 2**30, 2.0)

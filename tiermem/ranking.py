@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 
 import numpy as np
 
@@ -20,6 +21,10 @@ log = logging.getLogger(__name__)
 
 LATE_S = 1e-3
 LATE_IN_A_ROW = 8
+
+_UNNAMED: Mapping[str, object] = MappingProxyType({})
+
+_NO_ROWS = np.empty(0, np.int32)
 
 Recorder = Callable[[Mapping[str, object]], None]
 
@@ -76,14 +81,19 @@ class Ranking:
         """The policy that answers now."""
         return self._name if self._policy is not None else "lru (fallback)"
 
-    def swap(self, policy: Eviction, now: int) -> None:
-        """Another policy takes over; it is told what is in the tier, oldest access first."""
+    def swap(self, policy: Eviction, now: int, named: Mapping[str, object] = _UNNAMED) -> None:
+        """Another policy takes over; it is told what is in the tier, oldest access first.
+
+        named: for the log, what makes it again: policy, capacity and params.
+        """
         self._flush()
         table = self._table
         here = np.flatnonzero((table.at == self.place) & (table.unit >= 0)).astype(np.int32)
         here = here[table.unit[here] == here]
         here = here[np.argsort(table.stamp[here], kind="stable")]
         self._policy, self._name, self._late_in_a_row = policy, policy.name, 0
+        if self._record:
+            self._write("swap", _NO_ROWS, now, **named)
         if len(here):
             self.inserted(here, None, now)
 
@@ -95,7 +105,7 @@ class Ranking:
                 "inserted", units, now, parents=parents.tolist(), depths=depths.tolist(),
                 keys=None if keys is None else keys.tolist(),
             )  # fmt: skip
-        self._tell("inserted", units, parents, depths, keys, now)
+        self._tell("inserted", now, units, parents, depths, keys)
 
     def accessed(self, units: Rows, now: int) -> None:
         """Buffered: passed on, in order, before the next other call."""
@@ -108,7 +118,7 @@ class Ranking:
         self._flush()
         if self._record:
             self._write("removed", units, now)
-        self._tell("removed", units, now)
+        self._tell("removed", now, units)
 
     def finished(self, units: Rows, facts: RequestFacts, now: int) -> None:
         self._flush()
@@ -117,7 +127,7 @@ class Ranking:
                 "finished", units, now, session=facts.session, turn=facts.turn,
                 reason=facts.reason, output_tokens=facts.output_tokens,
             )  # fmt: skip
-        self._tell("finished", units, facts, now)
+        self._tell("finished", now, units, facts)
 
     def victims(self, n: int, now: int) -> Rows:
         """Up to n units that may leave, first to leave first; fewer only if there are no more."""
@@ -128,6 +138,10 @@ class Ranking:
             answer = self._oldest(candidates.all(), n)
         if self._record:
             self._write("victims", answer, now, n=n, refused=candidates.refused)
+        if self._late_in_a_row >= LATE_IN_A_ROW:
+            why = f"{LATE_IN_A_ROW} answers over {LATE_S * 1e3:.1f} ms in a row"
+            self._late_in_a_row = 0
+            self._retire(why, now)
         return answer
 
     def _ask(self, candidates: TableCandidates, n: int, now: int) -> Rows | None:
@@ -154,19 +168,16 @@ class Ranking:
             self._write("fallback", answer, now, reason=fault)
         return None
 
-    def _tell(self, fact: str, *what: object) -> None:
+    def _tell(self, fact: str, now: int, *what: object) -> None:
         """Pass a fact on. A policy that fails on one has lost count, and answers no more."""
         if self._policy is None:
             return
         try:
-            getattr(self._policy, fact)(*what)
+            getattr(self._policy, fact)(*what, now)
         except Exception:
-            log.exception(
-                "policy replaced tier=%s policy=%s by=lru reason=failed on %s",
-                self._tier, self._name, fact,
-            )  # fmt: skip
+            log.exception("policy failed tier=%s policy=%s", self._tier, self._name)
             self.fallbacks += 1
-            self._policy = None
+            self._retire(f"failed on {fact}", now)
 
     def _fault(self, answer: Rows, n: int) -> str | None:
         """Why an answer breaks the rules, or None."""
@@ -196,12 +207,15 @@ class Ranking:
     def _judge_time(self, took_s: float) -> None:
         self._late_in_a_row = self._late_in_a_row + 1 if took_s > LATE_S else 0
         self.late += took_s > LATE_S
-        if self._late_in_a_row == LATE_IN_A_ROW:
-            log.warning(
-                "policy replaced tier=%s policy=%s by=lru reason=%d answers over %.1f ms in a row",
-                self._tier, self._name, LATE_IN_A_ROW, LATE_S * 1e3,
-            )  # fmt: skip
-            self._policy = None
+
+    def _retire(self, why: str, now: int) -> None:
+        """From now on leaf-first LRU answers; the log says since when."""
+        log.warning(
+            "policy replaced tier=%s policy=%s by=lru reason=%s", self._tier, self._name, why
+        )
+        self._policy = None
+        if self._record:
+            self._write("retired", _NO_ROWS, now, reason=why)
 
     def _oldest(self, units: Rows, n: int) -> Rows:
         stamps = self._table.stamp[units]
@@ -217,7 +231,7 @@ class Ranking:
         self._touched.clear()
         if self._record:
             self._write("accessed", units, self._touched_at)
-        self._tell("accessed", units, self._touched_at)
+        self._tell("accessed", self._touched_at, units)
 
     def _write(self, event: str, units: Rows, now: int, **more: object) -> None:
         assert self._record is not None

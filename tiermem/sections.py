@@ -143,8 +143,8 @@ class Evict(Section, frozen=True, kw_only=True):
         "host_params": Key(arguments, "the same for pinned host memory"),
         "nvme_params": Key(arguments, "the same for the drive"),
     }
-    gpu: str = "lru"
-    host: str = "lru"
+    gpu: str = "classq"
+    host: str = "classq"
     nvme: str = "lru"
     gpu_params: Mapping[str, object] = {}
     host_params: Mapping[str, object] = {}

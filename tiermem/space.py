@@ -172,11 +172,12 @@ class Space:
         fresh = {
             place: self._load_policy(place, config)
             for place in TIERS
-            if f"evict.{place.name.lower()}" in keys
+            if {f"evict.{place.name.lower()}", f"evict.{place.name.lower()}_params"} & set(keys)
         }
         with self.pager.lock:
             for place, policy in fresh.items():
-                self._planner.rankings[place].swap(policy, self.now())
+                named = self._named(place, config)
+                self._planner.rankings[place].swap(policy, self.now(), named)
             self._planner.marks |= _marks(config)
         self.config = config
         self._mover.wake()
@@ -344,20 +345,27 @@ class Space:
         return Ranking(place, policy, table, record, time.thread_time)
 
     def _load_policy(self, place: Place, config: Config) -> Eviction:
-        name = getattr(config.evict, place.name.lower())
-        return load_policy(name, max(1, self._configured[place]))
+        tier = place.name.lower()
+        params = getattr(config.evict, f"{tier}_params")
+        return load_policy(getattr(config.evict, tier), self._capacity(place), params=params)
+
+    def _named(self, place: Place, config: Config) -> dict[str, object]:
+        """What the event log says of a tier's policy, so that a replay can make it again."""
+        tier = place.name.lower()
+        return {
+            "policy": getattr(config.evict, tier),
+            "capacity": self._capacity(place),
+            "params": dict(getattr(config.evict, f"{tier}_params")),
+        }
+
+    def _capacity(self, place: Place) -> int:
+        return max(1, self._configured[place])
 
     def _open_log(self) -> EventLog | None:
         path = self.config.trace.path
         if path is None:
             return None
-        tiers = {
-            place.name.lower(): {
-                "policy": getattr(self.config.evict, place.name.lower()),
-                "capacity": self._configured[place],
-            }
-            for place in TIERS
-        }
+        tiers = {place.name.lower(): self._named(place, self.config) for place in TIERS}
         return EventLog(path, tiers)
 
     def _refuse_closed(self) -> None:

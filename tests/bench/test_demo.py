@@ -131,7 +131,7 @@ def test_the_tables_and_the_picture_name_what_was_asked_for(
     with pytest.raises(SystemExit):
         cli.main(["demo", "--trace", str(trace), *small, "--plot", str(picture)])
     out = capsys.readouterr().out
-    for words in ("prefix hits", "found in nvme", "GB/s", "p50 / p99", "held by gpu (lru)",
+    for words in ("prefix hits", "found in nvme", "GB/s", "p50 / p99", "held by gpu (classq)",
                   "pages verified", "pages wrong", "Residence over 60 requests"):  # fmt: skip
         assert words in out
     assert picture.read_bytes().startswith(b"\x89PNG")

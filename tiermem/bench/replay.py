@@ -15,6 +15,7 @@ from tiermem.bench.traces import Event
 from tiermem.bench.workload import I32, I64, Workload
 from tiermem.policies.base import Eviction, EvictionBase, Ids, Mask
 from tiermem.policies.belady import Belady
+from tiermem.policies.registry import load
 from tiermem.policies.trial import Score, Trial
 
 Progress = Callable[[int], None]
@@ -135,37 +136,72 @@ class _Recorded:
 def log_victims(
     events: Iterator[Event], tier: str, policy: Eviction
 ) -> Iterator[tuple[Event, list[int]]]:
-    """Drive `policy` with what the log tells of one tier: each recorded answer beside its own."""
+    """Drive `policy` with what the log tells of one tier: each recorded answer beside its own.
+
+    Answers that the pager gave instead of the policy are left out: single ones that it refused,
+    and all from the policy's retirement until another takes over.
+    """
     held: dict[int, None] = {}
-    replaced = False
+    now_runs: Eviction | None = policy
+    refused = False
+    failure: Exception | None = None
     for event in events:
         if event.tier != tier:
             continue
-        units = np.array(event.units, np.int32)
-        if event.e == "coming":
-            keys = None if event.keys is None else np.array(event.keys, np.uint64)
+        if failure is not None and event.e != "retired":
+            raise failure
+        _follow(held, event)
+        if event.e == "swap":
+            now_runs = load(event.policy, max(1, event.capacity), params=event.params)
+        elif event.e == "retired":
+            now_runs, failure = None, None
+        elif event.e == "fallback":
+            # The pager refused the answer that comes next in the log; what stands there is its own.
+            refused = True
+        elif now_runs is not None:
+            answer: list[int] | None = None
+            try:
+                answer = _replay(now_runs, event, held)
+            except Exception as error:  # it failed in the space as well, or this is not its log
+                failure = None if refused else error
+            if event.e == "victims":
+                if not refused and answer is not None:
+                    yield event, answer
+                refused = False
+    if failure is not None:
+        raise failure
+
+
+def _follow(held: dict[int, None], event: Event) -> None:
+    """Which units the tier holds."""
+    if event.e == "inserted":
+        held.update(dict.fromkeys(event.units))
+    elif event.e == "removed":
+        for unit in event.units:
+            held.pop(unit, None)
+
+
+def _replay(policy: Eviction, event: Event, held: dict[int, None]) -> list[int] | None:
+    """Tell or ask a policy what the log says it was; its answer, if that was a question."""
+    units = np.array(event.units, np.int32)
+    keys = None if event.keys is None else np.array(event.keys, np.uint64)
+    match event.e:
+        case "coming":
             getattr(policy, "coming", EvictionBase.coming.__get__(policy))(units, keys, event.now)
-        elif event.e == "inserted":
-            held.update(dict.fromkeys(event.units))
-            keys = None if event.keys is None else np.array(event.keys, np.uint64)
+        case "inserted":
             parents = np.array(event.parents or [-1] * len(units), np.int32)
             depths = np.array(event.depths or [0] * len(units), np.int32)
             policy.inserted(units, parents, depths, keys, event.now)
-        elif event.e == "accessed":
+        case "accessed":
             policy.accessed(units, event.now)
-        elif event.e == "removed":
-            for unit in event.units:
-                held.pop(unit, None)
+        case "removed":
             policy.removed(units, event.now)
-        elif event.e == "finished":
+        case "finished":
             facts = Facts(event.session, event.turn, event.reason, event.output_tokens)
             policy.finished(units, facts, event.now)
-        elif event.e == "victims":
-            candidates = _Recorded(event.refused, held)
-            answer = policy.victims(candidates, event.n, event.now).tolist()
-            if not replaced:
-                yield event, answer
-            replaced = False
-        elif event.e == "fallback":
-            # The pager refused the answer that comes next in the log; what stands there is its own.
-            replaced = True
+        case "victims":
+            answer: list[int] = policy.victims(
+                _Recorded(event.refused, held), event.n, event.now
+            ).tolist()
+            return answer
+    return None

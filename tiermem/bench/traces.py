@@ -239,6 +239,9 @@ class Event(msgspec.Struct, frozen=True):
     output_tokens: int | None = None
     n: int = 0
     refused: list[int] = []
+    policy: str = ""
+    capacity: int = 1
+    params: dict[str, int | float | str | bool] = {}
 
 
 _EVENT = msgspec.json.Decoder(Event)
@@ -248,7 +251,7 @@ class TierHeader(msgspec.Struct, frozen=True):
     policy: str
     capacity: int
     seed: int = 0
-    params: dict[str, float | str | bool] = {}
+    params: dict[str, int | float | str | bool] = {}
 
 
 class Header(msgspec.Struct, frozen=True):

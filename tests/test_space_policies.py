@@ -1,0 +1,140 @@
+"""What a configuration says of policies reaches a running space, and its log."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tiermem import Config, Evict, Gpu, Host, Space
+from tiermem.bench import simulate, traces
+from tiermem.config import Trace
+from tiermem.policies.base import Candidates, EvictionBase, Ids
+from tiermem.policies.lru import LRU
+from tiermem.ranking import LATE_IN_A_ROW, LATE_S, Ranking
+from tiermem.region import Region
+from tiermem.table import PageTable
+from tiermem.tier import Place
+from tiermem.trace import EventLog
+
+PAGE = 64 << 10
+
+
+class Answers(EvictionBase):
+    """Told to answer the first candidates or the last ones."""
+
+    name = "answers"
+
+    def __init__(self, capacity: int, seed: int = 0, last: bool = False) -> None:
+        super().__init__(capacity, seed)
+        self._last = last
+
+    def victims(self, candidates: Candidates, n: int, now: int) -> Ids:
+        units = np.sort(candidates.all())
+        return units[::-1][:n] if self._last else units[:n]
+
+
+class Forgetful(LRU):
+    """Fails on the first unit that leaves."""
+
+    def removed(self, units: Ids, now: int) -> None:
+        raise RuntimeError("lost count")
+
+
+ANSWERS, FORGETFUL = f"{__name__}:Answers", f"{__name__}:Forgetful"
+
+
+def configured(evict: Evict, trace: Path | None = None) -> Config:
+    return Config(
+        gpu=Gpu(device="cpu", page=PAGE, budget=8 * PAGE, high=1.0, low=1.0),
+        host=Host(capacity=16 * PAGE, high=1.0, low=1.0),
+        evict=evict,
+        trace=Trace(path=trace),
+    )
+
+
+def filled(space: Space, pages: int = 8) -> Region:
+    """Regions of a full GPU; page i was allocated i-th."""
+    region = space.reserve(16 * PAGE)
+    for _ in range(pages):
+        region.allocate(1)
+    return region
+
+
+def touch(region: Region, pages: list[int]) -> None:
+    for page in pages:
+        with region.use(page):
+            pass
+
+
+@pytest.mark.parametrize(("last", "gone"), [(False, 0), (True, 7)])
+def test_arguments_of_a_policy_reach_it(last: bool, gone: int) -> None:
+    evict = Evict(gpu=ANSWERS, gpu_params={"last": last})
+    with Space.open(configured(evict)) as space:
+        region = filled(space, 9)
+        space.drain()
+        assert region.where([gone]).tolist() == [Place.HOST]
+
+
+def test_changed_arguments_alone_swap_the_policy() -> None:
+    before = configured(Evict(gpu=ANSWERS))
+    with Space.open(before) as space:
+        region = filled(space)
+        after = configured(Evict(gpu=ANSWERS, gpu_params={"last": True}))
+        assert space.apply(after) == ("evict.gpu_params",)
+        region.allocate(1)
+        space.drain()
+        assert region.where([7]).tolist() == [Place.HOST]
+
+
+def test_the_log_names_policies_and_their_arguments(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    with Space.open(configured(Evict(gpu=ANSWERS, gpu_params={"last": True}), path)):
+        pass
+    header, _ = traces.read_log(path)
+    assert header.tiers["gpu"].policy == ANSWERS
+    assert header.tiers["gpu"].params == {"last": True}
+    assert header.tiers["host"].policy == "classq"
+
+
+def test_a_log_with_a_swap_names_the_same_victims(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    with Space.open(configured(Evict(gpu="lru"), path)) as space:
+        region = filled(space, 10)
+        touch(region, [5, 3, 0, 1])
+        space.apply(configured(Evict(gpu=ANSWERS, gpu_params={"last": True}), path))
+        touch(region, [2, 8, 5, 6, 0, 1, 9, 4, 3])
+        space.drain()
+    (gpu,) = [row for row in simulate.replay_log(path) if row.tier == "gpu"]
+    assert gpu.answers >= 6
+    assert gpu.same == gpu.answers
+
+
+def test_a_policy_that_fails_on_a_fact_is_out_of_the_replay_from_there(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    with Space.open(configured(Evict(gpu=FORGETFUL), path)) as space:
+        region = filled(space, 10)
+        touch(region, [5, 3, 0, 1, 7])
+        space.drain()
+        assert space.statistics().tier(Place.GPU).policy == "lru (fallback)"
+    assert '"e":"retired"' in path.read_text()
+    (gpu,) = [row for row in simulate.replay_log(path) if row.tier == "gpu"]
+    assert (gpu.answers, gpu.same) == (1, 1)
+
+
+def test_a_policy_that_was_late_too_often_is_out_of_the_replay_from_there(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    table = PageTable()
+    table.extend(4)
+    table.at[:] = Place.GPU
+    clock = iter(np.arange(0.0, 1e3, 2 * LATE_S))
+    header = {"gpu": {"policy": ANSWERS, "capacity": 4}}
+    with EventLog(path, header) as log:
+        ranking = Ranking(Place.GPU, Answers(4), table, log.write, lambda: float(next(clock)))
+        ranking.inserted(np.arange(4, dtype=np.int32), None, 1)
+        table.stamp[:] = [4, 3, 2, 1]
+        named = [ranking.victims(1, now=2).tolist() for _ in range(LATE_IN_A_ROW + 3)]
+    assert named == [[0]] * LATE_IN_A_ROW + [[3]] * 3
+    (row,) = simulate.replay_log(path)
+    assert (row.answers, row.same) == (LATE_IN_A_ROW, LATE_IN_A_ROW)
