@@ -331,7 +331,8 @@ class Harness:
         assert not self.table.busy.any(), "a page is busy when nothing is under way"
         held = np.flatnonzero(self.table.at[: self.rows_of_regions] != Place.NONE).tolist()
         assert set(held) == self.alive, "pages that are held are not those that were allocated"
-        assert set(self.vacant) == set(range(self.rows_of_regions)) - self.alive, "a page is forgotten"
+        vacant = set(range(self.rows_of_regions)) - self.alive
+        assert set(self.vacant) == vacant, "a page is forgotten"
 
     def snapshot(self) -> dict[str, list[int]]:
         """The table, for comparison with another's."""

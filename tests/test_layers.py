@@ -19,9 +19,10 @@ LEVEL = {
         ("books", "descent", "executor", "ledger", "pager", "planner", "ranking", "stats", "trace"),
         3,
     ),
+    **dict.fromkeys(("attic", "contents"), 3),
     **dict.fromkeys(("ledger_file", "ledger_records", "ledger_shares", "ledger_wake"), 3),
     **dict.fromkeys(("leased", "sharing"), 4),
-    **dict.fromkeys(("assemble", "mover", "region", "space"), 4),
+    **dict.fromkeys(("assemble", "metrics", "mover", "region", "space"), 4),
     **dict.fromkeys(("__init__", "__main__", "bench", "cli", "integrations", "testing"), 5),
 }
 """The levels of the drawing in docs/design.md, by the first name below `tiermem`."""

@@ -51,6 +51,7 @@ class PagerMachine(RuleBasedStateMachine):
     """Requests are begun, wait, are finished or abandoned, in any order with everything else."""
 
     h: Harness
+    attic = False
 
     @initialize(
         seed=SEEDS,
@@ -65,7 +66,7 @@ class PagerMachine(RuleBasedStateMachine):
         gpu, host, nvme, unit = shape
         self.h = Harness(
             gpu=gpu, host=host, nvme=nvme, regions=((12, unit, 0), (6, unit, 1)),
-            eager=eager, marks=marks, seed=seed,
+            eager=eager, marks=marks, seed=seed, attic=self.attic,
         )  # fmt: skip
         self.gpu_units = gpu // unit
         self.waiting: list[Work] = []
@@ -277,7 +278,7 @@ class PagerMachine(RuleBasedStateMachine):
     def units(self) -> list[int]:
         table = self.h.table
         rows = np.flatnonzero((table.at != Place.NONE) & ((table.flags & DOOMED) == 0))
-        return [int(r) for r in rows if table.unit[r] == r]
+        return [int(r) for r in rows if table.unit[r] == r and r < self.h.rows_of_regions]
 
     def vacant(self) -> list[int]:
         """Units all of whose pages are vacant."""

@@ -13,11 +13,22 @@ from typing import Literal
 
 import numpy as np
 
+from tiermem.contents import Contents
 from tiermem.errors import TierFailed
 from tiermem.plan import Copy, Drop, Hide, Plan, Request, Show, Step
 from tiermem.policies.base import Keys
 from tiermem.ranking import Ranking
-from tiermem.table import DOOMED, IS_HIDING, IS_RETIRED, ORDERED, STALE, PageTable, Rows
+from tiermem.table import (
+    DOOMED,
+    IS_HIDING,
+    IS_RETIRED,
+    LABELLED,
+    ORDERED,
+    STALE,
+    Extent,
+    PageTable,
+    Rows,
+)
 from tiermem.tier import AT_GPU, GPU, HOST, NVME, TIERS, Mask, Place, SlotPool, Slots
 
 _NO_ROWS = np.empty(0, np.int32)
@@ -69,6 +80,9 @@ class Books:
         self.failed_tiers: set[Place] = set()
         self.limits: dict[Place, int] = {}
         self.growing: set[Place] = set()  # tiers that will have more slots without our doing
+        self.contents = Contents(table)
+        self.attic: Extent | None = None
+        self._unrecorded: list[Rows] = []
         self._open: dict[int, Open] = {}
         self._watch: dict[int, list[Request]] = {}
         self._doomed = _NO_ROWS
@@ -212,6 +226,17 @@ class Books:
     def _leave_tier(self, place: Place, rows: Rows, now: int) -> None:
         if len(rows):
             self.rankings[place].removed(self.table.heads(rows), now)
+
+    def _note_stored(self, rows: Rows) -> None:
+        """Labelled pages among these may have come to the drive: `take_unrecorded` looks."""
+        if self.attic is not None:
+            rows = rows[(self.table.flags[rows] & LABELLED) != 0]
+            if len(rows):
+                self._unrecorded.append(rows)
+
+    def _stamp_units(self, heads: Rows) -> None:
+        self.table.stamp[heads] = np.arange(self._stamp, self._stamp + len(heads), dtype=np.uint64)
+        self._stamp += len(heads)
 
     def _cancel(self, rows: Rows) -> None:
         table = self.table

@@ -10,7 +10,17 @@ import numpy as np
 
 from tiermem.books import Books
 from tiermem.plan import Copy, Drop, Hide, Plan
-from tiermem.table import DIRTY, DOOMED, IS_FRAME, IS_HIDING, IS_NOTHING, IS_RETIRED, STALE, Rows
+from tiermem.table import (
+    DIRTY,
+    DOOMED,
+    IS_FRAME,
+    IS_HIDING,
+    IS_NOTHING,
+    IS_RETIRED,
+    LABELLED,
+    STALE,
+    Rows,
+)
 from tiermem.tier import (
     AT_GPU,
     AT_HOST,
@@ -211,6 +221,8 @@ class Descent(Books):
         self._release_stale(rows)
         self.counts[f"{step.src.name}_{dst.name}".lower()] += len(landed)
         self.counts["late_spares"] += len(spares)
+        if dst == AT_NVME:
+            self._note_stored(rows[commit | late])
         if step.src == AT_GPU:
             return self._retire(landed)
         if dst == AT_NVME:
@@ -241,6 +253,7 @@ class Descent(Books):
         self._leave_tier(NVME, rows, now)
         self._release_slots(rows, NVME)
         table.at[rows] = AT_LOST
+        table.flags[rows] &= ~LABELLED
         self.counts["lost"] += len(rows)
         return [self._begin([Drop(table.heads(rows), "lost")])]
 
@@ -271,7 +284,7 @@ class Descent(Books):
             if here.any():
                 self._leave_tier(place, rows[here], now)
         self._cancel(rows)
-        table.flags[rows] |= DOOMED
+        table.flags[rows] = (table.flags[rows] & ~LABELLED) | DOOMED
 
     def _doom_rows(self, rows: Rows) -> None:
         self.table.flags[rows] |= DOOMED

@@ -15,12 +15,22 @@ from typing import Literal
 
 import numpy as np
 
+from tiermem.attic import Attic
 from tiermem.books import Marks, copies, either, pages_of
-from tiermem.descent import Descent
 from tiermem.errors import NotOurs, PageInUse, PageLost, TierFailed, TierFull
 from tiermem.plan import Copy, Drop, Hide, Outcome, Plan, Request, Show, Step, Zero
 from tiermem.policies.base import Keys, RequestFacts
-from tiermem.table import DIRTY, DOOMED, IS_FRAME, IS_HIDING, IS_RETIRED, ORDERED, STALE, Rows
+from tiermem.table import (
+    DIRTY,
+    DOOMED,
+    IS_FRAME,
+    IS_HIDING,
+    IS_RETIRED,
+    LABELLED,
+    ORDERED,
+    STALE,
+    Rows,
+)
 from tiermem.tier import (
     AT_GPU,
     AT_HOST,
@@ -41,10 +51,11 @@ Access = Literal["read", "write", "fresh"]
 __all__ = ["Access", "Marks", "Planner", "Request"]
 
 _NO_ROWS = np.empty(0, np.int32)
+_BARRED = DOOMED | STALE
 _ARRIVED = {HOST: "host_gpu", NVME: "nvme_gpu"}
 
 
-class Planner(Descent):
+class Planner(Attic):
     """All verbs. See `table.py` for the states and arcs, `books.py` for the state."""
 
     # ---------------------------------------------------------------- verbs of the owner
@@ -140,7 +151,8 @@ class Planner(Descent):
     def pin_one(self, row: int, write: bool, now: int) -> bool:
         """The fast path of `fault` and `touch` for one page that rests on the GPU."""
         table = self.table
-        if table.at[row] != AT_GPU or table.to[row] or table.flags[row] & (DOOMED | STALE):
+        barred = _BARRED | LABELLED if write else _BARRED
+        if table.at[row] != AT_GPU or table.to[row] or table.flags[row] & barred:
             return False
         if write and (table.slot(HOST)[row] >= 0 or table.slot(NVME)[row] >= 0):
             return False
@@ -165,7 +177,7 @@ class Planner(Descent):
         """The pinned pages are about to be written: every copy below is now old."""
         table = self.table
         table.gen[rows] += 1
-        table.flags[rows] |= DIRTY
+        table.flags[rows] = (table.flags[rows] & ~LABELLED) | DIRTY
         for place in (HOST, NVME):
             slot = table.slot(place)
             copies = rows[slot[rows] >= 0]
@@ -249,9 +261,13 @@ class Planner(Descent):
         return self._leave_gpu(rows, now, may_drop=False)
 
     def forget(self, rows: Rows, now: int) -> list[Plan]:
-        """Everything of a region that is being closed: free its pages, hide what it shows."""
+        """Everything of a region that is being closed: free its pages, hide what it shows.
+
+        Labelled content on the drive stays there if there is an attic.
+        """
         table = self.table
         alive = rows[(table.at[rows] != AT_NONE) & ((table.flags[rows] & DOOMED) == 0)]
+        self._shelve(alive, now)
         plans = self.free(alive, now) if len(alive) else []
         shown = rows[(table.shown[rows] == IS_RETIRED) & (table.at[rows] == AT_NONE)]
         if len(shown):
@@ -449,10 +465,6 @@ class Planner(Descent):
         later = (table.to[rows] == AT_GPU) & ((table.flags[rows] & ORDERED) == 0)
         table.pins[rows[~later]] += 1
         table.waiters[rows[later]] += 1
-
-    def _stamp_units(self, heads: Rows) -> None:
-        self.table.stamp[heads] = np.arange(self._stamp, self._stamp + len(heads), dtype=np.uint64)
-        self._stamp += len(heads)
 
     def _land_up(
         self, step: Copy, plan_id: int, bad: Mask | None, unshown: Rows, failed: set[int], now: int

@@ -18,6 +18,8 @@ One row a page, numpy columns, no I/O and no lock. Only `planner.py` writes it.
    HOST, clean, spare on NVMe ── _step_down ─▶ NVME, no transfer
    HOST or NVME, frame retired ── _take_back ─▶ GPU, no transfer
    HOST, failed load, spare on NVMe ── _read_failed ─▶ NVME
+   NONE ── adopt ─▶ NVME, in the slot of a page of the attic, which becomes NONE
+   closing, labelled, copy on NVMe ── _shelve ─▶ the slot is the attic's, whose page was NONE
 
 What an address shows (`shown`): NOTHING ─ _load, allocate ▶ FRAME ─ _land_down ▶ RETIRED (lazy) or
 HIDING (eager); RETIRED ─ stolen ▶ HIDING ─ settle ▶ NOTHING; RETIRED ─ _take_back ▶ FRAME.
@@ -55,6 +57,7 @@ DIRTY = np.uint8(1)  # newer than every copy below
 DOOMED = np.uint8(2)  # freed or dropped; becomes NONE once idle
 STALE = np.uint8(4)  # copies below are old; released once idle
 ORDERED = np.uint8(8)  # a load that streams wait for; may be pinned, not cancelled
+LABELLED = np.uint8(16)  # holds the content of its key (contents.py); a write clears it
 
 
 class Shown(IntEnum):
@@ -106,7 +109,7 @@ class PageTable:
     at       u8     Place of the newest bytes
     to       u8     Place a claimed move is heading for, else NONE
     shown    u8     Shown
-    flags    u8     DIRTY | DOOMED | STALE | ORDERED
+    flags    u8     DIRTY | DOOMED | STALE | ORDERED | LABELLED
     busy     i16    transfers and hides in flight, also cancelled ones
     waiters  i16    threads that get a pin the moment the load commits
     pins     i32    users; a pinned page stays on the GPU
@@ -220,6 +223,10 @@ class PageTable:
         )
         assert (~ordered | (to == AT_GPU)).all(), "3: ordered without a load"
         assert (~doomed | (self.pins == 0)).all(), "a doomed page is pinned"
+        labelled = (flags & LABELLED) != 0
+        assert not (labelled & (doomed | (at == AT_NONE) | (at == AT_LOST))).any(), (
+            "a label on a page without bytes"
+        )
         assert ((self.waiters == 0) | (to == AT_GPU)).all(), "waiters without a load"
         assert ((to == 0) | ((self.busy > 0) & (self.move > 0))).all(), "a move without transfer"
         for place in TIERS:

@@ -284,6 +284,14 @@ class SlotPool:
         self._top -= n
         return self._free[self._top : self._top + n][::-1].copy()
 
+    def claim(self, slots: Slots) -> None:
+        """These free slots become used: their bytes were there before the pool was."""
+        free = self._free[: self._top]
+        rest = free[~np.isin(free, slots)]
+        assert len(rest) == self._top - len(slots), "a slot that is claimed is not free"
+        self._top = len(rest)
+        self._free[: self._top] = rest
+
     def oldest_kept(self, n: int | None = None) -> Slots:
         """int32[<= n]: kept slots, oldest first; nothing changes."""
         return np.fromiter(islice(self._kept, n), np.int32)
