@@ -97,11 +97,16 @@ static int32_t map(const frames *f, uint64_t address, int32_t frame, uint64_t pa
     return at == MAP_FAILED ? -errno : 0;
 }
 
+/* One mapping too many, and the kernel refuses every mmap, this one too: then the page keeps its
+ * mapping, out of reach, until it is shown anew. A hide or an undo must not fail for that. */
 static int32_t unmap(const frames *f, uint64_t address, uint64_t pages)
 {
-    void *at = mmap((void *)(uintptr_t)address, pages * f->page_bytes, (int)f->protection,
+    void *start = (void *)(uintptr_t)address;
+    void *at = mmap(start, pages * f->page_bytes, (int)f->protection,
                     MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0);
-    return at == MAP_FAILED ? -errno : 0;
+    if (at != MAP_FAILED)
+        return 0;
+    return errno == ENOMEM && mprotect(start, pages * f->page_bytes, PROT_NONE) == 0 ? 0 : -errno;
 }
 
 /* How many entries from the first on follow one another, and so take one call: one flush of the
