@@ -28,6 +28,7 @@ from tiermem.ledger_file import (
     RECORDS,
     SUFFIX,
     Head,
+    LedgerBusy,
     LedgerError,
     LedgerFile,
     Word,
@@ -47,7 +48,7 @@ from tiermem.ledger_records import (
 from tiermem.ledger_shares import Claim
 from tiermem.ledger_wake import Bell, Owner, is_alive, myself
 
-__all__ = ["Kind", "Lease", "Ledger", "LedgerError", "Member", "Report", "Snapshot"]
+__all__ = ["Kind", "Lease", "Ledger", "LedgerBusy", "LedgerError", "Member", "Report", "Snapshot"]
 
 log = logging.getLogger(__name__)
 
@@ -60,9 +61,11 @@ ANYTHING = 1 << 62
 class Ledger:
     """The open ledger of one device. Thread-safe; close it, or use it as a context manager."""
 
-    def __init__(self, path: Path, device: str = "", budget: int | None = None) -> None:
+    def __init__(
+        self, path: Path, device: str = "", budget: int | None = None, *, exact: bool = True
+    ) -> None:
         """Most callers use `open` or `found`."""
-        self._file = LedgerFile(path, device, budget)
+        self._file = LedgerFile(path, device, budget, exact=exact)
         self._bell = Bell(path)
         self._leases: list[Lease] = []
         self.path = path
@@ -70,14 +73,21 @@ class Ledger:
 
     @classmethod
     def open(
-        cls, device: str, budget: int, *, group: str = "default", directory: Path | None = None
+        cls,
+        device: str,
+        budget: int,
+        *,
+        group: str = "default",
+        exact: bool = True,
+        directory: Path | None = None,
     ) -> Ledger:
         """The ledger of a device and a group of engines of this user; made if it is not there.
 
-        budget: bytes that all members may hold together. Raises LedgerError, ConfigError.
+        budget: bytes that all members may hold together. If others share already, theirs is in
+        force, and an exact one that differs is refused. Raises LedgerError, ConfigError.
         """
         where = runtime_directory() if directory is None else directory
-        return cls(ledger_path(where, device, group), device, budget)
+        return cls(ledger_path(where, device, group), device, budget, exact=exact)
 
     @classmethod
     def found(cls, directory: Path | None = None) -> list[Ledger]:
@@ -273,6 +283,8 @@ class Lease:
         self._first = first
         self._owing: set[int] = set()  # slots to be rung
         self._seen = -1
+        self.share = 0  # as of the last `reserve`
+        self.lacking = 0  # of our share, as of the last `reserve`: others still hold it
         self._left = False
         self.bell = Bell(file.path, self.slot)
 
@@ -302,9 +314,26 @@ class Lease:
             if granted:
                 words[first + Word.RESERVED] += granted
                 self._note(words, "reserve", granted)
+            self.share = shares[mine]
+            self.lacking = min(nbytes, max(0, shares[mine] - charged)) - granted
             if granted < nbytes:
                 owed = ledger_shares.owed(budget, claims, shares, budget // BAND)
                 self._owing |= {slot_of(f) for f, due in zip(live, owed, strict=True) if due}
+            return granted
+
+    def borrow(self, nbytes: int) -> int:
+        """Charge up to nbytes that nobody needs, beyond what is wanted; how many were granted."""
+        with self._file.locked() as words:
+            first = self._first
+            live, claims, shares = self._claims(words)
+            mine = live.index(first)
+            room = words[first + Word.CAP] - claims[mine].charged
+            spare = ledger_shares.spare(words[Head.BUDGET], claims, shares, mine)
+            granted = max(0, min(nbytes, room, spare))
+            granted -= granted % self.page_bytes
+            if granted:
+                words[first + Word.RESERVED] += granted
+                self._note(words, "borrow", granted)
             return granted
 
     def commit(self, nbytes: int) -> None:

@@ -46,6 +46,10 @@ class LedgerError(TierMemError):
     """A ledger that cannot be used, or that does not answer; the message says what to do."""
 
 
+class LedgerBusy(LedgerError):
+    """The lock could not be had in time; trying again later is right."""
+
+
 class Head(IntEnum):
     """Words of the header. Those before CRC never change while the file is in use."""
 
@@ -190,10 +194,11 @@ class Lock:
 class LedgerFile:
     """An open ledger: its words, and the lock around every change. Thread-safe."""
 
-    def __init__(self, path: Path, device: str, budget: int | None) -> None:
+    def __init__(self, path: Path, device: str, budget: int | None, *, exact: bool = True) -> None:
         """Open the ledger of a device, or make it. Most callers use `Ledger.open`.
 
-        budget: bytes that all members may hold together; None takes over what is in force.
+        budget: bytes that all members may hold together; None, or one that is not exact, takes
+        over what is in force.
         Raises LedgerError for what is damaged or foreign while others use it, ConfigError for a
         budget that differs from theirs.
         """
@@ -213,7 +218,7 @@ class LedgerFile:
                 self._map = mmap.mmap(self._fd, SIZE)
                 self.words = memoryview(self._map).cast("q")
                 if not alone:
-                    self._refuse_other(device, budget)
+                    self._refuse_other(device, budget if exact else None)
                 self._present.take(shared=True)
             except BaseException:
                 os.close(self._fd)
@@ -251,7 +256,7 @@ class LedgerFile:
         if self._fd < 0:
             raise LedgerError(f"{self.path} was closed, or opened by a parent process")
         if not self._threads.acquire(timeout=timeout_s):
-            raise LedgerError(f"{self.path}: another thread has held the lock for {timeout_s} s")
+            raise LedgerBusy(f"{self.path}: another thread has held the lock for {timeout_s} s")
         try:
             if self._grant.take():
                 return
@@ -261,7 +266,7 @@ class LedgerFile:
                 tries += 1
                 if tries > _SPINS:
                     if time.monotonic() > until:
-                        raise LedgerError(
+                        raise LedgerBusy(
                             f"{self.path}: another process has held the lock for {timeout_s} s "
                             "(is one of the engines stopped? it must run on, or end)"
                         )

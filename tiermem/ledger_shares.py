@@ -70,6 +70,18 @@ def grant(
     return max(0, min(room, below_floor), min(room, free - lacking + below_floor))
 
 
+def spare(budget: int, claims: Sequence[Claim], shares: Sequence[int], mine: int) -> int:
+    """Bytes that claim `mine` may borrow: free ones that no share of the others covers."""
+    others = sum(
+        [
+            max(c.charged, s)
+            for i, (c, s) in enumerate(zip(claims, shares, strict=True))
+            if i != mine
+        ]
+    )
+    return max(0, budget - others - claims[mine].charged)
+
+
 def owed(budget: int, claims: Sequence[Claim], shares: Sequence[int], band: int = 0) -> list[int]:
     """What each must give back now, so that all who are below their fair share can reach it.
 

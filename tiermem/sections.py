@@ -104,6 +104,8 @@ class Nvme(Section, frozen=True, kw_only=True):
             choice("auto", "kvikio", "posix", "off"), "auto (probed) | kvikio | posix | off"
         ),
         "persist": Key(flag, "keep the pages for the next start"),
+        "encrypt": Key(flag, "AES-256-GCM; the key ends with the process, or is in key_file"),
+        "key_file": Key(optional(path), "the key; off = beside the slab, if that is kept"),
         "write_budget": Key(optional(rate), "most bytes written per second; off = no limit", rated),
         "high": Key(mark, "make room once this part is in use ..."),
         "low": Key(mark, "... until this part is"),
@@ -113,6 +115,8 @@ class Nvme(Section, frozen=True, kw_only=True):
     capacity: Setting[Size] = default(0.5)
     mode: Literal["auto", "kvikio", "posix", "off"] = "auto"
     persist: bool = False
+    encrypt: bool = False
+    key_file: Setting[Path | None] = default(None)
     write_budget: Setting[int | None] = default(None)
     high: float = 0.98
     low: float = 0.95
@@ -126,8 +130,10 @@ class Nvme(Section, frozen=True, kw_only=True):
         self.ordered("low", "high")
         if not self.verify:
             raise BadValue("nvme.verify", False, "bytes read from a disk are always verified")
+        if self.key_file is not None and not self.encrypt:
+            raise BadValue("nvme.key_file", self.key_file, "needs nvme.encrypt = true as well")
         if self.path is None and self.mode != "off" and self.capacity != 0:
-            for key in ("mode", "persist", "capacity"):
+            for key in ("mode", "persist", "encrypt", "capacity"):
                 if getattr(self, key) != self.default_of(key):
                     raise BadValue(self.dotted(key), getattr(self, key), "needs nvme.path as well")
 
@@ -167,10 +173,32 @@ class Share(Section, frozen=True, kw_only=True):
             optional(at_least(SMALLEST_PAGE)), "most bytes by lease; off = gpu.budget", sized
         ),
         "weight": Key(positive, "share of what is free, against the others' weights"),
+        "group": Key(
+            optional(text(r"[A-Za-z0-9_.-]{1,32}", '"team-a"')),
+            "engines of one group share; off = no sharing, unless a key below or above is set",
+        ),
+        "name": Key(optional(text(r"[ -~]{1,48}", '"chat-8b"')), "what `tiermem top` calls it"),
+        "total": Key(
+            at_least(SMALLEST_PAGE), "most bytes of the whole group, or a part of the GPU", sized
+        ),
+        "idle_s": Key(positive, "after so many seconds without use, pages count as cold"),
     }
     floor: Setting[Size] = default(0)
     cap: Setting[Size | None] = default(None)
     weight: float = 1.0
+    group: str | None = None
+    name: str | None = None
+    total: Setting[Size] = default(0.9)
+    idle_s: float = 60.0
+
+    @property
+    def enabled(self) -> bool:
+        """Whether anything was asked for."""
+        return any(getattr(self, key) != self.default_of(key) for key in self.keys)
+
+    @property
+    def group_name(self) -> str:
+        return self.group or "default"
 
 
 class Trace(Section, frozen=True, kw_only=True):

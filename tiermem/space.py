@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from contextlib import ExitStack
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,7 @@ from tiermem.assemble import Parts, assemble
 from tiermem.config import Config, changed
 from tiermem.errors import Closed, ConfigError, TierFull
 from tiermem.executor import Executor
+from tiermem.leased import LeasedPlanner
 from tiermem.mover import Mover
 from tiermem.pager import Pager
 from tiermem.planner import Marks, Planner
@@ -21,6 +23,7 @@ from tiermem.policies.base import Eviction
 from tiermem.policies.registry import load as load_policy
 from tiermem.ranking import Ranking
 from tiermem.region import OnGone, Region
+from tiermem.sharing import Sharing
 from tiermem.stats import RouteStatistics, Statistics, TierStatistics
 from tiermem.table import PageTable, Rows
 from tiermem.tier import TIERS, Addresses, Finished, Place, SlotPool
@@ -35,8 +38,11 @@ log = logging.getLogger(__name__)
 class Space:
     """Tiered memory on one device. Thread-safe; close it, or use it as a context manager."""
 
-    def __init__(self, config: Config, parts: Parts) -> None:
-        """Compose a space of given parts, which it will close. Most callers use `Space.open`."""
+    def __init__(self, config: Config, parts: Parts, sharing: Sharing | None = None) -> None:
+        """Compose a space of given parts, which it will close. Most callers use `Space.open`.
+
+        sharing: the lease that its GPU memory is held under; closed last.
+        """
         self.config = config
         self.device = parts.device
         self.page_bytes = parts.device.page_bytes
@@ -53,7 +59,9 @@ class Space:
         self._ready = {place: pool.capacity for place, pool in pools.items()}
         self._log = self._open_log()
         rankings = {place: self._ranking(place, table) for place in TIERS}
-        self._planner = Planner(
+        self._sharing = sharing
+        planner = Planner if sharing is None else LeasedPlanner
+        self._planner = planner(
             table,
             pools,
             rankings,
@@ -79,6 +87,8 @@ class Space:
         )
         self._mover = Mover(self.pager, self._turn)
         self._grow()
+        if isinstance(self._planner, LeasedPlanner) and sharing is not None:
+            sharing.start(self._planner, self._mover.wake)
         self._mover.start()
 
     @classmethod
@@ -90,12 +100,14 @@ class Space:
         from tiermem.config import load
 
         config = load() if config is None else config
-        parts = assemble(config)
-        try:
-            space = cls(config, parts)
-        except BaseException:
-            parts.close()
-            raise
+        with ExitStack() as opened:
+            sharing = Sharing.open(config) if config.share.enabled else None
+            if sharing is not None:
+                opened.callback(sharing.close)
+            parts = assemble(config, None if sharing is None else sharing.terms.first)
+            opened.callback(parts.close)
+            space = cls(config, parts, sharing)
+            opened.pop_all()
         for line in config.describe():
             log.info("config %s", line)
         return space
@@ -154,12 +166,17 @@ class Space:
         nbytes = units.parse_bytes(gpu)
         frames = nbytes // self.page_bytes
         most = self.device.frames.capacity
+        if self._sharing is not None:
+            most = self._sharing.terms.ceiling // self.page_bytes
         if not 0 < frames <= most:
             raise ConfigError(
                 f"limit {nbytes} bytes = {frames} pages of {self.page_bytes}; 1 to {most} can be"
             )
-        with self.pager.lock:
-            self._planner.limits[Place.GPU] = frames
+        if self._sharing is not None:
+            self._sharing.ceiling = frames * self.page_bytes
+        else:
+            with self.pager.lock:
+                self._planner.limits[Place.GPU] = frames
         self._mover.wake()
 
     def apply(self, config: Config) -> tuple[str, ...]:
@@ -228,6 +245,8 @@ class Space:
             region.close()
         self.pager.close()
         self._parts.close()
+        if self._sharing is not None:
+            self._sharing.close()  # after the device has given its memory back
         if self._log is not None:
             self._log.close()
 
@@ -262,9 +281,34 @@ class Space:
         """One round of the mover; True while the host pool or the slab still grows."""
         self.pager.settle_ready()
         growing = self._grow()
+        if isinstance(self._planner, LeasedPlanner):
+            self._follow_lease(self._planner)
         self.pager.decide(lambda: self._planner.relieve(self.now()))
         self._obey_limit()
         return growing
+
+    def _follow_lease(self, planner: LeasedPlanner) -> None:
+        """The limit is what the ledger lets us hold; what others may have by then is parked."""
+        sharing = self._sharing
+        assert sharing is not None, "a leased planner has a lease"
+        sharing.settle(self._backed_frames())
+        if Place.GPU in planner.growing:
+            return
+        with self.pager.lock:
+            demand = planner.demand()
+        limit = sharing.limit(demand)
+        with self.pager.lock:
+            planner.limits[Place.GPU] = limit
+        self._obey_limit()
+        sharing.settle(self._backed_frames())
+        if sharing.is_report_due():
+            with self.pager.lock:
+                report = planner.report(self.page_bytes)
+            sharing.report(report)
+
+    def _backed_frames(self) -> int:
+        """GPU frames with memory behind them: counted before they get it, until it is gone."""
+        return self._ready[Place.GPU] - len(self._parked)
 
     def _grow(self) -> bool:
         growing: set[Place] = set()
@@ -290,17 +334,19 @@ class Space:
             self.device.park(freed)
             self._parked = np.concatenate([self._parked, freed])
         if short > 0:
-            n = min(short, len(self._parked))
-            fresh, self._parked = self._parked[:n], self._parked[n:]
-            if not n:
+            fresh, self._parked = self._parked[:short], self._parked[short:]
+            if len(fresh) < short:
                 first = self._ready[Place.GPU]
-                fresh = np.arange(first, first + short, dtype=np.int32)
-                self._ready[Place.GPU] = first + short
+                self._ready[Place.GPU] = first + short - len(fresh)
+                new = np.arange(first, self._ready[Place.GPU], dtype=np.int32)
+                fresh = np.concatenate([fresh, new])
             try:
                 self.device.back(fresh)
             except TierFull:
                 self._parked = np.concatenate([self._parked, fresh])
                 log.warning("limit not reached: the device has no memory for %d pages", len(fresh))
+                if self._sharing is not None:
+                    self._sharing.no_memory()
                 return
             with self.pager.lock:
                 self._planner.grow(Place.GPU, fresh)

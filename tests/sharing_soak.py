@@ -1,0 +1,312 @@
+"""Engines in processes of their own share one device; some are killed, none may be harmed by it.
+
+    python tests/sharing_soak.py [--seconds 200] [--engines 4] [--seed 1]
+
+Each engine bursts, idles, verifies every page that it reads, and uses as many pages as its floor
+at once, which must always be possible. Watched from outside, under the ledger's lock: the memory
+that each device file really occupies against what the ledger says, and their sum against the
+budget; the ledger's own log of every change; how soon a killed engine's bytes are free.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+import tiermem
+from tiermem.errors import TierFull
+from tiermem.ledger import Ledger
+from tiermem.ledger_file import Head, LedgerFile, Word
+
+PAGE = 64 << 10
+PAGES = 128  # that all may hold together
+FLOOR = 12
+MOST = 150  # that one engine has at a time, in all tiers
+GROUP = "soak"
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What was seen. `faults` are sentences; none of them may be there."""
+
+    faults: list[str] = field(default_factory=list)
+    samples: int = 0
+    changes: int = 0
+    kills: int = 0
+    most_held: int = 0
+    freed_s: list[float] = field(default_factory=list)
+    engines: list[dict[str, int]] = field(default_factory=list)
+
+
+# One engine ---------------------------------------------------------------------------------------
+
+
+def engine(name: str, seed: int) -> None:
+    """Run until standard input ends, then print what was seen."""
+    config = tiermem.Config(
+        gpu=tiermem.Gpu(device="cpu", budget=PAGES * PAGE, page=PAGE),
+        host=tiermem.Host(capacity=2 * MOST * PAGE),
+        share=tiermem.Share(
+            group=GROUP, name=name, total=PAGES * PAGE, floor=FLOOR * PAGE, idle_s=0.5
+        ),
+    )
+    os.set_blocking(0, False)
+    seen = {"wrong": 0, "verified": 0, "below_floor": 0, "refused": 0}
+    with tiermem.Space.open(config) as space:
+        with space.reserve(2 * MOST * PAGE) as region:
+            print("ready", flush=True)
+            load(space, region, random.Random(seed), seen)
+        space.check()
+    print(json.dumps(seen), flush=True)
+
+
+def load(
+    space: tiermem.Space, region: tiermem.Region, rng: random.Random, seen: dict[str, int]
+) -> None:
+    view = region.view(np.uint64)
+    model: dict[int, int] = {}
+    version = 1
+    while not is_told_to_end():
+        burst = rng.choice((FLOOR, 30, 80, MOST))
+        for _ in range(rng.randrange(40)):
+            if len(model) < burst:
+                n = rng.randint(1, min(FLOOR, MOST - len(model)) or 1)
+                for page in region.allocate(n).tolist():
+                    model[page] = 0
+            elif len(model) > burst or rng.random() < 0.1:
+                gone = rng.sample(sorted(model), min(len(model), rng.randint(1, FLOOR)))
+                region.free(gone)
+                for page in gone:
+                    del model[page]
+            n = FLOOR if rng.random() < 0.3 else rng.randint(1, 40)
+            pages = rng.sample(sorted(model), min(n, len(model)))
+            if not pages:
+                continue
+            writes = rng.random() < 0.4
+            try:
+                with region.use(pages, "write" if writes else "read"):
+                    for page in pages:
+                        if model[page]:
+                            seen["verified"] += 1
+                            seen["wrong"] += not (view[page] == model[page]).all()
+                        if writes:
+                            version += 1
+                            view[page] = model[page] = version
+            except TierFull as error:
+                kind = "below_floor" if len(pages) <= FLOOR else "refused"
+                seen[kind] += 1
+                if kind == "below_floor":
+                    print(f"{os.getpid()} {error}", file=sys.stderr, flush=True)
+        if rng.random() < 0.3:
+            time.sleep(rng.random())
+    for page, value in model.items():
+        with region.use(page):
+            seen["verified"] += 1
+            seen["wrong"] += bool(value) and not (view[page] == value).all()
+
+
+def is_told_to_end() -> bool:
+    try:
+        return os.read(0, 1) == b""
+    except BlockingIOError:
+        return False
+
+
+# Everything around them ---------------------------------------------------------------------------
+
+
+class Engine:
+    """A running engine, seen from outside."""
+
+    def __init__(self, name: str, seed: int, directory: Path) -> None:
+        self.name = name
+        self.process = subprocess.Popen(
+            [sys.executable, __file__, "--engine", name, "--seed", str(seed)],
+            env={**os.environ, "XDG_RUNTIME_DIR": str(directory)},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self._frames: Path | None = None
+
+    def frame_bytes(self) -> int:
+        """Memory that the file of this engine's frames occupies now."""
+        try:
+            if self._frames is None:
+                for fd in Path(f"/proc/{self.process.pid}/fd").iterdir():
+                    if "memfd:tiermem-frames" in os.readlink(fd):
+                        self._frames = fd
+            return 0 if self._frames is None else self._frames.stat().st_blocks * 512
+        except OSError:
+            return 0  # it has ended
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        self._close()
+
+    def end(self) -> dict[str, int]:
+        """What it has seen; {} if it failed."""
+        out, _ = self.process.communicate(timeout=60)
+        lines = out.splitlines()
+        self._close()
+        if self.process.returncode or not lines or not lines[-1].startswith("{"):
+            return {}
+        seen: dict[str, int] = json.loads(lines[-1])
+        return seen
+
+    def _close(self) -> None:
+        for pipe in (self.process.stdin, self.process.stdout):
+            if pipe is not None:
+                pipe.close()
+
+
+def soak(seconds: float, engines: int, seed: int, every_s: float = 2.0) -> Outcome:
+    """Let engines run for a while, and kill one every now and then."""
+    with tempfile.TemporaryDirectory(prefix="tm-") as name:
+        directory = Path(name)
+        home = directory / "tiermem"
+        home.mkdir(mode=0o700)
+        events = home / f"cpu-{GROUP}.events"
+        events.touch()
+        with Ledger.open("cpu", PAGES * PAGE, group=GROUP, directory=home) as ledger:
+            outcome = Outcome()
+            _run(outcome, ledger, directory, seconds, engines, random.Random(seed), every_s)
+            left = ledger.snapshot()
+            if left.members or left.free != PAGES * PAGE:
+                outcome.faults.append(f"left behind: {left}")
+        _judge_events(outcome, events.read_text())
+    return outcome
+
+
+def _run(
+    outcome: Outcome,
+    ledger: Ledger,
+    directory: Path,
+    seconds: float,
+    engines: int,
+    rng: random.Random,
+    every_s: float,
+) -> None:
+    file = LedgerFile(ledger.path, "", None)
+    running = [Engine(f"e{i}", rng.randrange(1 << 30), directory) for i in range(engines)]
+    try:
+        until = time.monotonic() + seconds
+        next_kill = time.monotonic() + every_s
+        while time.monotonic() < until:
+            _sample(outcome, file, running)
+            time.sleep(0.01)
+            for i, each in enumerate(running):
+                if each.process.poll() is not None:
+                    outcome.faults.append(f"{each.name} ended with {each.process.returncode}")
+                    each.end()
+                    running[i] = Engine(each.name, rng.randrange(1 << 30), directory)
+            if time.monotonic() > next_kill:
+                next_kill = time.monotonic() + every_s * (0.5 + rng.random())
+                i = rng.randrange(engines)
+                _kill(outcome, ledger, running[i])
+                running[i] = Engine(running[i].name, rng.randrange(1 << 30), directory)
+        for each in running:
+            seen = each.end()
+            outcome.engines.append(seen)
+            if not seen or seen["wrong"] or seen["below_floor"]:
+                outcome.faults.append(f"{each.name}: {seen or each.process.returncode}")
+    finally:
+        for each in running:
+            if each.process.poll() is None:
+                each.process.send_signal(signal.SIGABRT)  # what it does now goes to stderr
+                each.kill()
+        file.close()
+
+
+def _kill(outcome: Outcome, ledger: Ledger, engine: Engine) -> None:
+    """Kill one; the others must have noticed within a second, without our help."""
+    pid = engine.process.pid
+    others = [m for m in ledger.snapshot().members if m.pid != pid]
+    engine.kill()
+    start = time.monotonic()
+    outcome.kills += 1
+    if not others:  # nobody is there yet to notice
+        ledger.reap()
+        return
+    while any(member.pid == pid for member in ledger.snapshot().members):
+        time.sleep(0.001)
+        if time.monotonic() - start > 1.0:
+            outcome.faults.append(f"pid {pid}: its bytes were not free after 1 s")
+            ledger.reap()
+            return
+    outcome.freed_s.append(time.monotonic() - start)
+
+
+def _sample(outcome: Outcome, file: LedgerFile, running: list[Engine]) -> None:
+    """Under the lock no charge changes, so memory must fit into it, one by one and in all."""
+    with file.locked(5.0) as words:
+        charged = {
+            words[first + Word.PID]: words[first + Word.HELD] + words[first + Word.RESERVED]
+            for first in file.live()
+        }
+        budget = words[Head.BUDGET]
+        real = {each.process.pid: each.frame_bytes() for each in running}
+    outcome.samples += 1
+    outcome.most_held = max(outcome.most_held, sum(real.values()))
+    if sum(charged.values()) > budget:
+        outcome.faults.append(f"charged {charged} of {budget}")
+    for pid, nbytes in real.items():
+        if nbytes > charged.get(pid, 0):
+            outcome.faults.append(f"pid {pid} occupies {nbytes}, charged {charged.get(pid)}")
+
+
+def _judge_events(outcome: Outcome, text: str) -> None:
+    epochs = []
+    for line in text.splitlines():
+        epoch, _, _, event, _, held, reserved, budget = line.split()
+        epochs.append(int(epoch))
+        outcome.changes += 1
+        if int(held) + int(reserved) > int(budget):
+            outcome.faults.append(f"event {event} {epoch}: {held} + {reserved} of {budget}")
+    if epochs != sorted(epochs):
+        outcome.faults.append("the event log is out of order")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--seconds", type=float, default=200)
+    parser.add_argument("--engines", type=int, default=4)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--engine", help="be one engine of this name")
+    given = parser.parse_args()
+    if given.engine:
+        engine(given.engine, given.seed)
+        return
+    outcome = soak(given.seconds, given.engines, given.seed)
+    freed = sorted(outcome.freed_s)
+    print(
+        f"{given.seconds:.0f} s, {given.engines} engines, seed {given.seed}: "
+        f"{outcome.kills} kills, {outcome.samples} samples, {outcome.changes} changes, memory "
+        f"{outcome.most_held / PAGES / PAGE:.0%} of the budget"
+    )
+    if freed:
+        print(
+            f"bytes of a killed engine free after: n={len(freed)}, "
+            f"median {freed[len(freed) // 2] * 1e3:.0f} ms, most {freed[-1] * 1e3:.0f} ms"
+        )
+    for seen in outcome.engines:
+        print(f"engine: {seen}")
+    for fault in outcome.faults[:20]:
+        print(f"FAULT {fault}")
+    sys.exit(bool(outcome.faults))
+
+
+if __name__ == "__main__":
+    main()

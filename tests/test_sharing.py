@@ -1,0 +1,287 @@
+"""Spaces that share a device: who holds what, and what happens when they want more or less."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests import sharing_soak
+from tiermem import Config, ConfigError, Gpu, Host, Region, Share, Space, TierFull
+from tiermem.ledger import Ledger, Member
+from tiermem.ledger_file import LedgerError
+from tiermem.tier import Place
+
+PAGE = 64 << 10
+PAGES = 64
+
+
+@pytest.fixture(autouse=True)
+def home(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A runtime directory of our own; its ledgers are in `tiermem` below it."""
+    with tempfile.TemporaryDirectory(prefix="tm-") as name:
+        monkeypatch.setenv("XDG_RUNTIME_DIR", name)
+        yield Path(name) / "tiermem"
+
+
+def config(
+    name: str,
+    *,
+    floor: int = 0,
+    cap: int | None = None,
+    total: int = PAGES,
+    budget: int = PAGES,
+    idle_s: float = 60.0,
+    host: int = 4 * PAGES,
+) -> Config:
+    """Sizes in pages."""
+    return Config(
+        gpu=Gpu(device="cpu", budget=budget * PAGE, page=PAGE),
+        host=Host(capacity=host * PAGE),
+        share=Share(
+            name=name,
+            floor=floor * PAGE,
+            cap=None if cap is None else cap * PAGE,
+            total=total * PAGE,
+            idle_s=idle_s,
+        ),
+    )
+
+
+@contextmanager
+def engine(given: Config) -> Iterator[tuple[Space, Region]]:
+    with Space.open(given) as space, space.reserve(4 * PAGES * PAGE) as region:
+        yield space, region
+        space.check()
+
+
+def fill(region: Region, n: int) -> list[int]:
+    """Allocate n pages and write each page's number into it."""
+    pages: list[int] = region.allocate(n).tolist()
+    with region.use(pages, "fresh"):
+        region.view(np.uint64)[pages] = np.array(pages, np.uint64)[:, None] + 1
+    return pages
+
+
+def verify(region: Region, pages: list[int]) -> None:
+    view = region.view(np.uint64)
+    for page in pages:
+        with region.use(page):
+            assert (view[page] == page + 1).all()
+
+
+def members(home: Path) -> dict[str, Member]:
+    (ledger,) = Ledger.found(home)
+    with ledger:
+        return {member.name: member for member in ledger.snapshot().members}
+
+
+def held(space: Space) -> int:
+    return space.statistics().tier(Place.GPU).capacity
+
+
+def until(condition: Callable[[], bool]) -> None:
+    """Wait until something holds that threads bring about; fail after 10 s."""
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def test_without_a_share_section_no_ledger_is_touched(home: Path) -> None:
+    with Space.open(Config(gpu=Gpu(device="cpu", budget=4 * PAGE, page=PAGE))) as space:
+        assert held(space) == 4
+    assert not home.exists()
+
+
+def test_a_space_opens_small_and_grows_with_what_it_allocates(home: Path) -> None:
+    with engine(config("one")) as (space, region):
+        assert held(space) < 8
+        pages = fill(region, 50)
+        assert held(space) >= 50
+        assert space.statistics().counts.get("gpu_host", 0) == 0, "nothing had to leave"
+        verify(region, pages)
+        until(lambda: members(home)["one"].held == held(space) * PAGE)
+    assert Ledger.found(home) == []
+
+
+def test_a_newcomer_gets_its_share_of_a_full_card(home: Path) -> None:
+    with engine(config("old")) as (old, kept):
+        pages = fill(kept, PAGES)
+        assert held(old) == PAGES
+        with engine(config("new")) as (new, region):
+            more = fill(region, PAGES // 2)
+            assert held(new) == PAGES // 2
+            assert held(old) <= PAGES // 2
+            verify(region, more)
+            verify(kept, pages)
+        until(lambda: members(home).keys() == {"old"})
+
+
+def test_a_request_above_the_share_is_refused_with_the_lease(home: Path) -> None:
+    with engine(config("old")) as (_, kept):
+        fill(kept, PAGES)
+        with (
+            engine(config("new")) as (_, region),
+            pytest.raises(TierFull, match=r"need 60 pages.*share of 2097152.*share\.weight"),
+        ):
+            region.allocate(60)
+
+
+def test_a_floor_is_there_from_the_start(home: Path) -> None:
+    with engine(config("greedy")) as (_, kept):
+        pages = fill(kept, PAGES)
+        with engine(config("modest", floor=16)) as (modest, region):
+            until(lambda: members(home)["modest"].held >= 16 * PAGE)
+            mine = fill(region, 16)
+            for _ in range(3):
+                verify(kept, pages)
+                verify(region, mine)
+            assert held(modest) >= 16
+
+
+def test_pinned_pages_stay_whoever_asks(home: Path) -> None:
+    with engine(config("old")) as (old, kept):
+        pages = fill(kept, PAGES)
+        with kept.use(pages[:50]), engine(config("new", floor=8)) as (new, region):
+            fill(region, 8)
+            with pytest.raises(TierFull):
+                region.allocate(20)
+            assert held(old) >= 50
+            assert held(new) <= 14
+        until(lambda: held(old) <= PAGES)
+        verify(kept, pages)
+
+
+def test_a_cap_that_is_lowered_moves_pages_down_at_once(home: Path) -> None:
+    with engine(config("one")) as (space, region):
+        pages = fill(region, 40)
+        (ledger,) = Ledger.found(home)
+        with ledger:
+            (member,) = ledger.snapshot().members
+            ledger.change(member, cap=10 * PAGE)
+            until(lambda: held(space) <= 10)
+            until(lambda: ledger.snapshot().held <= 10 * PAGE)
+            verify(region, pages)
+            assert held(space) <= 10
+            (member,) = ledger.snapshot().members
+            ledger.change(member, cap=PAGES * PAGE)
+        with region.use(pages):
+            assert held(space) >= 40
+
+
+def test_a_sleeper_gives_all_and_wakes_at_the_next_use(home: Path) -> None:
+    with engine(config("one", floor=32)) as (space, region):
+        pages = fill(region, 40)
+        (ledger,) = Ledger.found(home)
+        with ledger:
+            (member,) = ledger.snapshot().members
+            ledger.change(member, asleep=True)
+            until(lambda: ledger.snapshot().held == PAGE)
+            verify(region, pages[:20])
+            until(lambda: not ledger.snapshot().members[0].asleep)
+        with region.use(pages[:32]):
+            assert held(space) >= 32
+
+
+def test_an_idle_engine_shrinks_to_its_floor_when_others_are_there(home: Path) -> None:
+    with engine(config("idle", floor=6, idle_s=0.3)) as (idle, region):
+        pages = fill(region, 40)
+        with engine(config("busy")) as (_, other):
+            until(lambda: held(idle) <= 6)
+            fill(other, PAGES - 6)
+        verify(region, pages)
+
+
+def test_an_engine_that_is_alone_keeps_its_pages(home: Path) -> None:
+    with engine(config("alone", idle_s=0.05)) as (space, region):
+        fill(region, 40)
+        (ledger,) = Ledger.found(home)
+        with ledger:
+            until(lambda: ledger.snapshot().members[0].wanted < 10 * PAGE)
+        assert held(space) >= 40
+
+
+def test_the_limit_of_a_space_holds_under_a_lease(home: Path) -> None:
+    with engine(config("one")) as (space, region):
+        pages = fill(region, 40)
+        space.limit(8 * PAGE)
+        until(lambda: held(space) <= 8)
+        verify(region, pages)
+        assert held(space) <= 8
+        with pytest.raises(ConfigError, match="1 to 64"):
+            space.limit((PAGES + 1) * PAGE)
+
+
+def test_a_second_total_is_refused(home: Path) -> None:
+    with engine(config("one")):
+        with pytest.raises(ConfigError, match=r"share\.total"):
+            Space.open(config("two", total=PAGES // 2))
+        assert members(home).keys() == {"one"}
+
+
+def test_a_card_that_is_pinned_full_is_an_error_with_names(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tiermem.sharing.FIRST_S", 0.3)
+    with engine(config("old")) as (_, kept):
+        pages = fill(kept, PAGES)
+        with kept.use(pages), pytest.raises(TierFull, match=r"old holds 4194304.*tiermem limit"):
+            Space.open(config("new"))
+        assert members(home).keys() == {"old"}
+
+
+def test_a_ledger_that_was_removed_freezes_the_lease_and_nothing_else(
+    home: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("tiermem.sharing.PLACE_EVERY_S", 0.0)
+    with engine(config("one")) as (space, region):
+        pages = fill(region, 20)
+        for file in home.iterdir():
+            file.unlink()
+        until(lambda: "lease frozen" in caplog.text)
+        before = held(space)
+        more = fill(region, 10)
+        more += fill(region, 10)
+        assert held(space) == before
+        verify(region, pages + more)
+
+
+def test_a_space_that_cannot_open_leaves_the_ledger(home: Path) -> None:
+    bad = config("one", host=1 << 40)
+    with pytest.raises(ConfigError):
+        Space.open(bad)
+    assert not home.exists() or Ledger.found(home) == []
+
+
+def test_a_forked_child_leaves_the_ledger_alone(home: Path) -> None:
+    with engine(config("one")) as (_, region):
+        pages = fill(region, 4)
+        (ledger,) = Ledger.found(home)
+        with ledger:
+            pid = os.fork()
+            if not pid:
+                try:
+                    ledger.snapshot()
+                except LedgerError:
+                    os._exit(0)
+                os._exit(1)
+            assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+            assert len(ledger.snapshot().members) == 1
+        verify(region, pages)
+
+
+def test_engines_that_burst_and_are_killed_harm_nobody() -> None:
+    outcome = sharing_soak.soak(seconds=6, engines=3, seed=7, every_s=1.5)
+    assert outcome.faults == []
+    assert outcome.kills > 0
+    assert outcome.samples > 50
+    assert outcome.changes > 50
+    assert max(outcome.freed_s) < 1.0
+    assert sum(seen["verified"] for seen in outcome.engines) > 0

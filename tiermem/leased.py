@@ -1,0 +1,126 @@
+"""A planner whose GPU slots are lent: it asks for more before it takes any away from its pages.
+
+What the lender grants at once arrives soon, so whoever needs it waits for that rather than evict.
+Where pages can make room for one another they do, without waiting for what others still hold; only
+a request that could not be served at all waits for them, and not for ever.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from tiermem.errors import TierFull
+from tiermem.ledger_records import Report
+from tiermem.plan import Request
+from tiermem.planner import Planner
+from tiermem.table import Rows
+from tiermem.tier import AT_NONE, GPU, HOST, NVME
+
+PATIENCE_MS = 2000
+"""How long a request waits for slots that others owe us, or that are on their way."""
+
+_NO_ROWS = np.empty(0, np.int32)
+
+
+class Lender(Protocol):
+    """Where slots come from. Called under the pager's lock: neither may wait for anybody."""
+
+    @property
+    def promised(self) -> int:
+        """Slots that are ours and not grown yet."""
+
+    def lend(self, slots: int) -> bool:
+        """Ask for so many more; what is granted is promised. True if others owe us some of them."""
+
+    def explain(self) -> str:
+        """Why there is no more, with numbers and the way out."""
+
+
+class NoLender:
+    """Lends nothing."""
+
+    promised = 0
+
+    def lend(self, slots: int) -> bool:
+        return False
+
+    def explain(self) -> str:
+        return "nobody lends more"
+
+
+@dataclass(frozen=True, slots=True)
+class Demand:
+    """Slots of the GPU at one moment, in pages. clock: grows with every use of a unit."""
+
+    capacity: int
+    used: int
+    kept: int
+    clock: int
+    pressed: bool
+    """More is in use than the high mark allows: pages will be moved down."""
+
+
+class LeasedPlanner(Planner):
+    """All verbs of `Planner`; slots that are lacking are asked for at `lender`."""
+
+    lender: Lender = NoLender()
+    _hungry_since: int | None = None
+
+    def demand(self) -> Demand:
+        """How full the GPU is now."""
+        pool = self.pools[GPU]
+        return Demand(
+            capacity=pool.capacity,
+            used=pool.used,
+            kept=pool.kept,
+            clock=self._stamp,
+            pressed=pool.used > self._mark(GPU, "high"),
+        )
+
+    def report(self, page_bytes: int) -> Report:
+        """How this space does, for the others to see; a pass over all frames."""
+        owners = self.pools[GPU].owner
+        owners = owners[owners >= 0]
+        counts = self.counts
+        return Report(
+            movable=int(self.table.movable(owners, GPU).sum()) * page_bytes,
+            pinned=self._pinned_frames() * page_bytes,
+            host=self.pools[HOST].used * page_bytes,
+            nvme=self.pools[NVME].used * page_bytes,
+            hits_gpu=max(0, self._stamp - 1 - counts["faulted"]),
+            hits_host=counts["host_gpu"],
+            hits_nvme=counts["nvme_gpu"],
+            moved_down=(counts["gpu_host"] + counts["gpu_nvme"]) * page_bytes,
+            moved_up=(counts["host_gpu"] + counts["nvme_gpu"]) * page_bytes,
+            stalls=counts["faulted"],
+        )
+
+    def used_since(self, clock: int) -> int:
+        """Pages, wherever they are, that were used or allocated since the clock showed that."""
+        table = self.table
+        recent = table.stamp[table.unit[: table.rows]] >= np.uint64(clock)
+        return int((recent & (table.at[: table.rows] != AT_NONE)).sum())
+
+    def _have_room(self, n: int, request: Request, now: int, spare_us: Rows = _NO_ROWS) -> bool:
+        short = n - self._available(spare_us)
+        if short <= 0 or GPU in self.failed_tiers:
+            self._hungry_since = None
+            return super()._have_room(n, request, now, spare_us)
+        owed = short > self.lender.promised and self.lender.lend(short - self.lender.promised)
+        if self.lender.promised >= short and self._is_patient(now):
+            return False  # the request asks for nothing, so its caller tries again soon
+        try:
+            return super()._have_room(n, request, now, spare_us)
+        except TierFull as error:
+            if (self.lender.promised or owed) and self._is_patient(now):
+                return False
+            self._hungry_since = None
+            raise TierFull(f"{error}; {self.lender.explain()}") from None
+
+    def _is_patient(self, now: int) -> bool:
+        if self._hungry_since is None:
+            self._hungry_since = now
+        return now - self._hungry_since < PATIENCE_MS

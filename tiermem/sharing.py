@@ -1,0 +1,326 @@
+"""Couples a space to the ledger: what it may hold follows its lease, its lease follows demand.
+
+    who                      does
+    a faulting thread        asks for what it lacks; granted bytes are backed by the mover (`lend`)
+    the mover, every turn    says what is wanted, gives back what is owed, takes what is free
+    the listener             wakes the mover when other members' records change or one has ended
+
+Bytes are charged before the device is asked for them and until after it has them back. Wanted is
+the working set: pages used within the last `share.idle_s`, wherever they are. More than that is
+borrowed while nobody needs it, and given back first.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import select
+import sys
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from tiermem.assemble import Ground, survey
+from tiermem.config import Config
+from tiermem.errors import TierFull, TierMemError
+from tiermem.leased import Demand, LeasedPlanner
+from tiermem.ledger import ANYTHING, Lease, Ledger, LedgerBusy, LedgerError, Report
+from tiermem.ledger_wake import Listener, myself
+
+log = logging.getLogger(__name__)
+
+STEPS = 32
+"""A lease grows by this part of the budget, or by what is lacking."""
+FIRST_S = 10.0
+"""How long opening waits for the first page, while others give back."""
+LOCK_S = 0.002
+"""How long a faulting thread waits for the ledger's lock; then it goes on with what it has."""
+BACKOFF_S = 0.2
+"""After the device had no memory for what the ledger granted (a dead process's, for a while)."""
+WARM_EVERY_S = 0.1
+PLACE_EVERY_S = 5.0
+REPORT_EVERY_S = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """Bytes of one space; all are whole pages. first: what it opens with."""
+
+    page_bytes: int
+    ceiling: int
+    first: int
+
+
+class Sharing:
+    """One space's lease. `Space` opens it first and closes it last."""
+
+    def __init__(self, ledger: Ledger, lease: Lease, terms: Terms, idle_s: float) -> None:
+        """Most callers use `Sharing.open`. terms.first bytes are reserved already."""
+        self.terms = terms
+        self.ceiling = terms.ceiling
+        self._ledger = ledger
+        self._lease = lease
+        self._idle_s = idle_s
+        self._planner: LeasedPlanner | None = None
+        self._wake: Callable[[], None] = lambda: None
+        self._listener: Listener | None = None
+        self._asked_bytes = 0
+        self._asked_until = 0.0
+        self._no_memory_until = 0.0
+        self._place_checked = self._warmed = self._reported = 0.0
+        self._warm = terms.first // terms.page_bytes
+        self._clocks: deque[tuple[float, int]] = deque()  # (when, the planner's clock)
+        self._slept_at = -1
+        self._owed = 0
+        self._warned = False
+        self._closed = False
+
+    @classmethod
+    def open(cls, config: Config) -> Sharing:
+        """Join the ledger of the configured device and reserve the first pages.
+
+        Raises LedgerError, ConfigError, or TierFull if others give nothing back in time.
+        """
+        ground = survey(config)
+        share = config.share
+        total = share.total
+        budget = total if isinstance(total, int) else int(total * ground.gpu_total)
+        ledger = Ledger.open(
+            ground.device, budget, group=share.group_name, exact=isinstance(total, int)
+        )
+        try:
+            page = ground.page_bytes
+            cap = ground.sizes.cap if share.cap is not None else ANYTHING
+            lease = ledger.join(
+                share.name or f"{Path(sys.argv[0]).stem or 'python'}-{os.getpid()}",
+                page_bytes=page,
+                floor=ground.sizes.floor // page * page,
+                cap=cap // page * page,
+                weight=share.weight,
+            )
+            ceiling = min(ground.sizes.gpu, ledger.budget // page * page)
+            first = _first_pages(ledger, lease, ground, ceiling)
+            return cls(ledger, lease, Terms(page, ceiling, first), share.idle_s)
+        except BaseException:
+            ledger.close()
+            raise
+
+    def start(self, planner: LeasedPlanner, wake: Callable[[], None]) -> None:
+        """The space is made: what was reserved for it is backed, or will be very soon."""
+        self._planner = planner
+        self._wake = wake
+        self._lease.commit(self._lease.reserved)
+        planner.lender = self
+        self._listener = Listener(
+            self._lease.bell, lambda: self._ledger.owners() - {myself()}, wake, self._ended
+        )
+
+    def close(self) -> None:
+        """The device has all memory back: leave the ledger. A second call does nothing."""
+        if self._closed:
+            return
+        self._closed = True
+        if self._listener is not None:
+            self._listener.close()
+        self._ledger.close()
+
+    # ---------------------------------------------------------------- faulting threads
+
+    @property
+    def promised(self) -> int:
+        """Pages that are ours and not backed yet."""
+        return 0 if self._warned else self._lease.reserved // self.terms.page_bytes
+
+    def lend(self, slots: int) -> bool:
+        """Ask the ledger for pages that are lacking now; True if others hold more of our share."""
+        now = time.monotonic()
+        if self._warned or now < self._no_memory_until:
+            return False
+        try:
+            charged = self._lease.held + self._lease.reserved
+            nbytes = min(slots * self.terms.page_bytes, self.ceiling - charged)
+            if nbytes <= 0:
+                return False
+            if self._lease.asleep:
+                self._lease.wake_up()
+            self._lease.reserve(nbytes, LOCK_S)
+        except LedgerError as error:
+            log.debug("nothing lent reason=%s", error)
+            return False
+        self._asked_bytes = charged + nbytes
+        self._asked_until = now + 1.0
+        self._wake()
+        return self._lease.lacking > 0
+
+    def explain(self) -> str:
+        lease = self._lease
+        return (
+            f"lease: {lease.held} bytes held and {lease.reserved} reserved of a share of "
+            f"{lease.share}, cap {min(lease.cap, self.ceiling)}; raise share.weight or share.floor "
+            "(`tiermem top` shows who holds the rest)"
+        )
+
+    # ---------------------------------------------------------------- the mover
+
+    def limit(self, demand: Demand) -> int:
+        """The mover's turn: pages that the space may hold from now on, promised ones included."""
+        page = self.terms.page_bytes
+        held = self._lease.held // page
+        try:
+            if not self._warned:
+                self._check_place()
+                self._tell_wanted(demand)
+            due = -(-self._due(demand) // page)
+            if due > 0 or self._warned:
+                self._return_promised()
+            elif demand.pressed and not self._lease.reserved:
+                self._borrow()
+            self._lease.ring()
+        except LedgerBusy:
+            return held + self._lease.reserved // page
+        except LedgerError as error:
+            self._warn(error)
+            return held
+        return max(1, held - due + self._lease.reserved // page)
+
+    def settle(self, pages: int) -> None:
+        """Memory stands behind this many frames now: tell the ledger, and whoever waits for it."""
+        change = pages * self.terms.page_bytes - self._lease.held
+        try:
+            if change > 0:
+                self._lease.commit(change)
+            elif change < 0:
+                self._lease.release(-change)
+            self._lease.ring()
+        except LedgerBusy:
+            return  # the next turn finds the same difference
+        except LedgerError as error:
+            self._warn(error)
+
+    def no_memory(self) -> None:
+        """The device could not back what was promised: give it up, and ask again later."""
+        self._no_memory_until = time.monotonic() + BACKOFF_S
+        self._return_promised()
+
+    def is_report_due(self) -> bool:
+        return time.monotonic() - self._reported >= REPORT_EVERY_S
+
+    def report(self, report: Report) -> None:
+        """Let others see how this space does."""
+        self._reported = time.monotonic()
+        self._lease.report(report, self._lease.held - self._owed)
+
+    # ---------------------------------------------------------------- parts of the mover's turn
+
+    def _tell_wanted(self, demand: Demand) -> None:
+        """Wanted follows the working set up at once, and down in steps."""
+        now = time.monotonic()
+        if now - self._warmed >= WARM_EVERY_S:
+            self._warmed = now
+            self._warm = self._working_set(demand, now)
+        page = self.terms.page_bytes
+        wanted = self._warm * page
+        if now < self._asked_until:
+            wanted = max(wanted, self._asked_bytes)
+        wanted = min(wanted, self.ceiling)
+        if self._lease.asleep:
+            wanted = 0
+        if wanted > self._lease.wanted or wanted <= self._lease.wanted - self._step():
+            self._lease.want(wanted)
+
+    def _working_set(self, demand: Demand, now: float) -> int:
+        """Pages used within the last idle_s."""
+        assert self._planner is not None, "the space has started"
+        clocks = self._clocks
+        clocks.append((now, demand.clock))
+        while len(clocks) > 1 and clocks[1][0] <= now - self._idle_s:
+            clocks.popleft()
+        return self._planner.used_since(clocks[0][1])
+
+    def _due(self, demand: Demand) -> int:
+        """Bytes to give back now: by order, because others need them, or because we are idle."""
+        lease = self._lease
+        held, page = lease.held, self.terms.page_bytes
+        if self._sleeps(demand):
+            return max(0, held - page)
+        if lease.is_changed():
+            self._owed = lease.dues()[1]
+        over = held - min(lease.cap, self.ceiling)
+        idle = 0
+        if self._is_idle(demand) and not lease.is_alone():
+            idle = held - max(page, lease.floor, self._warm * page)
+        return max(self._owed, over, idle, 0)
+
+    def _sleeps(self, demand: Demand) -> bool:
+        """Whether somebody has put us to sleep; the first use of a page ends that."""
+        if not self._lease.asleep:
+            self._slept_at = -1
+            return False
+        if self._slept_at < 0:
+            self._slept_at = demand.clock
+        if demand.clock == self._slept_at:
+            return True
+        self._lease.wake_up()
+        return False
+
+    def _is_idle(self, demand: Demand) -> bool:
+        """True if no page was used for idle_s."""
+        if not self._clocks or self._clocks[0][0] > time.monotonic() - self._idle_s:
+            return False
+        return self._clocks[0][1] == demand.clock
+
+    def _borrow(self) -> None:
+        room = self.ceiling - self._lease.held - self._lease.reserved
+        if room > 0 and time.monotonic() >= self._no_memory_until:
+            self._lease.borrow(min(self._step(), room))
+
+    def _return_promised(self) -> None:
+        self._lease.cancel(self._lease.reserved)
+
+    def _step(self) -> int:
+        page = self.terms.page_bytes
+        return max(page, self.terms.ceiling // STEPS // page * page)
+
+    def _check_place(self) -> None:
+        now = time.monotonic()
+        if now - self._place_checked < PLACE_EVERY_S:
+            return
+        self._place_checked = now
+        if not self._ledger.is_in_place():
+            raise LedgerError(
+                f"{self._ledger.path} was removed or replaced, so newcomers do not see this space"
+            )
+
+    def _warn(self, error: TierMemError) -> None:
+        if not self._warned:
+            log.warning("lease frozen: nothing more is taken until reopened, reason=%s", error)
+        self._warned = True
+
+    def _ended(self) -> None:
+        self._ledger.reap()
+
+
+def _first_pages(ledger: Ledger, lease: Lease, ground: Ground, ceiling: int) -> int:
+    """Reserve what a space opens with: its floor, or a step; less if others hold it, never none."""
+    page = ground.page_bytes
+    wish = max(page, ground.sizes.floor // page * page, ceiling // STEPS // page * page)
+    wish = min(wish, ceiling)
+    until = time.monotonic() + FIRST_S
+    while True:
+        lease.reserve(wish - lease.reserved)
+        if lease.reserved >= wish or (lease.reserved and time.monotonic() > until - 0.9 * FIRST_S):
+            return lease.reserved
+        if time.monotonic() > until:
+            members = ", ".join(
+                f"{m.name} holds {m.held} ({m.pinned} pinned)" for m in ledger.snapshot().members
+            )
+            raise TierFull(
+                f"{ledger.path}: not one page of {page} bytes was given back in {FIRST_S:.0f} s: "
+                f"{members} of {ledger.budget}; `tiermem limit` or `tiermem release` makes room"
+            )
+        ledger.reap()
+        lease.ring()
+        select.select([lease.bell.socket], [], [], 0.02)
+        lease.bell.heard()
