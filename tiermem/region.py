@@ -209,11 +209,11 @@ class Region:
         if self._closed:
             return
         planner = self._pager.planner
+        mine = np.arange(self._first, self._first + self.pages, dtype=np.int32)
         with self._pager.lock:
-            mine = np.arange(self._first, self._first + self.pages, dtype=np.int32)
-            pinned = int((planner.table.pins[mine] > 0).sum())
-            if pinned:
-                raise PageInUse(f"region {self.name}: {pinned} pages are pinned; leave their use()")
+            if self._closed:
+                return
+            self._refuse_pinned()
             self._closed = True
         self._pager.drain()
         for _ in range(2):  # pages that queued work still touches show their frames until then
@@ -233,6 +233,18 @@ class Region:
         self.close()
 
     # ---------------------------------------------------------------- for the space
+
+    def refuse_pinned(self) -> None:
+        """Raise PageInUse if pages are pinned or awaited."""
+        with self._pager.lock:
+            if not self._closed:
+                self._refuse_pinned()
+
+    def _refuse_pinned(self) -> None:
+        table, mine = self._pager.planner.table, slice(self._first, self._first + self.pages)
+        pinned = int(((table.pins[mine] > 0) | (table.waiters[mine] > 0)).sum())
+        if pinned:
+            raise PageInUse(f"region {self.name}: {pinned} pages are pinned; leave their use()")
 
     def take_vacant(self, rows: Rows) -> None:
         """Rows of this region became vacant. Called under the pager's lock."""

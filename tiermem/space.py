@@ -130,7 +130,7 @@ class Space:
         thread, before their slots are reused, and must not block.
         """
         self._refuse_closed()
-        wanted = units.parse_bytes(nbytes)
+        wanted = _parse("reserve", nbytes)
         if wanted <= 0 or unit_pages <= 0:
             raise ConfigError(f"reserve {wanted} bytes in units of {unit_pages} pages: both > 0")
         unit_bytes = unit_pages * self.page_bytes
@@ -163,7 +163,7 @@ class Space:
 
         Up to the frames that the device was opened with (on CUDA: all of its memory).
         """
-        nbytes = units.parse_bytes(gpu)
+        nbytes = _parse("limit", gpu)
         frames = nbytes // self.page_bytes
         most = self.device.frames.capacity
         if self._sharing is not None:
@@ -235,10 +235,13 @@ class Space:
     def close(self) -> None:
         """End all moves and give everything back; addresses of its regions become invalid.
 
-        Waits for work queued on streams behind the fences of used pages. Twice is fine.
+        Waits for work queued on streams behind the fences of used pages. Twice is fine. Raises
+        PageInUse, closing nothing, while pages are pinned.
         """
         if self._closed:
             return
+        for region in self._regions:
+            region.refuse_pinned()
         self._closed = True
         self._mover.close()
         for region in self._regions:
@@ -417,6 +420,13 @@ class Space:
     def _refuse_closed(self) -> None:
         if self._closed:
             raise Closed("the space is closed; open another one")
+
+
+def _parse(verb: str, size: int | str) -> int:
+    try:
+        return units.parse_bytes(size)
+    except ValueError as error:
+        raise ConfigError(f"{verb} {size!r}: {error}") from None
 
 
 def _marks(config: Config) -> dict[Place, Marks]:
