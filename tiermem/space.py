@@ -241,7 +241,8 @@ class Space:
         if self._closed:
             return
         for region in self._regions:
-            region.refuse_pinned()
+            if isinstance(region, Region):
+                region.refuse_pinned()
         self._closed = True
         self._mover.close()
         for region in self._regions:
