@@ -8,6 +8,8 @@ PYTHON ?= $(shell for p in $(NEWEST); do \
 # An index or a folder that holds nothing but CPU builds of PyTorch, for the tests that need it.
 TORCH_INDEX ?=
 TORCH := torch==2.13.0
+# The peer that policies are compared with; a build from source would need CMake and a compiler.
+PEER := libcachesim==0.3.5
 # Handed on to the command or to pytest: make demo ARGS="--policy fifo"
 ARGS ?=
 
@@ -57,6 +59,8 @@ $(RUN_READY): $(MADE) pyproject.toml
 
 $(TEST_READY): $(RUN_READY)
 	$(PIP) install --quiet -e '.[dev]'
+	@$(PIP) install --quiet --only-binary=:all: '$(PEER)' \
+		|| echo "no $(PEER) for this Python: the tests that compare policies with it are skipped"
 	@$(PIP) install --quiet --no-index --no-deps '$(TORCH)' 2>/dev/null \
 		&& $(PIP) install --quiet '$(TORCH)' \
 		|| { test -n "$(TORCH_INDEX)" && $(PIP) install --quiet --index-url '$(TORCH_INDEX)' '$(TORCH)'; } \
