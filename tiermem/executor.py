@@ -189,10 +189,17 @@ class Executor:
         return {key: meter.counts for key, meter in self._meters.items()}
 
     def start(self, plan: Plan) -> Flight:
-        """Submit every step in order; returns at once. Never raises for what a step does."""
+        """Submit every step in order; returns at once. Never raises for what a step does.
+
+        What follows zeroing that failed is not done: it would show another tenant's bytes.
+        """
         dones: list[Done] = []
         meters: dict[int, _Meter] = {}
+        soiled: Exception | None = None
         for i, step in enumerate(plan.steps):
+            if soiled is not None:
+                dones.append(Finished(soiled))
+                continue
             if isinstance(step, Copy):
                 meters[i] = self._meters[step.src, step.dst]
                 meters[i].start()
@@ -201,6 +208,8 @@ class Executor:
             except TierMemError as error:
                 log.debug("step failed plan=%d step=%s: %s", plan.id, type(step).__name__, error)
                 dones.append(Finished(error))
+            if isinstance(step, Zero):
+                soiled = dones[-1].error
         return Flight(plan, dones, meters)
 
     def _submit(self, step: Step) -> Done:

@@ -51,6 +51,8 @@ Access = Literal["read", "write", "fresh"]
 __all__ = ["Access", "Marks", "Planner", "Request"]
 
 _NO_ROWS = np.empty(0, np.int32)
+SOILED = np.iinfo(np.uint16).max
+"""Tenant of a frame that could not be zeroed: nobody's, so that it is zeroed before any use."""
 _BARRED = DOOMED | STALE
 _ARRIVED = {HOST: "host_gpu", NVME: "nvme_gpu"}
 
@@ -333,6 +335,8 @@ class Planner(Attic):
                     bad = self._whole_units(step.pages, bad)
                     after += self._land_down(step, opened.plan.id, gens, bad, now)
                     self._note_failures(step, bad, outcome.error)
+                case Zero() if bad is not None:
+                    self.pools[GPU].tenant[step.frames[bad]] = SOILED
                 case Show() if not copies(opened.plan):
                     after += self._settle_blank(step, opened.plan.id, unshown, failed_rows, now)
                 case _:

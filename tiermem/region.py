@@ -309,9 +309,11 @@ class Region:
         """Vacant units that an allocation took and did not fill go back."""
         planner = self._pager.planner
         with self._pager.lock:
+            self._space.collect_vacant()  # among them perhaps some of these, dropped meanwhile
             here = planner.table.at[heads] == Place.NONE
             doomed = planner.is_doomed(heads)
-            self.take_vacant(heads[here & ~doomed][::-1])
+            back = np.isin(heads, self._vacant[: self._vacant_count])
+            self.take_vacant(heads[here & ~doomed & ~back][::-1])
             begun = planner.table.pages(heads[~here & ~doomed])
         if len(begun):
             self._pager.free(begun)

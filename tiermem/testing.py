@@ -307,6 +307,11 @@ class DelayedRoute:
         self._held.append(held)
         return held
 
+    @property
+    def held(self) -> int:
+        """Submissions that wait for `release`."""
+        return len(self._held)
+
     def release(self) -> None:
         for held in self._held:
             held.let_go = True
