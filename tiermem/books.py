@@ -16,7 +16,7 @@ import numpy as np
 from tiermem.contents import Contents
 from tiermem.errors import TierFailed
 from tiermem.plan import Copy, Drop, Hide, Plan, Request, Show, Step
-from tiermem.policies.base import Keys
+from tiermem.policies.base import Admission, Keys
 from tiermem.ranking import Ranking
 from tiermem.table import (
     DOOMED,
@@ -79,6 +79,8 @@ class Books:
         self.counts: Counter[str] = Counter()
         self.failed_tiers: set[Place] = set()
         self.limits: dict[Place, int] = {}
+        self.admission: Admission | None = None  # who is asked before a write to NVMe
+        self._admitted: set[int] = set()  # units that may be written and found no slot yet
         self.growing: set[Place] = set()  # tiers that will have more slots without our doing
         self.contents = Contents(table)
         self.attic: Extent | None = None

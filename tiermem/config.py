@@ -57,6 +57,7 @@ __all__ = [
     "changed",
     "enabled",
     "load",
+    "reload",
 ]
 
 VARIABLES = ("TIERMEM", "TIERMEM_CONFIG", "TIERMEM_LOG")
@@ -74,7 +75,10 @@ class Capacities:
 
 
 class Config(msgspec.Struct, frozen=True, kw_only=True):
-    """All settings; `sources` holds where `load` found those that it did not leave at default."""
+    """All settings; `sources` holds where `load` found those that it did not leave at default.
+
+    file: the one that `load` read, if any; a space that is open follows it.
+    """
 
     gpu: Gpu = Gpu()
     host: Host = Host()
@@ -86,6 +90,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     metrics: Metrics = Metrics()
     log: Log = Log()
     sources: tuple[tuple[str, str], ...] = ()
+    file: Path | None = None
 
     def __post_init__(self) -> None:
         floor, cap, budget = self.share.floor, self.share.cap, self.gpu.budget
@@ -171,7 +176,9 @@ def load(
     _refuse_unknown_variables(env)
     given: dict[str, object] = {}
     sources: dict[str, str] = {}
+    file: Path | None = None
     if chosen := path or env.get("TIERMEM_CONFIG"):
+        file = Path(chosen).expanduser().absolute()
         _read_file(
             Path(chosen).expanduser(), "argument" if path else "$TIERMEM_CONFIG", given, sources
         )
@@ -183,7 +190,7 @@ def load(
         if key not in KEYS:
             raise ConfigError(f"{sources[key]}: unknown key {key}{nearest(key, KEYS)}")
     try:
-        return _build(given, tuple(sources.items()))
+        return _build(given, tuple(sources.items()), file)
     except BadValue as bad:
         source = sources.get(bad.key, "default")
         raise BadValue(bad.key, bad.value, bad.reason, source) from None
@@ -234,13 +241,22 @@ def _read_file(
             raise ConfigError(f"{at}: unknown section [{name}]{nearest(name, SECTIONS)}")
 
 
-def _build(given: Mapping[str, object], sources: tuple[tuple[str, str], ...]) -> Config:
+def reload(config: Config) -> Config:
+    """The file of a configuration as it is now, under the same overrides. Raises as `load` does."""
+    kept = config.settings()
+    overrides = {key: kept[key] for key, source in config.sources if source == "override"}
+    return load(config.file, overrides=overrides)
+
+
+def _build(
+    given: Mapping[str, object], sources: tuple[tuple[str, str], ...], file: Path | None
+) -> Config:
     parts: dict[str, dict[str, object]] = {}
     for key, value in given.items():
         section, _, leaf = key.partition(".")
         parts.setdefault(section, {})[leaf] = value
     made = {name: SECTIONS[name](**values) for name, values in parts.items()}
-    return Config(**made, sources=sources)  # type: ignore[arg-type]  # each under its own name
+    return Config(**made, sources=sources, file=file)  # type: ignore[arg-type]  # each under its own name
 
 
 def _refuse_unknown_variables(env: Mapping[str, str]) -> None:

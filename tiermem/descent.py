@@ -101,30 +101,31 @@ class Descent(Books):
         clean = (table.flags[rows] & DIRTY) == 0
         spare = clean & (table.slot(HOST)[rows] >= 0)
         plans = self._step_down(rows[spare], GPU, HOST, now)
-        more, rest = self._start(rows[~spare], GPU, HOST, now)
+        more, rest, _ = self._start(rows[~spare], GPU, HOST, now)
         plans += more
         if not len(rest):
             return plans
         clean = (table.flags[rest] & DIRTY) == 0
         spare = clean & (table.slot(NVME)[rest] >= 0)
         plans += self._step_down(rest[spare], GPU, NVME, now)
-        more, rest = self._start(rest[~spare], GPU, NVME, now)
+        more, rest, refused = self._start(rest[~spare], GPU, NVME, now)
         plans += more
-        if not len(rest):
-            return plans
         if self._usable(HOST):
-            short = len(rest) - self._leaving(HOST)
+            short = len(rest) + len(refused) - self._leaving(HOST)
             return plans + (self._push_down(HOST, short, now) if short > 0 else [])
-        if may_drop and not self._usable(NVME, GPU):
-            plans += self._drop(rest, now, "evicted")
+        if may_drop:
+            plans += self._drop(refused, now, "not-admitted")
+            if not self._usable(NVME, GPU):
+                plans += self._drop(rest, now, "evicted")
         return plans
 
     def _leave_host(self, rows: Rows, now: int) -> list[Plan]:
         table = self.table
         spare = table.slot(NVME)[rows] >= 0
         plans = self._step_down(rows[spare], HOST, NVME, now)
-        more, rest = self._start(rows[~spare], HOST, NVME, now)
+        more, rest, refused = self._start(rows[~spare], HOST, NVME, now)
         plans += more
+        plans += self._drop(refused, now, "not-admitted")
         if len(rest) and not self._usable(NVME, HOST):
             plans += self._drop(rest, now, "evicted")
         return plans
@@ -137,18 +138,28 @@ class Descent(Books):
             and (src, dst) in self.routes
         )
 
-    def _start(self, rows: Rows, src: Place, dst: Place, now: int) -> tuple[list[Plan], Rows]:
-        """Begin to copy as many of these pages down as `dst` has slots for; (plans, the rest)."""
+    def _start(self, rows: Rows, src: Place, dst: Place, now: int) -> tuple[list[Plan], Rows, Rows]:
+        """Begin to copy as many of these pages down as `dst` has slots for.
+
+        (plans, pages without a slot, pages that are not to be written to NVMe)
+        """
         if not len(rows) or not self._usable(dst, src):
-            return [], rows
+            return [], rows, _NO_SLOTS
+        refused = _NO_SLOTS
+        if dst == AT_NVME and self.admission is not None:
+            rows, refused = self._ask_admission(rows, now)
+            if not len(rows):
+                return [], rows, refused
         plans, slots = self._lower_slots(dst, len(rows), now)
         rows, rest = self._cut(rows, len(slots))
         pool = self.pools[dst]
         pool.release(slots[len(rows) :])
         slots = slots[: len(rows)]
         if not len(rows):
-            return plans, rest
+            return plans, rest, refused
         table = self.table
+        if self._admitted and dst == AT_NVME:
+            self._admitted.difference_update(table.heads(rows).tolist())
         pool.owner[slots] = rows
         pool.tenant[slots] = table.tenant[rows]
         after = table.fences.point(table.fence[rows]) if src == AT_GPU else PASSED
@@ -156,7 +167,19 @@ class Descent(Books):
         plan = self._begin([copy])
         table.to[rows] = int(dst)
         table.move[rows] = plan.id
-        return [*plans, plan], rest
+        return [*plans, plan], rest, refused
+
+    def _ask_admission(self, rows: Rows, now: int) -> tuple[Rows, Rows]:
+        """(pages that may be written to NVMe, those that may not). A yes holds until used."""
+        assert self.admission is not None
+        table, yes = self.table, self._admitted
+        heads = table.heads(rows)
+        asked = heads[[head not in yes for head in heads.tolist()]]
+        no = asked[~self.admission.admit(asked, now)]
+        yes.update(asked[~np.isin(asked, no)].tolist())
+        bad = np.isin(table.unit[rows], no)
+        self.counts["not_admitted"] += int(bad.sum())
+        return rows[~bad], rows[bad]
 
     def _lower_slots(self, place: Place, n: int, now: int) -> tuple[list[Plan], Slots]:
         """Up to n slots of a lower tier, and plans that make more room there for later.
@@ -323,6 +346,10 @@ class Descent(Books):
         shown = rows if frame.all() else rows[frame]
         self.pools[GPU].keep(table.slot(GPU)[shown])
         table.shown[shown] = IS_RETIRED
+        if self.admission is not None:
+            heads = table.heads(rows)
+            self.admission.gone(heads)
+            self._admitted.difference_update(heads.tolist())
         table.at[rows] = AT_NONE
         table.flags[rows] = 0
         table.fence[rows] = 0

@@ -164,7 +164,10 @@ class Planner(Attic):
         table.pins[row] += 1
         table.stamp[row] = self._stamp
         self._stamp += 1
-        self.rankings[GPU].accessed(np.array([row], np.int32), now)
+        one = np.array([row], np.int32)
+        self.rankings[GPU].accessed(one, now)
+        if self.admission is not None:
+            self.admission.used(one, table.depth[one], now)
         return True
 
     def touch(self, rows: Rows, now: int) -> None:
@@ -174,6 +177,8 @@ class Planner(Attic):
         here = heads[self.table.at[heads] == AT_GPU]
         if len(here):
             self.rankings[GPU].accessed(here, now)
+        if self.admission is not None:
+            self.admission.used(heads, self.table.depth[heads], now)
 
     def wrote(self, rows: Rows) -> None:
         """The pinned pages are about to be written: every copy below is now old."""

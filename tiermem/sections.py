@@ -107,6 +107,9 @@ class Nvme(Section, frozen=True, kw_only=True):
         "encrypt": Key(flag, "AES-256-GCM; the key ends with the process, or is in key_file"),
         "key_file": Key(optional(path), "the key; off = beside the slab, if that is kept"),
         "write_budget": Key(optional(rate), "most bytes written per second; off = no limit", rated),
+        "admit": Key(
+            choice("all", "second", "reuse"), "what is written: all | second use | likely reuse"
+        ),
         "high": Key(mark, "make room once this part is in use ..."),
         "low": Key(mark, "... until this part is"),
         "verify": Key(flag, "check every read against its checksum; cannot be turned off"),
@@ -118,6 +121,7 @@ class Nvme(Section, frozen=True, kw_only=True):
     encrypt: bool = False
     key_file: Setting[Path | None] = default(None)
     write_budget: Setting[int | None] = default(None)
+    admit: Literal["all", "second", "reuse"] = "all"
     high: float = 0.98
     low: float = 0.95
     verify: bool = True
@@ -234,6 +238,6 @@ KEYS = tuple(f"{name}.{key}" for name, cls in SECTIONS.items() for key in cls.ke
 RUNNING = frozenset(
     [f"{tier}.{mark}" for tier in ("gpu", "host", "nvme") for mark in ("high", "low")]
     + [f"evict.{key}" for key in Evict.keys]
-    + ["prefetch.name", "nvme.write_budget", "log.level"]
+    + ["prefetch.name", "nvme.admit", "nvme.write_budget", "log.level"]
 )
 """Keys that may change while a space is open."""

@@ -12,14 +12,15 @@ import numpy as np
 
 from tiermem import units
 from tiermem.assemble import Parts, assemble
-from tiermem.config import Config, changed
+from tiermem.config import Config, changed, reload
 from tiermem.errors import Closed, ConfigError, TierFull
 from tiermem.executor import Executor
 from tiermem.leased import LeasedPlanner
 from tiermem.mover import Mover
 from tiermem.pager import Pager
 from tiermem.planner import Marks, Planner
-from tiermem.policies.base import Eviction
+from tiermem.policies.admission import Budgeted, admission
+from tiermem.policies.base import Admission, Eviction
 from tiermem.policies.registry import load as load_policy
 from tiermem.ranking import Ranking
 from tiermem.region import OnGone, Region
@@ -28,6 +29,7 @@ from tiermem.stats import RouteStatistics, Statistics, TierStatistics
 from tiermem.table import PageTable, Rows
 from tiermem.tier import TIERS, Addresses, Finished, Place, SlotPool
 from tiermem.trace import EventLog
+from tiermem.watch import WatchedFile
 
 if TYPE_CHECKING:
     from tiermem.tier import Done, Slots
@@ -85,6 +87,9 @@ class Space:
             wait_fence=parts.device.streams.wait,
             wake=lambda: self._mover.wake(),
         )
+        self._rule = admission(config.nvme.admit)
+        self._planner.admission = self._asked(self._rule, config)
+        self._watched = WatchedFile(config.file) if config.file else None
         self._mover = Mover(self.pager, self._turn)
         self._grow()
         if isinstance(self._planner, LeasedPlanner) and sharing is not None:
@@ -140,6 +145,8 @@ class Space:
             extent = self._planner.table.extend(pages, unit_pages, tenant)
             region = Region(self, extent, address, name or f"region-{len(self._regions)}", on_gone)
             self._regions.append(region)
+            if isinstance(self._planner.admission, Budgeted):
+                self._planner.admission.weigh(self.page_bytes * self._planner.table.max_unit_pages)
             self._bases = np.append(self._bases, np.uint64(address))
             self._firsts = np.append(self._firsts, extent.first)
         return region
@@ -192,6 +199,8 @@ class Space:
             if {f"evict.{place.name.lower()}", f"evict.{place.name.lower()}_params"} & set(keys)
         }
         with self.pager.lock:
+            if {"nvme.admit", "nvme.write_budget"} & set(keys):
+                self._readmit(config)
             for place, policy in fresh.items():
                 named = self._named(place, config)
                 self._planner.rankings[place].swap(policy, self.now(), named)
@@ -289,6 +298,8 @@ class Space:
             self._follow_lease(self._planner)
         self.pager.decide(lambda: self._planner.relieve(self.now()))
         self._obey_limit()
+        if self._watched is not None and self._watched.rewritten():
+            self._follow_file()
         return growing
 
     def _follow_lease(self, planner: LeasedPlanner) -> None:
@@ -313,6 +324,16 @@ class Space:
     def _backed_frames(self) -> int:
         """GPU frames with memory behind them: counted before they get it, until it is gone."""
         return self._ready[Place.GPU] - len(self._parked)
+
+    def _follow_file(self) -> None:
+        """The configuration's file was rewritten: take it over, or say why not."""
+        try:
+            keys = self.apply(reload(self.config))
+        except Exception as error:  # a policy of the user's may fail in any way at import
+            log.warning("config refused file=%s; the old plan stays: %s", self.config.file, error)
+            return
+        for key in keys:
+            log.info("config changed %s = %r", key, self.config.settings()[key])
 
     def _grow(self) -> bool:
         growing: set[Place] = set()
@@ -410,6 +431,20 @@ class Space:
 
     def _capacity(self, place: Place) -> int:
         return max(1, self._configured[place])
+
+    def _readmit(self, config: Config) -> None:
+        """Another rule, or another budget over the same one, which keeps what it has learnt."""
+        if config.nvme.admit != self.config.nvme.admit:
+            self._rule = admission(config.nvme.admit)
+        self._planner.admission = self._asked(self._rule, config)
+
+    def _asked(self, rule: Admission, config: Config) -> Admission | None:
+        """Who is asked before writes to NVMe; None where everything is written at once."""
+        budget = config.nvme.write_budget
+        if budget is None:
+            return None if config.nvme.admit == "all" else rule
+        unit_bytes = self.page_bytes * self._planner.table.max_unit_pages
+        return Budgeted(rule, float(budget), unit_bytes)
 
     def _open_log(self) -> EventLog | None:
         path = self.config.trace.path

@@ -7,29 +7,15 @@ written. It owns no clock: `now` is logical time in milliseconds, never decreasi
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from tiermem.errors import BadPolicy
-from tiermem.policies.base import Ids, Mask
+from tiermem.policies.base import Admission, Ids, Mask
 from tiermem.policies.queue import grown
 
 F64 = npt.NDArray[np.float64]
-
-
-class Admission(Protocol):
-    """Decides what is written to NVMe."""
-
-    def used(self, units: Ids, depths: Ids, now: int) -> None:
-        """A request used these units; each once. depths: 0 = first of the chain."""
-
-    def gone(self, units: Ids) -> None:
-        """The content of these units is lost everywhere; their numbers may be used again."""
-
-    def admit(self, units: Ids, now: int) -> Mask:
-        """bool[n]: which of these leaving units to write, most valuable last (as they leave)."""
 
 
 class All:
@@ -141,6 +127,11 @@ class Budgeted:
         self._at: int | None = None
         self.refused = 0
         """Units that the rule admitted and the budget did not."""
+
+    def weigh(self, unit_bytes: int) -> None:
+        """Units have become larger: each counts as this many bytes from now on."""
+        self._unit_bytes = unit_bytes
+        self._most = max(self._most, float(unit_bytes))
 
     def used(self, units: Ids, depths: Ids, now: int) -> None:
         self._inner.used(units, depths, now)

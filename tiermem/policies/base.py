@@ -60,6 +60,28 @@ class Eviction(Protocol):
         """
 
 
+class Admission(Protocol):
+    """Decides what is written to NVMe."""
+
+    def used(self, units: Ids, depths: Ids, now: int) -> None:
+        """A request used these units; each once. depths: 0 = first of the chain."""
+
+    def gone(self, units: Ids) -> None:
+        """The content of these units is lost everywhere; their numbers may be used again."""
+
+    def admit(self, units: Ids, now: int) -> Mask:
+        """bool[n]: which of these leaving units to write, most valuable last (as they leave)."""
+
+
+class Retaining(Eviction, Protocol):
+    """A policy around another that lets marked units leave later."""
+
+    inner: Eviction
+
+    def retain(self, units: Ids, priority: int, until: int) -> None:
+        """Mark units of the tier. priority: 0 (none) to 100; until: logical ms, 0: no time."""
+
+
 class RequestFacts(Protocol):
     """What is known of a request when it ends; a field that the engine does not pass is None."""
 

@@ -1,0 +1,108 @@
+"""The planner asks before it writes to NVMe; what is refused leaves, and its owner is told."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pytest
+
+from tests.harness import Harness
+from tiermem import Config, Gpu, Host, Nvme, Space
+from tiermem.policies.admission import Budgeted, SecondTouch, admission
+from tiermem.policies.base import Admission
+from tiermem.tier import Place
+
+PAGE = 64 << 10
+
+
+def pressed(rule: Admission | None, twice: int, host: int = 2) -> Harness:
+    """Ten pages through 2 frames and the host's slots; the first `twice` were used once more."""
+    harness = Harness(gpu=2, host=host, nvme=10)
+    harness.planner.admission = rule
+    for unit in range(10):
+        assert harness.allocate([unit])
+        assert harness.use([unit], "write")
+        if unit < twice:
+            assert harness.use([unit], "read")
+    harness.drain()
+    harness.check_idle()
+    return harness
+
+
+def test_without_a_rule_everything_is_written() -> None:
+    harness = pressed(None, 0)
+    assert harness.gone == []
+    assert harness.planner.counts["not_admitted"] == 0
+
+
+@pytest.mark.parametrize("host", [0, 2])
+def test_what_was_used_once_leaves_and_what_was_used_twice_is_written(host: int) -> None:
+    harness = pressed(SecondTouch(), twice=4, host=host)
+    assert {reason for _, reason in harness.gone} == {"not-admitted"}
+    assert not {row for row, _ in harness.gone} & set(range(4))
+    assert (harness.table.at[:4] == Place.NVME).all()
+    assert harness.planner.counts["not_admitted"] >= len(harness.gone) > 0
+
+
+def test_a_budget_bounds_what_is_written() -> None:
+    rule = Budgeted(admission("all"), bytes_per_s=1e-3, unit_bytes=PAGE)
+    harness = pressed(rule, 0)
+    assert int((harness.table.at == Place.NVME).sum()) == 1  # a bucket holds one unit at least
+    assert rule.refused > 0
+
+
+def test_a_unit_that_was_admitted_is_not_charged_again_while_it_waits_for_a_slot() -> None:
+    harness = Harness(gpu=2, host=2, nvme=10)
+    asked: list[int] = []
+
+    class Counting(SecondTouch):
+        def admit(self, units: np.ndarray, now: int) -> np.ndarray:
+            asked.extend(units.tolist())
+            return np.ones(len(units), np.bool_)
+
+    harness.planner.admission = Counting()
+    for unit in range(8):
+        assert harness.allocate([unit])
+        assert harness.use([unit], "write")
+    harness.drain()
+    harness.check_idle()
+    assert sorted(asked) == sorted(set(asked))
+    assert asked
+
+
+def test_content_that_was_freed_has_its_uses_forgotten() -> None:
+    harness = pressed(SecondTouch(), twice=10)
+    rule = harness.planner.admission
+    assert rule is not None
+    rows = np.flatnonzero(harness.table.at == Place.NVME)[:1].astype(np.int32)
+    assert rule.admit(rows, 99).all()
+    harness.free(rows)
+    harness.drain()
+    assert not rule.admit(rows, 99).any()
+
+
+def test_a_space_admits_as_configured_and_may_be_told_otherwise(tmp_path: Path) -> None:
+    def config(admit: Literal["all", "second"]) -> Config:
+        return Config(
+            gpu=Gpu(device="cpu", page=PAGE, budget=2 * PAGE),
+            host=Host(capacity=2 * PAGE),
+            nvme=Nvme(path=tmp_path / "slab", capacity="2MiB", mode="posix", admit=admit),
+        )
+
+    gone: list[str] = []
+    with Space.open(config("second")) as space:
+        region = space.reserve(64 * PAGE, on_gone=lambda pages, reason: gone.append(reason))
+        for _ in range(12):
+            region.allocate(1)
+        space.drain()
+        refused = space.statistics().counts["not_admitted"]
+        assert set(gone) == {"not-admitted"}
+        assert refused > 0
+        assert space.apply(config("all")) == ("nvme.admit",)
+        for _ in range(4):
+            region.allocate(1)
+        space.drain()
+        assert space.statistics().counts["not_admitted"] == refused
+        space.check()
