@@ -56,6 +56,7 @@ COMMANDS: Group = {
     "top": Command("tiermem.bench.top", "Watch the engines that share this GPU."),
     "limit": Command("tiermem.bench.limit", "Change what an engine may hold, while it runs."),
     "release": Command("tiermem.bench.release", "Put an engine's cache to sleep in lower tiers."),
+    "yield": Command("tiermem.bench.yielding", "Leave room on the GPU for a foreign process."),
     "fsck": Command("tiermem.bench.fsck", "Verify a slab file."),
     "stat": Command("tiermem.bench.stat", "Show a running space's figures once."),
     "config": Command("tiermem.cli", "Show the configuration in force, or write one."),

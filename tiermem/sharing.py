@@ -74,6 +74,7 @@ class Sharing:
         self._clocks: deque[tuple[float, int]] = deque()  # (when, the planner's clock)
         self._slept_at = -1
         self._owed = 0
+        self._news = True
         self._warned = False
         self._closed = False
 
@@ -205,11 +206,12 @@ class Sharing:
         self._return_promised()
 
     def is_report_due(self) -> bool:
-        return time.monotonic() - self._reported >= REPORT_EVERY_S
+        return self._news or time.monotonic() - self._reported >= REPORT_EVERY_S
 
     def report(self, report: Report) -> None:
         """Let others see how this space does."""
         self._reported = time.monotonic()
+        self._news = False
         self._lease.report(report, self._lease.held - self._owed)
 
     # ---------------------------------------------------------------- parts of the mover's turn
@@ -246,6 +248,7 @@ class Sharing:
         if self._sleeps(demand):
             return max(0, held - page)
         if lease.is_changed():
+            self._news = True
             self._owed = lease.dues()[1]
         over = held - min(lease.cap, self.ceiling)
         idle = 0
