@@ -32,6 +32,7 @@ from tiermem.trace import EventLog
 from tiermem.watch import WatchedFile
 
 if TYPE_CHECKING:
+    from tiermem.metrics import Endpoint
     from tiermem.tier import Done, Slots
 
 log = logging.getLogger(__name__)
@@ -55,6 +56,7 @@ class Space:
         self._start_s = time.monotonic()
         self._parked: Slots = np.empty(0, np.int32)
         self._closed = False
+        self._metrics: Endpoint | None = None
         table = PageTable()
         self._configured = dict(parts.capacities)
         pools = {place: SlotPool(place, self._backed(place)) for place in TIERS}
@@ -115,6 +117,10 @@ class Space:
             opened.pop_all()
         for line in config.describe():
             log.info("config %s", line)
+        if config.metrics.port is not None:
+            from tiermem.metrics import serve
+
+            space._metrics = serve(space.statistics, config.metrics.port)
         return space
 
     # ---------------------------------------------------------------- regions
@@ -253,6 +259,8 @@ class Space:
             if isinstance(region, Region):
                 region.refuse_pinned()
         self._closed = True
+        if self._metrics is not None:
+            self._metrics.close()
         self._mover.close()
         for region in self._regions:
             region.close()
