@@ -337,9 +337,10 @@ def window(pages: int, seconds: float = 0.5, rounds: int = 9) -> list[Row]:
 
     Turns, because other work on the machine would otherwise fall on one side only. Frames are
     scattered, so that no two pages share a call. 2 MiB is what the CPU device uses by default;
-    with 64 KiB a group is mapped in a twentieth of the time, and Python's share in it shows.
+    with 64 KiB a group is mapped in a twentieth of the time, and Python's share in it shows. So
+    many groups are in flight that they bridge the 5 ms in which the interpreter lock comes back.
     """
-    return [*_window_of(2 << 20, 4, seconds, rounds), *_window_of(64 << 10, 32, seconds, rounds)]
+    return [*_window_of(2 << 20, 16, seconds, rounds), *_window_of(64 << 10, 128, seconds, rounds)]
 
 
 def _window_of(page: int, in_flight: int, seconds: float, rounds: int) -> list[Row]:
