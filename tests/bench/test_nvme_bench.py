@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(native_calls() is None, reason="no C compiler")
 
 def small(where: Path) -> nvme.Result:
     return nvme.run(
-        where, page=64 << 10, nbytes=2 << 20, depths=(1, 3), seconds=0.02, rounds=1
+        where, page=64 << 10, nbytes=2 << 20, depths=(1, 3), seconds=0.02, rounds=2
     )  # fmt: skip
 
 
@@ -36,6 +36,7 @@ def test_without_fio_the_routes_are_measured_and_the_absence_is_said(
     out = io.StringIO()
     nvme.show(found, Console(file=out, width=200))
     assert "fio is not installed" in out.getvalue()
+    assert "Medians of 2 rounds" in out.getvalue()
     assert list(tmp_path.iterdir()) == []
 
 
@@ -43,6 +44,11 @@ def test_without_fio_the_routes_are_measured_and_the_absence_is_said(
 def test_with_fio_every_row_has_a_ratio(tmp_path: Path) -> None:
     found = small(tmp_path)
     assert found.fio is not None
+    assert all(
+        {way: len(rates) for way, rates in row.rounds_gbps.items()}
+        == {"fio": 2, "bare": 2, "route": 2}
+        for row in found.rows
+    )
     assert all(row.fio_gbps and row.bare_of_fio and row.route_of_fio for row in found.rows)
     again = msgspec.json.decode(msgspec.json.encode(found), type=nvme.Result)
     assert again == found

@@ -26,6 +26,7 @@ from tests.nvme.fakes import (
     slots,
 )
 from tiermem.errors import Closed, PageLost, TierFailed
+from tiermem.nvme.mover import Gate
 from tiermem.nvme.posix import DiskThreads
 from tiermem.nvme.slab import Slab
 from tiermem.tier import PASSED, Fence, Place
@@ -374,3 +375,72 @@ def test_many_submissions_from_many_threads_all_come_back(
     for worker in workers:
         worker.join(LONG_S)
     assert wrong == []
+
+
+class Crowd:
+    """A fault that is none, but holds every call until `most` are in it, and counts them."""
+
+    def __init__(self, most: int) -> None:
+        self.inside = self.highest = 0
+        self._most = most
+        self._changed = threading.Condition()
+
+    def __call__(self, n: int, offset: int) -> None:
+        with self._changed:
+            self.inside += 1
+            self.highest = max(self.highest, self.inside)
+            self._changed.notify_all()
+            # The last few calls have nobody to wait for.
+            self._changed.wait_for(lambda: self.highest >= self._most, LONG_S)
+            self.inside -= 1
+
+
+def test_no_more_than_depth_reads_and_writes_are_at_the_drive(
+    slab: Slab, io: FaultyIo, memory: ArrayMemory
+) -> None:
+    everything = np.arange(N, dtype=np.int32)
+    with DiskThreads(slab, depth=3) as threads:
+        store, load = threads.routes(memory)
+        io.on_write = Crowd(3)
+        assert move(store, everything, everything).error is None
+        io.on_read = Crowd(3)
+        assert move(load, everything, everything).error is None
+        found = threads.statistics()
+        assert (found.load_depth, found.store_depth) == (3, 3)
+    assert (io.on_write.highest, io.on_read.highest) == (3, 3)
+
+
+def test_a_gate_that_is_made_wider_and_narrower_lets_as_many_through() -> None:
+    gate = Gate(1)
+    gate.resize(4)
+    with gate, gate, gate, gate:
+        gate.resize(2)  # all four are inside: nothing can be taken back yet
+    gate.resize(2)
+    crowd = Crowd(2)
+
+    def enter() -> None:
+        with gate:
+            crowd(0, 0)
+
+    through = [threading.Thread(target=enter) for _ in range(8)]
+    for thread in through:
+        thread.start()
+    for thread in through:
+        thread.join(LONG_S)
+    assert crowd.highest == 2
+
+
+def test_without_settings_the_depth_starts_at_eight_and_stays_in_its_bounds(
+    slab: Slab, memory: ArrayMemory
+) -> None:
+    everything = np.arange(N, dtype=np.int32)
+    memory.fill()
+    with DiskThreads(slab) as threads:
+        found = threads.statistics()
+        assert (found.load_depth, found.store_depth) == (8, 8)
+        store, load = threads.routes(memory)
+        move(store, everything, everything)
+        for _ in range(50):
+            dones = [load.submit(everything, everything, PASSED) for _ in range(8)]
+            assert all(ended(done).error is None for done in dones)
+        assert 2 <= threads.statistics().load_depth <= 32

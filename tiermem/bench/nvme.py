@@ -27,21 +27,23 @@ from tiermem.bench import fio, output
 from tiermem.bench.machine import Machine, machine
 from tiermem.errors import ConfigError
 from tiermem.host.pinned import HostPool
-from tiermem.native import Program
 from tiermem.nvme.kept import Persist
 from tiermem.nvme.mover import Batch, Mover, native_calls
 from tiermem.nvme.posix import DiskThreads
 from tiermem.nvme.slab import Slab
-from tiermem.tier import PASSED, Done, Route, Slots
+from tiermem.tier import PASSED, Addresses, Done, Memory, Place, Route, Slots
 
 DEPTHS = (1, 8, 32)
+Sample = tuple[float, float]
+"""Of one round: GB/s, and processor time a page in us."""
 ABSENT = "fio is not installed: apt install fio; its columns are empty and nothing is compared"
 
 
 class Row(msgspec.Struct, frozen=True, kw_only=True):
     """One direction at one depth; rates are medians over the rounds, in GB/s (1e9 bytes).
 
-    The ratios are medians of the rounds' own ratios, for what is compared ran side by side.
+    The ratios are those of the medians. `rounds_gbps` has the rate of every round by way (fio,
+    bare, route), in the order in which they ran: how far apart they lie is how far to trust them.
     """
 
     direction: str
@@ -55,10 +57,11 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
     """The route as it is: every store hashed, every load verified."""
     bare_of_fio: float | None
     route_of_fio: float | None
+    rounds_gbps: dict[str, tuple[float, ...]]
     fio_cpu_us: float | None
     bare_cpu_us: float
     route_cpu_us: float
-    """Processor time a page. The route has twice as many threads as calls in flight."""
+    """Processor time a page. The route has two threads more than calls in flight."""
     page_p50_us: float
     page_p99_us: float
     """From submission of one page to its arrival, one at a time, through the route."""
@@ -89,11 +92,33 @@ class BareMover(Mover):
         return self._bare(batch, entries, write=True)
 
     def _bare(self, batch: Batch, entries: slice, *, write: bool) -> dict[int, Exception]:
-        program = Program(self.io_calls(batch, entries, write=write))
-        failure = program.run()
-        if failure is None:
-            return {}
-        return {i: OSError(str(failure)) for i in range(entries.start, entries.stop)}
+        moved, _ = self.run(batch, entries, write=write, hashed=False)
+        short = np.flatnonzero(moved != self.slab.slot_bytes) + entries.start
+        return {int(i): OSError(f"entry {i} did not move whole") for i in short}
+
+
+class _Few:
+    """A pool seen as many slots that share few buffers: as many as fio has, which takes `depth`.
+
+    A drive that is a file of the host's copies into memory that was used a moment ago 4-16 % faster
+    than into pages all over the pool (2-core, 2026-11). What arrives is overwritten.
+    """
+
+    place = Place.HOST
+
+    def __init__(self, pool: HostPool, buffers: int) -> None:
+        self._pool, self._buffers = pool, min(buffers, pool.capacity)
+        self.slot_bytes, self.capacity, self.growing = pool.slot_bytes, pool.capacity, False
+        self.ready = pool.capacity
+
+    def addresses(self, slots: Slots) -> Addresses:
+        return self._pool.addresses(slots % np.int32(self._buffers))
+
+    def resize(self, capacity: int) -> None:
+        raise NotImplementedError("a view of a pool")
+
+    def close(self) -> None:
+        pass
 
 
 class _Bench:
@@ -114,7 +139,7 @@ class _Bench:
         self.pool.close()
         self.slab.close()
 
-    def fio(self, depth: int, *, write: bool) -> tuple[float, float]:
+    def fio(self, depth: int, *, write: bool) -> Sample:
         """(GB/s, CPU us a page)."""
         start, size = self.slab.offset(0), self.pages * self.page
         found = fio.measure(
@@ -122,11 +147,8 @@ class _Bench:
         )
         return found.bytes_per_s / 1e9, found.cpu_us
 
-    def route(self, depth: int, mover: type[Mover], *, write: bool) -> tuple[float, float]:
+    def route(self, depth: int, mover: type[Mover], *, write: bool) -> Sample:
         """(GB/s, CPU us a page) of one direction with `depth` reads or writes in flight."""
-        if not write:
-            with self._threads(8, Mover) as (store, _):
-                self._pass(store, True)
         with self._threads(depth, mover) as (store, load):
             route = store if write else load
             moved = 0
@@ -142,21 +164,21 @@ class _Bench:
             took, cpu = time.perf_counter() - began, time.process_time() - cpu
         return moved * self.page / took / 1e9, cpu / moved * 1e6
 
+    def fill(self) -> None:
+        """Store every page, so that every load finds what it expects."""
+        with self._threads(8, Mover) as (store, _):
+            self._end(self._submit(store, np.arange(self.pages, dtype=np.int32), True))
+
     def page_times(self, *, write: bool, n: int = 64) -> tuple[float, float]:
         """(p50, p99) in us of one page at a time."""
         times = []
         with self._threads(1, Mover) as (store, load):
-            self._pass(store, True)
             for slot in self._order.integers(0, self.pages, n):
                 one = np.array([slot], np.int32)
                 began = time.perf_counter()
                 (store if write else load).submit(one, one, PASSED).wait()
                 times.append((time.perf_counter() - began) * 1e6)
         return float(np.percentile(times, 50)), float(np.percentile(times, 99))
-
-    def _pass(self, route: Route, write: bool) -> None:
-        """Move every page once."""
-        self._end(self._submit(route, np.arange(self.pages, dtype=np.int32), write))
 
     def _half(self) -> list[Slots]:
         """All slots in random order, in two parts."""
@@ -178,12 +200,9 @@ class _Bench:
 
     @contextlib.contextmanager
     def _threads(self, depth: int, mover: type[Mover]) -> Iterator[tuple[Route, Route]]:
-        # As many threads again hash while the others move; without checksums none are needed.
-        n = depth if mover is BareMover else 2 * depth
-        with DiskThreads(
-            self.slab, threads=n, store_threads=n, depth=depth, mover=mover
-        ) as threads:
-            yield threads.routes(self.pool)
+        with DiskThreads(self.slab, depth=depth, mover=mover) as threads:
+            memory: Memory = self.pool if mover is Mover else _Few(self.pool, depth)
+            yield threads.routes(memory)
 
 
 def run(
@@ -193,13 +212,14 @@ def run(
     nbytes: int = 512 << 20,
     depths: Sequence[int] = DEPTHS,
     seconds: float = 1.0,
-    rounds: int = 3,
+    rounds: int = 5,
     told: Callable[[str], None] = lambda text: None,
 ) -> Result:
     """Measure in a new directory under `where`, which is removed again.
 
     page: bytes of a slot; nbytes: size of the file and of the host memory used; seconds: of one
-    measurement, of which a round has three in each direction at each depth; told: progress.
+    measurement, of which a round has three in each direction at each depth, in turns; told:
+    progress.
     Raises ConfigError without native calls, for the plain way would measure the interpreter.
     """
     if native_calls() is None:
@@ -236,70 +256,93 @@ def run(
 def _measure(
     bench: _Bench, depth: int, *, write: bool, rounds: int, told: Callable[[str], None]
 ) -> Row:
-    yardstick: list[tuple[float, float]] = []
-    bare: list[tuple[float, float]] = []
-    route: list[tuple[float, float]] = []
     name = "write" if write else "read"
+    bench.fill()
+    ways: dict[str, Callable[[], Sample]] = {
+        "bare": lambda: bench.route(depth, BareMover, write=write),
+        "route": lambda: bench.route(depth, Mover, write=write),
+    }
+    if fio.version():
+        ways["fio"] = lambda: bench.fio(depth, write=write)
+    samples: dict[str, list[Sample]] = {way: [] for way in ("fio", *ways)}
     for i in range(rounds):
         told(f"{name} depth {depth}, round {i + 1} of {rounds}")
-        if fio.version():
-            yardstick.append(bench.fio(depth, write=write))
-        bare.append(bench.route(depth, BareMover, write=write))
-        route.append(bench.route(depth, Mover, write=write))
+        # Turn about, so that whatever one leaves behind does not always meet the same next.
+        for way in sorted(ways, reverse=i % 2 > 0):
+            samples[way].append(ways[way]())
+    bench.fill()
     p50, p99 = bench.page_times(write=write)
     return Row(
         direction=name,
         depth=depth,
         page_bytes=bench.page,
         n=rounds,
-        fio_gbps=_median(yardstick, 0),
-        bare_gbps=_median(bare, 0) or 0.0,
-        route_gbps=_median(route, 0) or 0.0,
-        bare_of_fio=_ratio(bare, yardstick),
-        route_of_fio=_ratio(route, yardstick),
-        fio_cpu_us=_median(yardstick, 1),
-        bare_cpu_us=_median(bare, 1) or 0.0,
-        route_cpu_us=_median(route, 1) or 0.0,
+        fio_gbps=_median(samples["fio"], 0),
+        bare_gbps=_median(samples["bare"], 0) or 0.0,
+        route_gbps=_median(samples["route"], 0) or 0.0,
+        bare_of_fio=_ratio(samples["bare"], samples["fio"]),
+        route_of_fio=_ratio(samples["route"], samples["fio"]),
+        rounds_gbps={way: tuple(rate for rate, _ in found) for way, found in samples.items()},
+        fio_cpu_us=_median(samples["fio"], 1),
+        bare_cpu_us=_median(samples["bare"], 1) or 0.0,
+        route_cpu_us=_median(samples["route"], 1) or 0.0,
         page_p50_us=p50,
         page_p99_us=p99,
     )
 
 
-def _median(found: list[tuple[float, float]], which: int) -> float | None:
+def _median(found: list[Sample], which: int) -> float | None:
     return statistics.median(one[which] for one in found) if found else None
 
 
-def _ratio(ours: list[tuple[float, float]], theirs: list[tuple[float, float]]) -> float | None:
-    pairs = list(zip(ours, theirs, strict=False))
-    return statistics.median(a[0] / b[0] for a, b in pairs) if pairs else None
+def _ratio(ours: list[Sample], theirs: list[Sample]) -> float | None:
+    mine, other = _median(ours, 0), _median(theirs, 0)
+    return None if mine is None or other is None else mine / other
 
 
 def show(found: Result, console: Console) -> None:
     """The table; every figure is in the JSON too."""
     size = units.format_bytes(found.rows[0].page_bytes)
-    table = Table(
-        title=f"NVMe route beside {found.fio or 'nothing (no fio)'}, pages of {size}, GB/s"
-    )
+    table = Table(title=f"{found.fio or 'no fio'} and the NVMe route, pages of {size}, GB/s")
     for heading in (
-        "direction", "depth", "fio", "no checksum", "of fio", "route", "of fio",
-        "us CPU a page (fio / no checksum / route)", "one page us p50 / p99",
-    ):  # fmt: skip
-        table.add_column(heading, justify="left" if heading == "direction" else "right")
+        "",
+        "depth",
+        "fio",
+        "no checksum",
+        "of fio",
+        "route",
+        "of fio",
+        "CPU us a page",
+    ):
+        table.add_column(heading, justify="right" if heading else "left")
     for row in found.rows:
         table.add_row(
             row.direction,
             str(row.depth),
-            _text(row.fio_gbps, ".2f"),
-            f"{row.bare_gbps:.2f}",
+            _rates(row, "fio"),
+            _rates(row, "bare"),
             _text(row.bare_of_fio, ".0%"),
-            f"{row.route_gbps:.2f}",
+            _rates(row, "route"),
             _text(row.route_of_fio, ".0%"),
-            f"{_text(row.fio_cpu_us, '.0f')} / {row.bare_cpu_us:.0f} / {row.route_cpu_us:.0f}",
-            f"{row.page_p50_us:.0f} / {row.page_p99_us:.0f}",
+            f"{_text(row.fio_cpu_us, '.0f')}/{row.bare_cpu_us:.0f}/{row.route_cpu_us:.0f}",
         )
     console.print(table)
+    console.print(
+        f"Medians of {found.rows[0].n} rounds, lowest and highest below; CPU: fio / without "
+        "checksums / route. Equal rounds that differ by more than 5 % mean a machine or drive "
+        "that others use: repeat it then.",
+        style="dim",
+        highlight=False,
+    )
     for note in found.notes:
         console.print(f"note: {note}", style="yellow", highlight=False, markup=False)
+
+
+def _rates(row: Row, way: str) -> str:
+    rates = row.rounds_gbps[way]
+    if not rates:
+        return "-"
+    return f"{statistics.median(rates):.2f}\n{min(rates):.2f}-{max(rates):.2f}"
 
 
 def _text(value: float | None, form: str) -> str:
@@ -312,7 +355,7 @@ def command(
     page: Annotated[str, typer.Option(help="Bytes of a page.")] = "2MiB",
     depths: Annotated[str, typer.Option(help="Pages in flight.")] = "1,8,32",
     seconds: Annotated[float, typer.Option(help="Length of one measurement.")] = 1.0,
-    rounds: Annotated[int, typer.Option(help="Rounds; medians are shown.")] = 3,
+    rounds: Annotated[int, typer.Option(help="Rounds; medians are shown.")] = 5,
     json: Annotated[str | None, typer.Option(help="Write JSON to this path, or to - .")] = None,
 ) -> None:
     """Measure the NVMe tier against fio, on the same file in the same run."""

@@ -17,11 +17,16 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from tiermem.errors import Closed, PageLost
+from tiermem.nvme.depth import DepthClimb
 from tiermem.nvme.mover import Batch, Gate, Mover
 from tiermem.nvme.slab import Slab
 from tiermem.tier import Fence, Mask, Memory, Place, Slots, Streams
 
-THREADS = 8
+DEPTH = 8
+LOWEST, HIGHEST = 2, 32
+"""Slots at the drive in each direction: to begin with, and the bounds that it is adapted within."""
+SPARE = 2
+"""Threads beyond those at the drive, which hash, settle and claim meanwhile."""
 QUEUE_SLOTS = 4096
 CLAIM_BYTES = 4 << 20
 """Most that a thread takes at once. Coming back into the interpreter after it costs 5 ms beside a
@@ -43,6 +48,9 @@ class DiskStatistics:
     queued_loads: int = 0
     queued_stores: int = 0
     slot_bytes: int = 0
+    load_depth: int = 0
+    """Reads at the drive at most, as it is now; store_depth likewise writes."""
+    store_depth: int = 0
 
 
 class Transfer:
@@ -103,14 +111,40 @@ class _Job:
 
 @dataclass(slots=True)
 class _Lane:
-    """Loads or stores: what waits, how many threads are on it, and what they have done."""
+    """Loads or stores: what waits, how many threads are on it, and what they have done.
 
+    limit: threads that may be on it; depth: of them at the drive; climb: what adapts both.
+    """
+
+    limit: int
+    depth: int
+    gate: Gate | None = None
+    climb: DepthClimb | None = None
     jobs: deque[_Job] = field(default_factory=deque)
     waiting: int = 0
     running: int = 0
     slots: int = 0
     busy_s: float = 0.0
     errors: int = 0
+
+    @classmethod
+    def of(cls, threads: int, depth: int | None, adapted: bool) -> _Lane:
+        """depth: None for as many as there are threads."""
+        if depth is None or depth >= threads:
+            return cls(threads, threads)
+        climb = DepthClimb(depth, LOWEST, HIGHEST) if adapted else None
+        return cls(min(threads, depth + SPARE), depth, Gate(depth), climb)
+
+    def adapt(self, slots: int, alone: bool) -> bool:
+        """Slots have ended, with others waiting or not. True if more threads may be on it now."""
+        if self.climb is None or self.gate is None:
+            return False
+        if not self.climb.note(slots, alone and self.waiting > 0):
+            return False
+        before, self.limit = self.limit, self.climb.depth + SPARE
+        self.depth = self.climb.depth
+        self.gate.resize(self.depth)
+        return self.limit > before
 
 
 class DiskThreads:
@@ -120,33 +154,38 @@ class DiskThreads:
         self,
         slab: Slab,
         *,
-        threads: int = THREADS,
-        store_threads: int | None = None,
+        threads: int | None = None,
         depth: int | None = None,
         queue_slots: int = QUEUE_SLOTS,
         native: bool | None = None,
         mover: type[Mover] = Mover,
     ) -> None:
-        """threads: slots in hand at most; depth: reads and writes at the drive among them, by
-        default all (more threads than depth hash while others move). store_threads: threads that
-        may store, by default all but one; while loads wait or run, one. queue_slots: entries that
-        may wait in each direction before `submit` blocks. native: move groups without the
-        interpreter lock; None: where that works. mover: what each thread moves slots with.
+        """depth: reads at the drive at most, and writes; None: adapted to what brings a gain.
+        threads: slots in hand at most, by default two more than are at the drive; if they are
+        given without a depth, all of them may be at the drive. One thread is kept from stores,
+        and all but one while loads run. queue_slots: entries that may wait in each direction
+        before `submit` blocks. native: move groups without the interpreter lock; None: where that
+        works. mover: what each thread moves slots with.
         """
         self.slab = slab
-        self._store_threads = min(threads, max(1, store_threads or threads - 1))
         self._queue_slots = queue_slots
         self._claim = max(1, CLAIM_BYTES // slab.slot_bytes)
         self._lock = threading.Lock()
         self._work = threading.Condition(self._lock)  # threads wait here
         self._room = threading.Condition(self._lock)  # submitters and closers wait here
-        self._loads, self._stores = _Lane(), _Lane()
+        adapted = threads is None and depth is None
+        if adapted:
+            depth = DEPTH
+        if threads is None:
+            threads = (HIGHEST if depth is None or adapted else depth) + SPARE + 1
+        self._loads = _Lane.of(threads, depth, adapted)
+        # A budget, not the drive, decides how fast stores go: nothing is learnt from their rate.
+        self._stores = _Lane.of(threads, depth, adapted and slab.budget.bytes_per_s is None)
+        self._stores.limit = max(1, min(self._stores.limit, threads - 1))
         self._torn = self._cancelled = 0
         self._closed = False
-        self._count = threads
         self._native = native
         self._mover = mover
-        self._gate = Gate(depth) if depth is not None and depth < threads else None
         self._threads = [
             threading.Thread(target=self._run, name=f"tiermem-disk-{i}", daemon=True)
             for i in range(threads)
@@ -176,7 +215,7 @@ class DiskThreads:
                 raise Closed("nvme: submit after close")
             lane.jobs.append(job)
             lane.waiting += n
-            self._work.notify(n)
+            self._work.notify(min(n, max(0, lane.limit - lane.running)))
 
     def cancel(self, done: Transfer) -> int:
         """Fail what no thread has begun of this submission; how many entries that were."""
@@ -202,6 +241,8 @@ class DiskThreads:
                 queued_loads=self._loads.waiting,
                 queued_stores=self._stores.waiting,
                 slot_bytes=self.slab.slot_bytes,
+                load_depth=self._loads.depth,
+                store_depth=self._stores.depth,
             )
 
     def close(self) -> None:
@@ -226,7 +267,12 @@ class DiskThreads:
 
     def _run(self) -> None:
         """A thread's life: claim some entries of a job, move them, settle them."""
-        mover = self._mover(self.slab, native=self._native, gate=self._gate)
+        mover = self._mover(
+            self.slab,
+            native=self._native,
+            read_gate=self._loads.gate,
+            write_gate=self._stores.gate,
+        )
         while (claim := self._next()) is not None:
             lane, job, entries = claim
             began = time.perf_counter()
@@ -245,22 +291,21 @@ class DiskThreads:
     def _next(self) -> tuple[_Lane, _Job, slice] | None:
         with self._lock:
             while True:
-                if (claim := self._claim_from(self._loads)) is not None:
-                    return claim
+                loads, stores = self._loads, self._stores
+                if loads.jobs and loads.running < loads.limit:
+                    return self._claim_from(loads)
                 # One thread goes on storing while loads run, or full tiers would never drain.
-                limit = 1 if self._loads.running else self._store_threads
+                limit = 1 if loads.running else stores.limit
                 wait_s: float | None = None
-                if self._stores.jobs and self._stores.running < limit:
-                    wait_s = self.slab.budget.take(self._size(self._stores) * self.slab.slot_bytes)
+                if stores.jobs and stores.running < limit:
+                    wait_s = self.slab.budget.take(self._size(stores) * self.slab.slot_bytes)
                     if not wait_s:
-                        return self._claim_from(self._stores)
+                        return self._claim_from(stores)
                 if self._closed:
                     return None
                 self._work.wait(wait_s)
 
-    def _claim_from(self, lane: _Lane) -> tuple[_Lane, _Job, slice] | None:
-        if not lane.jobs:
-            return None
+    def _claim_from(self, lane: _Lane) -> tuple[_Lane, _Job, slice]:
         job, n = lane.jobs[0], self._size(lane)
         entries = slice(job.claimed, job.claimed + n)
         job.claimed += n
@@ -272,7 +317,7 @@ class DiskThreads:
 
     def _size(self, lane: _Lane) -> int:
         """Entries to claim: a share at most, so that the last ones of a job end together."""
-        return min(self._claim, -(-lane.jobs[0].unclaimed // self._count))
+        return min(self._claim, -(-lane.jobs[0].unclaimed // lane.limit))
 
     def _settle(
         self, lane: _Lane, job: _Job, entries: slice, errors: dict[int, Exception], took_s: float
@@ -286,8 +331,11 @@ class DiskThreads:
             job.route.outstanding -= entries.stop - entries.start
             job.done.end(entries, errors)
             self._room.notify_all()
-            if lane is self._loads and not lane.running and self._stores.jobs:
-                self._work.notify_all()  # the limit on stores has just been raised
+            other = self._stores if lane is self._loads else self._loads
+            more = lane.adapt(entries.stop - entries.start, alone=not other.running)
+            if more or (lane is self._loads and not lane.running and self._stores.jobs):
+                # The limit on these, or on stores, has just been raised.
+                self._work.notify(max(self._loads.limit, self._stores.limit))
 
     def _drop(self, lane: _Lane, job: _Job, error: Exception) -> int:
         """Fail the unclaimed entries of a job that is no longer queued."""
