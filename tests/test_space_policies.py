@@ -10,6 +10,7 @@ import pytest
 from tiermem import Config, Evict, Gpu, Host, Space
 from tiermem.bench import simulate, traces
 from tiermem.config import Trace
+from tiermem.errors import ConfigError
 from tiermem.policies.base import Candidates, EvictionBase, Ids
 from tiermem.policies.lru import LRU
 from tiermem.ranking import LATE_IN_A_ROW, LATE_S, Ranking
@@ -56,7 +57,7 @@ def configured(evict: Evict, trace: Path | None = None) -> Config:
 
 def filled(space: Space, pages: int = 8) -> Region:
     """Regions of a full GPU; page i was allocated i-th."""
-    region = space.reserve(16 * PAGE)
+    region = space.reserve(24 * PAGE)
     for _ in range(pages):
         region.allocate(1)
     return region
@@ -138,3 +139,37 @@ def test_a_policy_that_was_late_too_often_is_out_of_the_replay_from_there(tmp_pa
     assert named == [[0]] * LATE_IN_A_ROW + [[3]] * 3
     (row,) = simulate.replay_log(path)
     assert (row.answers, row.same) == (LATE_IN_A_ROW, LATE_IN_A_ROW)
+
+
+def test_retained_pages_leave_last_and_for_their_time_only(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    with Space.open(configured(Evict(gpu="lru"), path)) as space:
+        region = filled(space)
+        region.retain([0], seconds=3600)
+        region.retain([1, 2], priority=5)
+        region.retain([3], priority=1)
+        for gone in (4, 5, 6, 7):
+            region.allocate(1)
+            space.drain()
+            assert region.where([gone]).tolist() == [Place.HOST]
+        space.apply(configured(Evict(gpu="fifo"), path))  # marks outlive the policy
+        assert space.statistics().tier(Place.GPU).policy == "fifo"
+        region.allocate(4)
+        space.drain()
+        assert region.where([0, 1, 2, 3]).tolist() == [Place.GPU] * 4
+        with region.use([12, 13, 14, 15]):
+            region.allocate(1)  # nothing else may leave than what is marked
+        space.drain()
+        assert region.where([1, 2, 3]).tolist().count(Place.HOST) == 1
+        assert region.where([3]).tolist() == [Place.HOST]
+        space.check()
+    (gpu,) = [row for row in simulate.replay_log(path) if row.tier == "gpu"]
+    assert gpu.answers == gpu.same > 5
+
+
+@pytest.mark.parametrize(("priority", "seconds"), [(-1, 0.0), (101, 0.0), (0, -1.0)])
+def test_a_mark_that_cannot_be_meant_is_refused(priority: int, seconds: float) -> None:
+    with Space.open(configured(Evict())) as space:
+        region = filled(space)
+        with pytest.raises(ConfigError, match="priority"):
+            region.retain([0], priority=priority, seconds=seconds)

@@ -13,7 +13,7 @@ from types import MappingProxyType
 
 import numpy as np
 
-from tiermem.policies.base import Eviction, Keys, RequestFacts
+from tiermem.policies.base import Eviction, Keys, RequestFacts, Retaining
 from tiermem.table import PageTable, Rows
 from tiermem.tier import Mask, Place
 
@@ -69,6 +69,7 @@ class Ranking:
         self._policy: Eviction | None = policy
         self._name = policy.name
         self._table = table
+        self._retaining: Retaining | None = None
         self._record = record
         self._clock = clock
         self._late_in_a_row = 0
@@ -91,11 +92,33 @@ class Ranking:
         here = np.flatnonzero((table.at == self.place) & (table.unit >= 0)).astype(np.int32)
         here = here[table.unit[here] == here]
         here = here[np.argsort(table.stamp[here], kind="stable")]
-        self._policy, self._name, self._late_in_a_row = policy, policy.name, 0
+        self._name, self._late_in_a_row = policy.name, 0
+        if self._retaining is not None and self._policy is not None:
+            self._retaining.inner = policy  # marks outlive the policy under them
+        else:
+            self._policy, self._retaining = policy, None
         if self._record:
             self._write("swap", _NO_ROWS, now, **named)
         if len(here):
             self.inserted(here, None, now)
+
+    def retain(
+        self,
+        units: Rows,
+        priority: int,
+        until: int,
+        now: int,
+        around: Callable[[Eviction], Retaining],
+    ) -> None:
+        """Units of the tier leave later. around: puts such marks over the policy that runs."""
+        self._flush()
+        if self._policy is None or not len(units):
+            return
+        if self._retaining is None:
+            self._policy = self._retaining = around(self._policy)
+        self._retaining.retain(units, priority, until)
+        if self._record:
+            self._write("retain", units, now, priority=priority, until=until)
 
     def inserted(self, units: Rows, keys: Keys | None, now: int) -> None:
         self._flush()

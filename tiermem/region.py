@@ -15,6 +15,7 @@ from tiermem.errors import Closed, ConfigError, NotOurs, PageInUse, TierFull
 from tiermem.pager import Pager
 from tiermem.planner import Access
 from tiermem.policies.base import Keys, RequestFacts
+from tiermem.policies.retention import HIGHEST, Retained
 from tiermem.table import Extent, Rows
 from tiermem.tier import Device, Place
 
@@ -150,6 +151,27 @@ class Region:
         rows = self._rows(pages)
         with self._pager.lock:
             self._pager.planner.finished(rows, facts, self._space.now())
+
+    def retain(
+        self, pages: Sequence[int] | Pages, *, priority: int = 0, seconds: float = 0.0
+    ) -> None:
+        """Let these pages leave the tier that they are in after all pages of lower rank.
+
+        priority: 0 (none) to 100; for so many seconds also after any that is not retained. Where
+        nothing else may leave, they do; the mark ends when a page leaves its tier. Mark whole
+        chains. Raises ConfigError, NotOurs.
+        """
+        if not 0 <= priority <= HIGHEST or seconds < 0:
+            raise ConfigError(f"priority {priority} for {seconds} s: 0 to {HIGHEST}, 0 s or more")
+        rows = self._rows(pages)
+        table = self._pager.planner.table
+        with self._pager.lock:
+            now = self._space.now()
+            until = now + round(seconds * 1000) if seconds else 0
+            heads = table.heads(rows)
+            for place, ranking in self._pager.planner.rankings.items():
+                here = heads[table.at[heads] == place]
+                ranking.retain(here, priority, until, now, lambda under: Retained(1, over=under))
 
     def free(self, pages: Sequence[int] | Pages) -> None:
         """Forget pages, in whatever tier. Raises PageInUse or NotOurs, freeing none.

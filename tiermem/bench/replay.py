@@ -16,6 +16,7 @@ from tiermem.bench.workload import I32, I64, Workload
 from tiermem.policies.base import Eviction, EvictionBase, Ids, Mask
 from tiermem.policies.belady import Belady
 from tiermem.policies.registry import load
+from tiermem.policies.retention import Retained
 from tiermem.policies.trial import Score, Trial
 
 Progress = Callable[[int], None]
@@ -152,7 +153,15 @@ def log_victims(
             raise failure
         _follow(held, event)
         if event.e == "swap":
-            now_runs = load(event.policy, max(1, event.capacity), params=event.params)
+            fresh = load(event.policy, max(1, event.capacity), params=event.params)
+            if isinstance(now_runs, Retained):
+                now_runs.inner = fresh
+            else:
+                now_runs = fresh
+        elif event.e == "retain" and now_runs is not None:
+            if not isinstance(now_runs, Retained):
+                now_runs = Retained(1, over=now_runs)
+            now_runs.retain(np.array(event.units, np.int32), event.priority, event.until)
         elif event.e == "retired":
             now_runs, failure = None, None
         elif event.e == "fallback":

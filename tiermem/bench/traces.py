@@ -240,6 +240,8 @@ class Event(msgspec.Struct, frozen=True):
     n: int = 0
     refused: list[int] = []
     policy: str = ""
+    priority: int = 0
+    until: int = 0
     capacity: int = 1
     params: dict[str, int | float | str | bool] = {}
 

@@ -106,7 +106,7 @@ class HintPrefetch(QueuePrefetch):
 
     def __init__(self, ahead_ms: int = 2_000, likely: float = 0.5) -> None:
         """ahead_ms: how long before a session is due its units are loaded; likely: least
-        probability. 2 s ahead took the median TTFT from 1.24 to 0.47 s (docs/policies.md)."""
+        probability. 2 s is a guess that no measurement of ours supports yet."""
         super().__init__()
         self._ahead_ms, self._likely = ahead_ms, likely
         self._expected: dict[int, tuple[int, Ids]] = {}

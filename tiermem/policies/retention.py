@@ -7,6 +7,7 @@ good: a tier whose units are all retained still names victims.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import ClassVar
 
 import numpy as np
@@ -34,13 +35,18 @@ class Retained(EvictionBase):
     leaf_first: ClassVar[bool] = False
 
     def __init__(
-        self, capacity: int, seed: int = 0, over: str = "classq", **params: object
+        self,
+        capacity: int,
+        seed: int = 0,
+        over: str | Eviction = "classq",
+        **params: object,
     ) -> None:
-        """over: the inner policy; params: its arguments."""
+        """over: the inner policy, which may be running already, or its name; params: its
+        arguments."""
         super().__init__(capacity, seed)
         from tiermem.policies.registry import load
 
-        self.inner: Eviction = load(over, capacity, seed, params)
+        self.inner: Eviction = load(over, capacity, seed, params) if isinstance(over, str) else over
         self._priority: npt.NDArray[np.int16] = np.zeros(0, np.int16)
         self._until: npt.NDArray[np.int64] = np.zeros(0, np.int64)
         self._marked = 0
@@ -83,7 +89,7 @@ class Retained(EvictionBase):
         if not self._marked:
             return self.inner.victims(candidates, n, now)
         found: list[Ids] = []
-        for rank in np.unique(self._rank(np.arange(len(self._until)), now)).tolist():
+        for rank in self._ranks(now):
             some = self.inner.victims(_OfRank(self, candidates, rank, now), n, now)
             found.append(some)
             n -= len(some)
@@ -91,8 +97,16 @@ class Retained(EvictionBase):
                 break
         return joined(found)
 
+    def _ranks(self, now: int) -> Iterator[int]:
+        """Ranks in their order. Those of marked units are looked up when nothing else is left."""
+        yield 0
+        marked = np.flatnonzero((self._priority > 0) | (self._until > 0))
+        ranks = np.unique(self._rank(marked, now))
+        yield from ranks[ranks > 0].tolist()
+
     def _rank(self, units: npt.NDArray[np.integer], now: int) -> npt.NDArray[np.int64]:
         """Lower leaves first: priority, behind whatever time is still retained."""
+        self._fit(units)  # what the inner policy held before it was wrapped was never told here
         ranks: npt.NDArray[np.int64] = self._priority[units].astype(np.int64)
         ranks += (HIGHEST + 1) * (self._until[units] > now)
         return ranks
@@ -101,7 +115,7 @@ class Retained(EvictionBase):
         marked: Mask = (self._priority[units] > 0) | (self._until[units] > 0)
         return marked
 
-    def _fit(self, units: Ids) -> None:
+    def _fit(self, units: npt.NDArray[np.integer]) -> None:
         rows = int(units.max(initial=-1)) + 1
         if rows > len(self._until):
             rows = max(rows, 2 * len(self._until))
