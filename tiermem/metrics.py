@@ -15,7 +15,7 @@ from prometheus_client import CollectorRegistry, start_http_server
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from tiermem.stats import RouteStatistics, Statistics, TierStatistics
+from tiermem.stats import LeaseStatistics, RouteStatistics, Statistics, TierStatistics
 
 log = logging.getLogger(__name__)
 
@@ -60,6 +60,8 @@ class SpaceCollector(Collector):
         yield from _tiers(now.tiers, now.page_bytes)
         yield from _routes(now.routes)
         yield _events(now)
+        if now.lease is not None:
+            yield from _lease(now.lease)
         yield CounterMetricFamily(
             "tiermem_faults", "calls of use() that had to wait for a page", now.fault.n
         )
@@ -124,6 +126,17 @@ def _routes(routes: tuple[RouteStatistics, ...]) -> Iterator[Metric]:
         busy.add_metric(ends, route.busy_s)
         path.add_metric([*ends, route.path], 1)
     yield from (pages, nbytes, failed, busy, path)
+
+
+def _lease(lease: LeaseStatistics) -> Iterator[Metric]:
+    own = GaugeMetricFamily("tiermem_lease_bytes", "GPU bytes by lease", labels=["state"])
+    for state in ("held", "reserved", "wanted", "share", "owed", "floor", "cap"):
+        own.add_metric([state], getattr(lease, state))
+    whole = GaugeMetricFamily("tiermem_ledger_bytes", "the same of all members", labels=["state"])
+    for state, n in (("budget", lease.budget), ("held", lease.all_held), ("free", lease.free)):
+        whole.add_metric([state], n)
+    yield from (own, whole)
+    yield GaugeMetricFamily("tiermem_ledger_members", "processes that share", lease.members)
 
 
 def _events(now: Statistics) -> Metric:

@@ -28,6 +28,7 @@ from tiermem.errors import TierFull, TierMemError
 from tiermem.leased import Demand, LeasedPlanner
 from tiermem.ledger import ANYTHING, Lease, Ledger, LedgerBusy, LedgerError, Report
 from tiermem.ledger_wake import Listener, myself
+from tiermem.stats import LeaseStatistics
 
 log = logging.getLogger(__name__)
 
@@ -126,6 +127,29 @@ class Sharing:
         if self._listener is not None:
             self._listener.close()
         self._ledger.close()
+
+    def statistics(self) -> LeaseStatistics | None:
+        """The lease and the ledger at this moment; None if the ledger does not answer."""
+        try:
+            snapshot = self._ledger.snapshot()
+        except LedgerError:
+            return None
+        for mine in snapshot.members:
+            if mine.slot == self._lease.slot:
+                return LeaseStatistics(
+                    held=mine.held,
+                    reserved=mine.reserved,
+                    wanted=mine.wanted,
+                    share=mine.fair,
+                    owed=mine.owed,
+                    floor=mine.floor,
+                    cap=min(mine.cap, self.ceiling),
+                    members=len(snapshot.members),
+                    budget=snapshot.budget,
+                    all_held=snapshot.held,
+                    free=snapshot.free,
+                )
+        return None
 
     # ---------------------------------------------------------------- faulting threads
 

@@ -232,7 +232,8 @@ class Space:
             for (src, dst), c in sorted(self._executor.counts().items())
         )  # fmt: skip
         fault = self.pager.fault_latency.statistics()
-        return Statistics(self.page_bytes, pages, tiers, routes, counts, fault)
+        lease = None if self._sharing is None else self._sharing.statistics()
+        return Statistics(self.page_bytes, pages, tiers, routes, counts, fault, lease)
 
     def check(self) -> None:
         """Assert every invariant of the page table; for tests and for finding bugs."""

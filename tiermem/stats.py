@@ -56,6 +56,23 @@ class LatencyStatistics:
 
 
 @dataclass(frozen=True, slots=True)
+class LeaseStatistics:
+    """GPU bytes of this process under its lease, and of all processes that share the device."""
+
+    held: int
+    reserved: int
+    wanted: int
+    share: int
+    owed: int
+    floor: int
+    cap: int
+    members: int
+    budget: int
+    all_held: int
+    free: int
+
+
+@dataclass(frozen=True, slots=True)
 class Statistics:
     """One moment of a space. counts: how often each arc of the state drawing was taken."""
 
@@ -65,6 +82,7 @@ class Statistics:
     routes: tuple[RouteStatistics, ...]
     counts: Mapping[str, int]
     fault: LatencyStatistics
+    lease: LeaseStatistics | None = None  # None: the GPU is not shared
 
     def tier(self, place: Place) -> TierStatistics:
         return next(t for t in self.tiers if t.place == place)
