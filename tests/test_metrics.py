@@ -91,19 +91,19 @@ def test_types_and_labels_are_as_documented(busy_space: Space) -> None:
 
 
 def test_values_are_those_of_the_statistics(busy_space: Space) -> None:
-    endpoint = Endpoint(busy_space.statistics, 0)
+    now = busy_space.statistics()
+    endpoint = Endpoint(lambda: now, 0)
     try:
         look = stat.read(endpoint.url)
     finally:
         endpoint.close()
-    now = busy_space.statistics()
     gpu, host = now.tier(GPU), now.tier(HOST)
     slots = {s: look.value("tiermem_tier_slots", tier="gpu", state=s) for s in ("used", "kept")}
     assert slots == {"used": gpu.used, "kept": gpu.kept}
     used = look.value("tiermem_tier_bytes", tier="host", state="used")
     assert used == host.used * PAGE
     down = next(r for r in now.routes if (r.src, r.dst) == (GPU, HOST))
-    assert down.pages >= 16
+    assert down.pages >= 8  # 24 pages on 16 frames
     assert look.value("tiermem_route_pages_total", src="gpu", dst="host") == down.pages
     assert look.value("tiermem_route_bytes_total", src="gpu", dst="host") == down.pages * PAGE
     assert look.value("tiermem_route_busy_seconds_total", src="gpu", dst="host") > 0
