@@ -29,6 +29,7 @@ import numpy.typing as npt
 from tiermem.config import Config, Evict, Gpu, Host, Nvme
 from tiermem.errors import NotOurs, PageLost, TierFull
 from tiermem.gpu.emulated import EmulatedDevice
+from tiermem.nvme.slab import bytes_for
 from tiermem.planner import Access
 from tiermem.region import Pages, Region
 from tiermem.space import Space
@@ -312,7 +313,7 @@ class Soak:
                     hide="eager" if eager else "lazy",
                 ),
                 host=Host(capacity=HOST * PAGE),
-                nvme=Nvme(path=folder, capacity=NVME * PAGE),
+                nvme=Nvme(path=folder, capacity=bytes_for(NVME, PAGE)),
                 evict=Evict(gpu="lru", host="lru", nvme="lru"),
             )
         )  # fmt: skip

@@ -11,6 +11,7 @@ from tiermem.assemble import assemble
 from tiermem.config import Config, Gpu, Host, Nvme
 from tiermem.errors import ConfigError
 from tiermem.gpu.emulated import EmulatedDevice
+from tiermem.nvme.slab import bytes_for
 from tiermem.space import Space
 from tiermem.tier import Place
 
@@ -19,7 +20,7 @@ def config(tmp_path: Path, host: int) -> Config:
     return Config(
         gpu=Gpu(device="cpu", budget=4 * 4096, page=4096),
         host=Host(capacity=host * 4096),
-        nvme=Nvme(path=tmp_path / "slab", capacity=64 * 4096),
+        nvme=Nvme(path=tmp_path / "slab", capacity=bytes_for(64, 4096)),
     )
 
 

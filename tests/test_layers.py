@@ -21,7 +21,7 @@ LEVEL = {
     ),
     **dict.fromkeys(("attic", "contents"), 3),
     **dict.fromkeys(("ledger_file", "ledger_records", "ledger_shares", "ledger_wake"), 3),
-    **dict.fromkeys(("leased", "sharing"), 4),
+    **dict.fromkeys(("drive", "keeping", "leased", "sharing"), 4),
     **dict.fromkeys(("assemble", "metrics", "mover", "region", "space"), 4),
     **dict.fromkeys(("__init__", "__main__", "bench", "cli", "integrations", "testing"), 5),
     **dict.fromkeys(("foresight", "watch"), 4),

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from tiermem import units
+from tiermem import drive, units
 from tiermem.config import Capacities, Config
 from tiermem.errors import ConfigError, DriverError, TierFull
 from tiermem.tier import Device, Memory, Place, Route, Tier
 
 if TYPE_CHECKING:
     from tiermem.host.pinned import Register
+    from tiermem.nvme.kept import Persist
     from tiermem.nvme.posix import DiskThreads
+    from tiermem.nvme.slab import Slab
 
 CPU_PAGE = 2 << 20
 CPU_SHARE = 0.25
@@ -35,6 +36,7 @@ class Parts:
     tiers: dict[Place, Tier] = field(default_factory=dict)
     routes: dict[tuple[Place, Place], Route] = field(default_factory=dict)
     paths: dict[tuple[Place, Place], str] = field(default_factory=dict)
+    slab: Slab | None = None
     closers: list[Callable[[], None]] = field(default_factory=list)
 
     def close(self) -> None:
@@ -53,17 +55,21 @@ class Ground:
     sizes: Capacities
 
 
-def assemble(config: Config, first_gpu: int | None = None) -> Parts:
+def assemble(config: Config, first_gpu: int | None = None, persist: Persist | None = None) -> Parts:
     """Open device, tiers and routes. On any error, what was opened is closed again.
 
-    first_gpu: bytes of GPU memory to begin with (default: all of gpu.budget).
+    first_gpu: bytes of GPU memory to begin with (default: all of gpu.budget). persist: whose
+    slab it is, for nvme.persist.
     """
-    parts = _open(config, survey(config), first_gpu)
+    from tiermem.nvme.kept import Persist
+
+    persist = persist or Persist(drive.RANK)
+    parts = _open(config, survey(config, persist.name), first_gpu)
     parts.tiers[Place.GPU] = parts.device.frames
     try:
         ring_slots = _ring_slots(config, parts)
         _add_host(config, parts)
-        _add_nvme(config, parts, ring_slots)
+        _add_nvme(config, parts, ring_slots, persist)
     except BaseException:
         parts.close()
         raise
@@ -83,15 +89,19 @@ def on_gpu(config: Config) -> bool:
     return True
 
 
-def survey(config: Config) -> Ground:
-    """Look at the device and resolve all sizes, without opening anything that stays."""
+def survey(config: Config, rank: str = drive.RANK) -> Ground:
+    """Look at the device and resolve all sizes, without opening anything that stays.
+
+    rank: the name of a slab that is kept; what it holds already is room for it.
+    """
     from tiermem.host import limits
 
     available = limits.available_bytes()
+    disk = drive.room(config, rank)
     if not on_gpu(config):
         page = CPU_PAGE if config.gpu.page == "auto" else int(config.gpu.page)
         total = available if isinstance(config.gpu.budget, int) else int(available * CPU_SHARE)
-        return Ground("cpu", page, total, _resolve(config, page, total, available))
+        return Ground("cpu", page, total, _resolve(config, page, total, available, disk))
     from tiermem.gpu import driver
     from tiermem.gpu.vmm import automatic_page
 
@@ -103,14 +113,18 @@ def survey(config: Config) -> Ground:
         device = f"gpu-{context.uuid}"
     finally:
         context.close()
-    return Ground(device, page, total, _resolve(config, page, total, available))
+    return Ground(device, page, total, _resolve(config, page, total, available, disk))
 
 
 def _open(config: Config, ground: Ground, first_gpu: int | None) -> Parts:
     page = ground.page_bytes
     most = ground.sizes.gpu // page
     frames = most if first_gpu is None else first_gpu // page
-    slots = _slots(ground.sizes, page)
+    slots = {
+        Place.GPU: most,
+        Place.HOST: ground.sizes.host // page,
+        Place.NVME: drive.slots_in(config, ground.sizes.nvme, page),
+    }
     if ground.device == "cpu":
         from tiermem.gpu.emulated import EmulatedDevice
 
@@ -127,24 +141,8 @@ def _index(config: Config) -> int:
     return int(config.gpu.device.partition(":")[2] or 0)
 
 
-def _resolve(config: Config, page: int, gpu_total: int, host_total: int) -> Capacities:
-    nvme_total = 0
-    if config.nvme.enabled and config.nvme.path is not None:
-        existing = config.nvme.path
-        while not existing.exists():
-            existing = existing.parent
-        nvme_total = shutil.disk_usage(existing).free
-    return config.resolve(
-        page_bytes=page, gpu_total=gpu_total, host_total=host_total, nvme_total=nvme_total
-    )
-
-
-def _slots(sizes: Capacities, page: int) -> dict[Place, int]:
-    return {
-        Place.GPU: sizes.gpu // page,
-        Place.HOST: sizes.host // page,
-        Place.NVME: sizes.nvme // page,
-    }
+def _resolve(config: Config, page: int, gpu: int, host: int, disk: int) -> Capacities:
+    return config.resolve(page_bytes=page, gpu_total=gpu, host_total=host, nvme_total=disk)
 
 
 def _add_host(config: Config, parts: Parts) -> None:
@@ -173,21 +171,14 @@ def _register(device: Device) -> Register | None:
     return None if pin is None else Register(pin, device.unregister)  # type: ignore[attr-defined]
 
 
-def _add_nvme(config: Config, parts: Parts, ring_slots: int) -> None:
+def _add_nvme(config: Config, parts: Parts, ring_slots: int, persist: Persist) -> None:
     from tiermem.nvme.posix import DiskThreads, PosixRoute
-    from tiermem.nvme.slab import Slab
 
     capacity = parts.capacities[Place.NVME]
     if not capacity:
         return
-    if config.nvme.mode == "kvikio":
-        raise ConfigError(
-            "nvme.mode = kvikio: not available in this build; use auto, which probes, or posix"
-        )
     device = parts.device
-    path = config.nvme.path
-    assert path is not None, "a tier that is on has a path"
-    slab = Slab(path, device.page_bytes, capacity)
+    slab = parts.slab = drive.open_slab(config, device.page_bytes, capacity, persist)
     parts.closers.append(slab.close)
     threads = DiskThreads(slab)
     parts.closers.append(threads.close)
@@ -206,7 +197,7 @@ def _add_nvme(config: Config, parts: Parts, ring_slots: int) -> None:
     for memory in memories:
         streams = device.streams if memory.place == Place.GPU else None
         for src, dst in ((memory.place, Place.NVME), (Place.NVME, memory.place)):
-            _add_route(parts, PosixRoute(threads, memory, src, dst, streams), "O_DIRECT threads")
+            _add_route(parts, PosixRoute(threads, memory, src, dst, streams), drive.path_of(slab))
 
 
 def _ring_slots(config: Config, parts: Parts) -> int:
@@ -249,7 +240,7 @@ def _add_bounced(parts: Parts, threads: DiskThreads, slots: int) -> None:
         device.routes(up)[1],
     ]
     parts.closers += [leg.close for leg in legs]
-    path = "O_DIRECT threads, pinned ring, copy engine"
+    path = f"{drive.path_of(threads.slab)}, pinned ring, copy engine"
     _add_route(parts, BouncedRoute(legs[0], legs[1], down), path)
     _add_route(parts, BouncedRoute(legs[2], legs[3], up), path)
 

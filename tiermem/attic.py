@@ -117,15 +117,15 @@ class Attic(Descent):
         table.at[old] = AT_NONE
         table.flags[old] = 0
         self._rest_on_drive(rows, slots, keys, now)
+        self._note_stored(rows[np.isin(old, self._noted())])
         self.counts["adopted"] += len(rows)
         return plans
 
     def take_unrecorded(self) -> Stored:
         """Labelled pages that have come to the drive since the last call."""
         table = self.table
-        noted = [*self._unrecorded, np.empty(0, np.int32)]
+        rows = np.unique(self._noted())
         self._unrecorded.clear()
-        rows = np.unique(np.concatenate(noted))
         held = (table.flags[rows] & (LABELLED | STALE)) == LABELLED
         return self._stored(rows[held & (table.slot(NVME)[rows] >= 0)])
 
@@ -151,6 +151,8 @@ class Attic(Descent):
         table.flags[rows] &= ~LABELLED
         table.slot(NVME)[rows] = -1
         self._put_away(held, now)
+        later = np.isin(rows, self._noted())
+        self._note_stored((self.attic.first + held.slots[later]).astype(np.int32))
         self.counts["shelved"] += len(rows)
 
     def _put_away(self, held: Stored, now: int) -> None:
@@ -177,6 +179,9 @@ class Attic(Descent):
         heads = table.heads(rows)
         self._stamp_units(heads)
         self._entered(NVME, heads, now, self.contents.keys(heads)[:, 0])
+
+    def _noted(self) -> Rows:
+        return np.concatenate([*self._unrecorded, np.empty(0, np.int32)])
 
     def _stored(self, rows: Rows) -> Stored:
         table = self.table

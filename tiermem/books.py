@@ -93,6 +93,16 @@ class Books:
         self._stamp = 1
         self._failures: Counter[tuple[Place, Place]] = Counter()
 
+    @property
+    def pages(self) -> int:
+        """Pages of all regions; those of the attic have no address."""
+        return self.table.rows - (0 if self.attic is None else self.attic.pages)
+
+    @property
+    def is_unrecorded(self) -> bool:
+        """True if labelled pages have come to the drive that it has not been told of."""
+        return bool(self._unrecorded)
+
     def is_idle(self) -> bool:
         """True if no plan is open and no page is waiting to become vacant."""
         return not self._open and not len(self._doomed)

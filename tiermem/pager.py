@@ -256,6 +256,8 @@ class Pager:
         del self._flights[flight.plan.id]
         self._todo.extend(self.planner.settle(flight.outcome(), self._now()))
         self._settled.notify_all()
+        if self.planner.is_unrecorded:
+            self._wake()  # the mover tells the drive
 
     def _await_any(self, request: Request) -> None:
         """Wait until one of the plans that a request waits for has settled, or its fence passed."""

@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from tiermem.errors import Closed, ConfigError, NotOurs, PageInUse, TierFull
 from tiermem.pager import Pager
+from tiermem.plan import Plan
 from tiermem.planner import Access
 from tiermem.policies.base import Keys, RequestFacts
 from tiermem.policies.retention import HIGHEST, Retained
@@ -89,7 +90,8 @@ class Region:
         """Put memory behind n vacant pages (whole units); int32[n], unit by unit.
 
         parents, depths, keys: one a unit, deepest first; a parent is a page of this region, NEXT
-        (the unit after it in this call) or -1.
+        (the unit after it in this call) or -1. keys are for the policies, which get 64 bits of
+        content keys uint64[n, 2]; `label` says that a content is there.
         What the pages hold is undefined, but never another tenant's bytes. Raises TierFull,
         allocating none, when not enough pages are vacant or too many are pinned.
         """
@@ -102,6 +104,8 @@ class Region:
         rows = self._pager.planner.table.pages(heads)
         above = None if parents is None else self._above(np.asarray(parents, np.int32), heads)
         try:
+            if keys is not None and keys.ndim == 2:
+                keys = keys[:, 0]
             self._pager.allocate(
                 rows, above, None if depths is None else np.asarray(depths, np.int32), keys
             )
@@ -145,6 +149,45 @@ class Region:
                 self._pager.decide(lambda: planner.prefetch(rows, self._space.now()))
             case Hint.COLD:
                 self._pager.decide(lambda: planner.demote(rows, self._space.now()))
+
+    def label(self, pages: Sequence[int] | Pages, keys: Keys) -> None:
+        """The bytes of these units are, whole and from now on, the content of these keys.
+
+        keys: uint64[n, 2], one a unit, not zero: a hash of everything that the bytes depend on.
+        The label holds until the unit is written, freed or lost. Raises NotOurs, PageLost.
+        """
+        rows = self._rows(pages)
+        planner = self._pager.planner
+        _check_keys(keys, len(planner.table.heads(rows)))
+        with self._pager.lock:
+            planner.label(rows, keys)
+
+    def adopt(
+        self,
+        keys: Keys,
+        pages: Sequence[int] | Pages | None = None,
+        *,
+        parents: Sequence[int] | Pages | None = None,
+        depths: Sequence[int] | Pages | None = None,
+    ) -> Pages:
+        """Take over content on the drive that no region holds: what an earlier run left there.
+
+        keys: uint64[n, 2]. pages: the vacant unit for each key, by default any. parents, depths:
+        as for `allocate`; a parent that was not adopted counts as none. Returns int32[n]: the
+        first page of the unit that has content keys[i] now, -1 where it is not to be had or is
+        another tenant's. Nothing is loaded before a page is used; one that does not verify then
+        is lost. Raises TierFull, adopting none, when not enough units are vacant.
+        """
+        _check_keys(keys, len(keys))
+        given = None if pages is None else self._heads_of(pages, len(keys))
+        above = np.full(len(keys), -1, np.int32)
+        if parents is not None:
+            above = np.asarray(parents, np.int32)
+        deep = None if depths is None else np.asarray(depths, np.int32)
+        found = np.full(len(keys), -1, np.int32)
+        while not self._adopt_now(keys, given, above, deep, found):
+            self._pager.drain()
+        return found
 
     def finished(self, pages: Sequence[int] | Pages, facts: RequestFacts) -> None:
         """Tell the policies what is known of a request that ended."""
@@ -301,6 +344,69 @@ class Region:
             raise NotOurs(f"region {self.name}: a page is named twice among {len(rows)}")
         return rows
 
+    def _adopt_now(
+        self, keys: Keys, given: Rows | None, parents: Pages, depths: Rows | None, found: Pages
+    ) -> bool:
+        """Adopt into `found` what can be had, in one step; False: freed units are on their way."""
+        planner = self._pager.planner
+        settled = True
+
+        def verb() -> list[Plan]:
+            nonlocal settled
+            self._space.collect_vacant()
+            shelved = planner.in_attic(keys, self.tenant, self.unit_pages)
+            held = np.flatnonzero(shelved[:, 0] >= 0)
+            if not len(held):
+                return []
+            wanted = None if given is None else given[held]
+            leaving = wanted is not None and bool(planner.is_doomed(wanted).any())
+            if leaving or (len(held) > self._vacant_count and not planner.is_idle()):
+                settled = False
+                return []
+            heads = self._take_heads(len(held), wanted)
+            pages = np.full(len(keys) + 1, -1, np.int32)
+            pages[held] = heads
+            rows = np.where(parents < 0, -1, parents + self._first).astype(np.int32)
+            rows = np.where(parents == NEXT, pages[1:], rows).astype(np.int32)
+            found[held] = heads - self._first
+            return planner.adopt(
+                heads,
+                shelved[held],
+                self._space.now(),
+                parents=rows[held],
+                depths=None if depths is None else depths[held],
+            )
+
+        self._pager.decide(verb)
+        return settled
+
+    def _take_heads(self, n: int, given: Rows | None) -> Rows:
+        """n vacant units, or these: no longer vacant. Called under the lock; TierFull, NotOurs."""
+        vacant = self._vacant[: self._vacant_count]
+        if given is None:
+            if n > len(vacant):
+                raise self._too_few(n, len(vacant))
+            self._vacant_count -= n
+            return vacant[len(vacant) - n :][::-1].copy()
+        rest = vacant[~np.isin(vacant, given)]
+        if len(rest) != len(vacant) - n:
+            raise NotOurs(f"region {self.name}: {n} units to adopt into, not all of them vacant")
+        self._vacant_count = len(rest)
+        self._vacant[: len(rest)] = rest
+        return given
+
+    def _heads_of(self, pages: Sequence[int] | Pages, n: int) -> Rows:
+        heads = self._pager.planner.table.heads(self._rows(pages))
+        if len(heads) != n:
+            raise ConfigError(f"{len(heads)} units to adopt into, {n} keys")
+        return heads
+
+    def _too_few(self, units: int, vacant: int) -> TierFull:
+        return TierFull(
+            f"region {self.name}: {units} units wanted, {vacant} of "
+            f"{self.pages // self.unit_pages} are vacant; free some, or reserve more"
+        )
+
     def _above(self, parents: Pages, heads: Rows) -> Rows:
         """Rows of the parents of units that are being allocated."""
         rows = np.where(parents < 0, -1, parents + self._first).astype(np.int32)
@@ -321,10 +427,7 @@ class Region:
                 vacant = self._vacant_count
                 coming = not self._pager.planner.is_idle()
             if not coming:
-                raise TierFull(
-                    f"region {self.name}: {units} units wanted, {vacant} of "
-                    f"{self.pages // self.unit_pages} are vacant; free some, or reserve more"
-                )
+                raise self._too_few(units, vacant)
             self._pager.drain()
 
     def _undo_allocate(self, heads: Rows) -> None:
@@ -339,6 +442,13 @@ class Region:
             begun = planner.table.pages(heads[~here & ~doomed])
         if len(begun):
             self._pager.free(begun)
+
+
+def _check_keys(keys: Keys, n: int) -> None:
+    if keys.dtype != np.uint64 or keys.shape != (n, 2) or not keys.any(axis=1).all():
+        raise ConfigError(
+            f"keys {keys.dtype}{list(keys.shape)}: uint64[{n}, 2] wanted, one a unit, none zero"
+        )
 
 
 def _has_duplicates(rows: Rows) -> bool:

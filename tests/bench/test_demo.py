@@ -24,6 +24,7 @@ from tiermem.bench.generate import generate
 from tiermem.bench.traces import Request, read_mooncake
 from tiermem.bench.workload import Workload, collect
 from tiermem.config import Config, load
+from tiermem.nvme.slab import bytes_for
 from tiermem.space import Space
 from tiermem.tier import Done, Fence, Memory, Place, Route, Slots
 
@@ -37,7 +38,7 @@ def config_of(
     """Tiers of so many pages on the CPU device; the GPU makes room only when it must."""
     below: dict[str, object] = {"nvme.mode": "off"}
     if nvme:
-        below = {"nvme.path": directory / "slab", "nvme.capacity": nvme * PAGE}
+        below = {"nvme.path": directory / "slab", "nvme.capacity": bytes_for(nvme, PAGE)}
     given = {
         "gpu.device": "cpu",
         "gpu.page": PAGE,

@@ -17,6 +17,7 @@ from tiermem.bench import traces
 from tiermem.bench.workload import Workload, collect
 from tiermem.config import Config, load
 from tiermem.errors import ConfigError
+from tiermem.nvme.slab import bytes_for
 from tiermem.settings import BadValue
 
 SIZES = {"gpu.budget": "1%", "host.capacity": "5%", "nvme.capacity": "50%"}
@@ -125,4 +126,7 @@ def _bytes(key: str, text: str, workload: Workload, page: int) -> int:
         raise BadValue(key, text, str(error), "option") from None
     if isinstance(size, int):
         return size
-    return workload.capacity(100 * size) * page if size else 0
+    blocks = workload.capacity(100 * size) if size else 0
+    if key == "nvme.capacity" and blocks:  # bytes on disk, metadata included
+        return bytes_for(blocks, page)
+    return blocks * page

@@ -20,9 +20,7 @@ class WriteBudget:
     def __init__(
         self, bytes_per_s: int | None, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        if bytes_per_s is not None and bytes_per_s <= 0:
-            raise ValueError(f"a write budget of {bytes_per_s} bytes a second would never write")
-        self.bytes_per_s = bytes_per_s
+        self.bytes_per_s = _checked(bytes_per_s)
         self.spent = 0
         """Bytes written in all, for the drive's endurance."""
         self._clock = clock
@@ -33,6 +31,15 @@ class WriteBudget:
     @property
     def _full(self) -> float:
         return BURST_S * (self.bytes_per_s or 0)
+
+    def limit(self, bytes_per_s: int | None) -> None:
+        """Another rate from now on; a debt stays, and is paid at the new rate."""
+        with self._lock:
+            if self.bytes_per_s is not None:
+                self._refill()
+            self._at = self._clock()
+            self.bytes_per_s = _checked(bytes_per_s)
+            self._tokens = min(self._tokens, self._full)
 
     def available(self) -> int | None:
         """Bytes that may be written now; None without a limit. What a planner asks before it
@@ -59,3 +66,9 @@ class WriteBudget:
         now = self._clock()
         self._tokens = min(self._full, self._tokens + (now - self._at) * self.bytes_per_s)
         self._at = now
+
+
+def _checked(bytes_per_s: int | None) -> int | None:
+    if bytes_per_s is not None and bytes_per_s <= 0:
+        raise ValueError(f"a write budget of {bytes_per_s} bytes a second would never write")
+    return bytes_per_s

@@ -284,17 +284,36 @@ class Slab:
 
     # -- content keys ----------------------------------------------------------------------
 
-    def record(self, slots: Slots, keys: Keys, depths: Numbers, tenants: Numbers) -> Mask:
+    def sequences(self, slots: Slots) -> Words:
+        """uint64[n]: what `record` is given back; of slots on which no store is under way.
+
+        Takes no lock: whoever owns the slots may be holding one of its own.
+        """
+        found: Words = self._sequence[slots]
+        return found
+
+    def record(
+        self,
+        slots: Slots,
+        keys: Keys,
+        depths: Numbers,
+        tenants: Numbers,
+        sequences: Words | None = None,
+    ) -> Mask:
         """These slots, whose stores are done, hold the content of these keys.
 
-        slots int32[n], each once; keys uint64[n, 2], not zero; depths, tenants uint32[n].
-        bool[n]: which are kept for the next start; not those whose store failed, and none if the
-        slab is ephemeral or its index could not be written.
+        slots int32[n], each once; keys uint64[n, 2], not zero; depths, tenants uint32[n];
+        sequences: those that the slots had when this was known, for slots that others may reuse
+        meanwhile. bool[n]: which are kept for the next start; not those whose store failed, and
+        none if the slab is ephemeral or its index could not be written.
         """
         with self._lock:
             if self._catalog is None or self._closed:
                 return np.zeros(len(slots), np.bool_)
-            good: Mask = (self._sequence[slots] != 0) & keys.any(axis=1)
+            now = self._sequence[slots]
+            good: Mask = (now != 0) & keys.any(axis=1)
+            if sequences is not None:
+                good &= now == sequences
             self._catalog.drop(slots[good])
             self._catalog.put(slots[good], keys[good], depths[good], tenants[good])
             return good & (self._catalog.failure is None)
