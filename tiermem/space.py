@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Mapping
 from contextlib import ExitStack
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import TYPE_CHECKING
 
 import numpy as np
+import numpy.typing as npt
 
 from tiermem import units
 from tiermem.assemble import Parts, assemble
 from tiermem.config import Config, changed, reload
+from tiermem.drive import RANK
 from tiermem.errors import Closed, ConfigError, TierFull
 from tiermem.executor import Executor
+from tiermem.keeping import Keeping, Nobody
+from tiermem.keyindex import Keys
 from tiermem.leased import LeasedPlanner
 from tiermem.mover import Mover
 from tiermem.pager import Pager
@@ -50,7 +55,7 @@ class Space:
         self.device = parts.device
         self.page_bytes = parts.device.page_bytes
         self._parts = parts
-        self._regions: list[Region] = []
+        self._regions: list[Region | Nobody] = []
         self._bases = np.zeros(0, np.uint64)
         self._firsts = np.zeros(0, np.int64)
         self._start_s = time.monotonic()
@@ -93,25 +98,37 @@ class Space:
         self._planner.admission = self._asked(self._rule, config)
         self._watched = WatchedFile(config.file) if config.file else None
         self._mover = Mover(self.pager, self._turn)
+        self._keeping = self._open_keeping()
         self._grow()
         if isinstance(self._planner, LeasedPlanner) and sharing is not None:
             sharing.start(self._planner, self._mover.wake)
         self._mover.start()
 
     @classmethod
-    def open(cls, config: Config | None = None) -> Space:
+    def open(
+        cls,
+        config: Config | None = None,
+        *,
+        rank: str = RANK,
+        fingerprint: Mapping[str, str] = MappingProxyType({}),
+    ) -> Space:
         """Open the device and tiers of a configuration (default: what `tiermem.load` finds).
 
+        For nvme.persist: rank names the slab, one for each process of a path; fingerprint says
+        what the bytes mean (model, revision, layout, dtype, ...), and a slab made for another is
+        refused. Content keys must tell apart whatever it does not.
         Raises ConfigError, DriverError, TierFull with numbers; then nothing is left open.
         """
         from tiermem.config import load
+        from tiermem.nvme.kept import Persist
 
         config = load() if config is None else config
         with ExitStack() as opened:
             sharing = Sharing.open(config) if config.share.enabled else None
             if sharing is not None:
                 opened.callback(sharing.close)
-            parts = assemble(config, None if sharing is None else sharing.terms.first)
+            first = None if sharing is None else sharing.terms.first
+            parts = assemble(config, first, Persist(rank, fingerprint))
             opened.callback(parts.close)
             space = cls(config, parts, sharing)
             opened.pop_all()
@@ -164,6 +181,15 @@ class Space:
         addresses: Addresses = self._bases[region] + offset
         return addresses
 
+    def find(self, keys: Keys, *, tenant: int = 0) -> npt.NDArray[np.uint8]:
+        """uint8[n]: the Place where content keys[i] (uint64[n, 2]) of this tenant is; 0 = nowhere.
+
+        Of a unit of several pages, where its first page is. Content that no region holds can be
+        had by `Region.adopt`.
+        """
+        with self.pager.lock:
+            return self._planner.places(keys, tenant)
+
     def room(self) -> int:
         """Pages that could be allocated now: free, retired, or movable off the GPU."""
         with self.pager.lock:
@@ -193,7 +219,7 @@ class Space:
         self._mover.wake()
 
     def apply(self, config: Config) -> tuple[str, ...]:
-        """Take over policies and marks of a changed configuration; which keys changed.
+        """Take over what a changed configuration says anew; which keys changed.
 
         Raises ConfigError or BadPolicy and leaves everything as it is if a key that changed
         cannot change while running, or a policy cannot be loaded.
@@ -211,6 +237,8 @@ class Space:
                 named = self._named(place, config)
                 self._planner.rankings[place].swap(policy, self.now(), named)
             self._planner.marks |= _marks(config)
+        if self._parts.slab is not None:
+            self._parts.slab.budget.limit(config.nvme.write_budget)
         self.config = config
         self._mover.wake()
         return keys
@@ -223,7 +251,7 @@ class Space:
             planner = self._planner
             tiers = tuple(self._tier_statistics(place) for place in TIERS)
             counts = dict(planner.counts)
-            pages = planner.table.rows
+            pages = planner.pages
         routes = tuple(
             RouteStatistics(
                 src, dst, c.pages, c.pages * self.page_bytes, c.failed, c.busy_s,
@@ -265,6 +293,7 @@ class Space:
         self._mover.close()
         for region in self._regions:
             region.close()
+        self._record()
         self.pager.close()
         self._parts.close()
         if self._sharing is not None:
@@ -302,6 +331,7 @@ class Space:
     def _turn(self) -> bool:
         """One round of the mover; True while the host pool or the slab still grows."""
         self.pager.settle_ready()
+        self._record()
         growing = self._grow()
         if isinstance(self._planner, LeasedPlanner):
             self._follow_lease(self._planner)
@@ -333,6 +363,20 @@ class Space:
     def _backed_frames(self) -> int:
         """GPU frames with memory behind them: counted before they get it, until it is gone."""
         return self._ready[Place.GPU] - len(self._parked)
+
+    def _open_keeping(self) -> Keeping | None:
+        """With nvme.persist, what the drive holds is the attic's, the first range of the table."""
+        slab = self._parts.slab
+        if slab is None or not self.config.nvme.persist:
+            return None
+        self._regions.append(Nobody())
+        self._bases = np.append(self._bases, np.uint64(0))
+        self._firsts = np.append(self._firsts, 0)
+        return Keeping(slab, self.pager, self._configured[Place.NVME], self.now())
+
+    def _record(self) -> None:
+        if self._keeping is not None:
+            self._keeping.record()
 
     def _follow_file(self) -> None:
         """The configuration's file was rewritten: take it over, or say why not."""
