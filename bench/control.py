@@ -332,7 +332,12 @@ def allocate(pages: int) -> list[Row]:
     return found
 
 
-def window(pages: int, seconds: float = 0.5, rounds: int = 9) -> list[Row]:
+def window(
+    pages: int,
+    seconds: float = 0.5,
+    rounds: int = 9,
+    shapes: tuple[tuple[int, int], ...] = ((2 << 20, 4), (64 << 10, 32)),
+) -> list[Row]:
     """Pages shown and hidden a second in groups of 64, in turns alone and beside a busy thread.
 
     Turns, because other work on the machine would otherwise fall on one side only. Frames are
