@@ -14,9 +14,11 @@ import pytest
 
 from tests import sharing_soak
 from tiermem import Config, ConfigError, Gpu, Host, Region, Share, Space, TierFull
+from tiermem.assemble import assemble
 from tiermem.ledger import Ledger, Member
 from tiermem.ledger_file import LedgerError
-from tiermem.tier import Place
+from tiermem.sharing import Sharing
+from tiermem.tier import Memory, Place
 
 PAGE = 64 << 10
 PAGES = 64
@@ -275,6 +277,39 @@ def test_a_forked_child_leaves_the_ledger_alone(home: Path) -> None:
             assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
             assert len(ledger.snapshot().members) == 1
         verify(region, pages)
+
+
+class Growing:
+    """Frames that are backed little by little, as those of a GPU are; see `Tier`."""
+
+    place = Place.GPU
+
+    def __init__(self, frames: Memory, ready: int) -> None:
+        self.slot_bytes = frames.slot_bytes
+        self.capacity = frames.capacity
+        self.ready = ready
+        self.growing = True
+        self.resize = frames.resize
+        self.close = frames.close
+
+
+@pytest.mark.parametrize("backed", [8, 5])
+def test_a_space_whose_first_frames_come_slowly_stays_charged_for_them(
+    home: Path, backed: int
+) -> None:
+    """In the end all 8 are there, or the device had memory for 5 only."""
+    given = config("slow", floor=8)
+    sharing = Sharing.open(given)
+    parts = assemble(given, sharing.terms.first)
+    frames = Growing(parts.device.frames, 1)
+    parts.tiers[Place.GPU] = frames
+    with Space(given, parts, sharing) as space, space.reserve(8 * PAGE) as region:
+        fill(region, 1)
+        assert members(home)["slow"].held == 8 * PAGE
+        frames.ready, frames.growing = backed, False
+        until(lambda: held(space) >= backed)
+        until(lambda: members(home)["slow"].held == held(space) * PAGE)
+        space.check()
 
 
 def test_engines_that_burst_and_are_killed_harm_nobody() -> None:

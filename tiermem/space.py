@@ -345,9 +345,9 @@ class Space:
         """The limit is what the ledger lets us hold; what others may have by then is parked."""
         sharing = self._sharing
         assert sharing is not None, "a leased planner has a lease"
-        sharing.settle(self._backed_frames())
         if Place.GPU in planner.growing:
-            return
+            return  # what it opens with is charged already, and is still being backed
+        sharing.settle(self._backed_frames())
         with self.pager.lock:
             demand = planner.demand()
         limit = sharing.limit(demand)
