@@ -143,7 +143,7 @@ def our_directory(where: str, notes: list[str]) -> Iterator[Path | None]:
         yield None
         return
     try:
-        ours = Path(tempfile.mkdtemp(prefix="tiermem-bench-", dir=where))
+        ours = Path(tempfile.mkdtemp(prefix="tiermem-bench-", dir=where)).resolve()
     except OSError as error:
         notes.append(f"no NVMe rows: {where} cannot be used ({error.strerror}); name --nvme-path")
         yield None

@@ -25,6 +25,7 @@ DEPTHS = (1, 8, 32)
 MAIN_GROUP = 64
 MAIN_DEPTH = 8
 IN_FLIGHT = 8  # batched calls; 64 pages of 2 MiB take 2.4 ms on PCIe 5, getting the lock back 5
+SPARE = 64  # pages' worth of file for the slab's own records
 READY_S = 120.0
 
 Ends = tuple[Place, Place]
@@ -44,7 +45,7 @@ class Bare:
                     device=f"cuda:{gpu}" if settings.cuda else "cpu", budget=n * page, page=page
                 ),
                 host=Host(capacity=n * page * (2 if on_disk and settings.cuda else 1)),
-                nvme=Nvme(path=on_disk, capacity=n * page) if on_disk else Nvme(),
+                nvme=Nvme(path=on_disk, capacity=(n + SPARE) * page) if on_disk else Nvme(),
             )
         )
         try:
