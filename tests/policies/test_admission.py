@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from tiermem.errors import BadPolicy
-from tiermem.policies.admission import Admission, All, Budgeted, PredictedReuse, admission
-from tiermem.policies.base import Ids
+from tiermem.policies.admission import All, Budgeted, PredictedReuse, admission
+from tiermem.policies.base import Admission, Ids
 
 
 def ids(*units: int) -> Ids:
