@@ -59,7 +59,7 @@ $(RUN_READY): $(MADE) pyproject.toml
 
 $(TEST_READY): $(RUN_READY)
 	$(PIP) install --quiet -e '.[dev]'
-	@$(PIP) install --quiet --only-binary=:all: '$(PEER)' \
+	@$(PIP) install --quiet --only-binary=:all: --no-deps '$(PEER)' \
 		|| echo "no $(PEER) for this Python: the tests that compare policies with it are skipped"
 	@$(PIP) install --quiet --no-index --no-deps '$(TORCH)' 2>/dev/null \
 		&& $(PIP) install --quiet '$(TORCH)' \
