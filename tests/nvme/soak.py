@@ -27,14 +27,14 @@ from tests.nvme.fakes import ArrayMemory
 from tests.nvme.killed import content
 from tiermem import units
 from tiermem.nvme.kept import Persist
-from tiermem.nvme.posix import DiskThreads
+from tiermem.nvme.posix import DiskThreads, Transfer
 from tiermem.nvme.slab import Slab, bytes_for
 from tiermem.tier import PASSED, Slots
 
 SLOT = 16 << 10
 MOST = 512
 WORKERS = 2
-MINE = MOST // 2 // WORKERS
+MINE = MOST // 2 // (WORKERS + 1)
 """Slots that each worker has to itself; those above are for growing and shrinking."""
 
 
@@ -94,6 +94,10 @@ class Soak:
             jobs: list[Callable[[], None]] = [self.sample, lambda: self.turn_over(slab)]
             jobs += [partial(self.work, slab, threads, i) for i in range(WORKERS)]
             running = [threading.Thread(target=self.guard, args=(job,)) for job in jobs]
+            if self.budget is not None:
+                running.append(
+                    threading.Thread(target=self.guard, args=(partial(self.press, threads),))
+                )
             for thread in running:
                 thread.start()
             for thread in running:
@@ -145,6 +149,22 @@ class Soak:
                 self.verified += len(part)
                 self.wrong += int(bad.sum())
             slab.forget(mine[part[: len(part) // 4]])
+
+    def press(self, threads: DiskThreads) -> None:
+        """Keep stores waiting all the time, or the budget would not be what limits them."""
+        memory = ArrayMemory(SLOT, MINE)
+        store, _ = threads.routes(memory)
+        frames = np.arange(MINE, dtype=np.int32)
+        halves = np.array_split(frames, 2)
+        running: list[Transfer] = []
+        while time.monotonic() < self.end:
+            part = halves[0]
+            halves.reverse()
+            running.append(store.submit(part, part + np.int32(WORKERS * MINE), PASSED))
+            if len(running) == 2:
+                running.pop(0).wait()
+        for done in running:
+            done.wait()
 
     def turn_over(self, slab: Slab) -> None:
         """Grow and shrink above everybody's slots."""
