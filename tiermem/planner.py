@@ -54,6 +54,7 @@ _NO_ROWS = np.empty(0, np.int32)
 SOILED = np.iinfo(np.uint16).max
 """Tenant of a frame that could not be zeroed: nobody's, so that it is zeroed before any use."""
 _BARRED = DOOMED | STALE
+_BARRED_WRITE = _BARRED | LABELLED
 _ARRIVED = {HOST: "host_gpu", NVME: "nvme_gpu"}
 
 
@@ -153,7 +154,7 @@ class Planner(Attic):
     def pin_one(self, row: int, write: bool, now: int) -> bool:
         """The fast path of `fault` and `touch` for one page that rests on the GPU."""
         table = self.table
-        barred = _BARRED | LABELLED if write else _BARRED
+        barred = _BARRED_WRITE if write else _BARRED
         if table.at[row] != AT_GPU or table.to[row] or table.flags[row] & barred:
             return False
         if write and (table.slot(HOST)[row] >= 0 or table.slot(NVME)[row] >= 0):

@@ -56,3 +56,17 @@ def test_an_empty_bucket_says_how_long_to_wait() -> None:
 def test_a_budget_that_would_never_write_is_refused() -> None:
     with pytest.raises(ValueError, match="never write"):
         WriteBudget(0)
+
+
+def test_another_rate_holds_from_the_moment_it_is_set() -> None:
+    clock = Clock()
+    budget = WriteBudget(100 * MIB, clock)
+    budget.limit(10 * MIB)
+    began = clock.now
+    while clock.now < began + 30.0:
+        clock.now += budget.take(MIB)
+    assert budget.spent / 30.0 == pytest.approx(10 * MIB, rel=0.02)
+    budget.limit(None)
+    assert budget.take(1000 * MIB) == 0.0
+    with pytest.raises(ValueError, match="would never write"):
+        budget.limit(0)

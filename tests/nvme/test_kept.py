@@ -71,6 +71,19 @@ def test_a_reopened_slab_holds_what_was_recorded(where: Path) -> None:
         assert (got == original).all()
 
 
+def test_a_content_that_comes_too_late_for_its_slot_is_not_recorded(where: Path) -> None:
+    memory = ArrayMemory(SLOT, 2)
+    memory.fill()
+    both, numbers = slots(5, 9), np.zeros(2, np.uint32)
+    with open_slab(where) as slab:
+        put(slab, memory, both, keys_of(1, 2))
+        seen = slab.sequences(both)
+        put(slab, memory, slots(5), keys_of(3))  # the slot has been given to another page
+        kept = slab.record(both, keys_of(1, 4), numbers, numbers, seen)
+        assert kept.tolist() == [False, True]
+        assert slab.find(keys_of(1, 2, 3, 4)).tolist() == [-1, -1, 5, 9]
+
+
 def test_what_was_not_recorded_is_not_found(where: Path) -> None:
     memory = ArrayMemory(SLOT, 2)
     with open_slab(where) as slab, DiskThreads(slab) as threads:
