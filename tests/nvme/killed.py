@@ -5,9 +5,11 @@ The content of a page is a function of its key, so whoever finds a key knows wha
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -17,7 +19,7 @@ from tests.nvme.fakes import ArrayMemory, move
 from tiermem.keyindex import Keys
 from tiermem.nvme.kept import Persist
 from tiermem.nvme.posix import DiskThreads
-from tiermem.nvme.slab import Slab, bytes_for
+from tiermem.nvme.slab import GRAIN, Slab, bytes_for
 from tiermem.tier import Slots
 
 SLOT = 16 << 10
@@ -90,21 +92,76 @@ def judge(where: Path) -> tuple[int, int, int]:
         return n, len(moved.failed), int(wrong.sum())
 
 
+def fill_index(where: Path, records: int, *, killed: bool) -> None:
+    """Make a slab whose index has so many records, of pages that nobody wrote."""
+    slab = Slab(where, GRAIN, records, prewrite=False, persist=PERSIST)
+    rng = np.random.default_rng(0)
+    for part in np.array_split(np.arange(records, dtype=np.int32), max(1, records // 4096)):
+        sequences = slab.begin_store(part)
+        slab.end_store(part, sequences, rng.integers(1, 1 << 60, (len(part), 1), np.uint64))
+        numbers = np.zeros(len(part), np.uint32)
+        slab.record(part, rng.integers(1, 1 << 60, (len(part), 2), np.uint64), numbers, numbers)
+    if killed:
+        sys.stdout.flush()
+        os.kill(os.getpid(), signal.SIGKILL)
+    slab.close()
+
+
+def reopen_s(where: Path, records: int) -> tuple[float, int]:
+    """(seconds until the index of a slab can be asked, records found)."""
+    began = time.perf_counter()
+    with Slab(where, GRAIN, records, prewrite=False, persist=PERSIST) as slab:
+        found = slab.recovered()
+        assert (slab.find(found.keys[:100]) == found.slots[:100]).all()
+        return time.perf_counter() - began, len(found.slots)
+
+
+def time_reopening(where: Path, records: int, *, killed: bool) -> tuple[float, int]:
+    """Fill an index in a process that is killed, or ends in order; then reopen it here."""
+    how = "fill-killed" if killed else "fill"
+    command = [sys.executable, "-m", "tests.nvme.killed", str(where), how, str(records)]
+    ended = subprocess.run(command, check=False).returncode
+    assert ended == (-signal.SIGKILL if killed else 0)
+    return reopen_s(where, records)
+
+
 def main() -> None:
-    """`WHERE SEED`: work. `WHERE loop N`: kill N times, print what was found each time."""
-    where = Path(sys.argv[1])
-    if sys.argv[2] != "loop":
-        run(where, int(sys.argv[2]))
+    """Commands, after a directory of mode 0700:
+
+    SEED           work until killed
+    loop N         kill N times, print what was found
+    reopen N       print how long an index of N records takes to open, closed in order and killed
+    fill[-killed] N
+    """
+    where, what = Path(sys.argv[1]), sys.argv[2]
+    if what in ("fill", "fill-killed"):
+        fill_index(where, int(sys.argv[3]), killed=what == "fill-killed")
+    elif what == "reopen":
+        for killed in (False, True):
+            with tempfile.TemporaryDirectory(dir=where) as inner:
+                took_s, found = time_reopening(Path(inner), int(sys.argv[3]), killed=killed)
+            how = "killed" if killed else "closed in order"
+            print(f"records={found} after={how!r} index_ready_s={took_s:.3f}")
+    elif what == "loop":
+        loop(where, int(sys.argv[3]))
+    else:
+        run(where, int(what))
+
+
+def loop(where: Path, kills: int) -> None:
     rng = np.random.default_rng(0)
     total = np.zeros(3, np.int64)
-    slowest = 0.0
-    for i in range(int(sys.argv[3])):
+    times = []
+    for i in range(kills):
         kill_once(where, i, float(rng.uniform(0, 0.25)))
         began = time.perf_counter()
         total += judge(where)
-        slowest = max(slowest, time.perf_counter() - began)
+        times.append(time.perf_counter() - began)
     found, lost, wrong = total.tolist()
-    print(f"kills={sys.argv[3]} found={found} not_verified={lost} wrong={wrong} s={slowest:.3f}")
+    print(
+        f"kills={kills} found={found} not_verified={lost} wrong={wrong} "
+        f"reopen_and_verify_s median={np.median(times):.3f} max={max(times):.3f}"
+    )
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tests.nvme.killed import judge, kill_once
+from tests.nvme.killed import judge, kill_once, time_reopening
 
 KILLS = 30
 
@@ -20,3 +20,8 @@ def test_after_thirty_kills_everything_that_is_found_verifies(where: Path) -> No
         assert (not_verified, wrong) == (0, 0), f"after kill {i}"
         found += n
     assert found > KILLS
+
+
+def test_an_index_of_many_records_is_whole_after_a_kill(where: Path) -> None:
+    _, found = time_reopening(where, 20_000, killed=True)
+    assert found == 20_000
