@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -13,7 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tiermem.config import Config, Gpu, Host, Nvme
+from tiermem.assemble import assemble
+from tiermem.config import Config, Gpu, Host, Nvme, Trace
 from tiermem.errors import ConfigError, NotOurs, PageLost, TierFull
 from tiermem.keyindex import Keys
 from tiermem.nvme.slab import bytes_for
@@ -304,13 +306,21 @@ def test_pages_to_adopt_into_may_be_named(where: Path, reopen: Callable[..., Spa
         region.adopt(keys_of([3, 4]), [12])
 
 
-def test_a_parent_that_was_not_adopted_counts_as_none(
-    where: Path, reopen: Callable[..., Space]
+def test_the_policy_learns_parents_and_one_that_was_not_adopted_counts_as_none(
+    where: Path, tmp_path: Path
 ) -> None:
     leave(where, range(1, 13))
-    region = reopen().reserve(16 * PAGE)
-    pages = region.adopt(keys_of([1, 900, 2, 3]), parents=[NEXT, NEXT, NEXT, -1])
-    assert (pages >= 0).tolist() == [True, False, True, True]
+    given, log = config(where), tmp_path / "events"
+    traced = Config(gpu=given.gpu, host=given.host, nvme=given.nvme, trace=Trace(path=log))
+    with Space.open(traced) as space:
+        region = space.reserve(16 * PAGE)
+        pages = region.adopt(keys_of([1, 900, 2, 3]), parents=[NEXT, NEXT, NEXT, -1])
+        assert (pages >= 0).tolist() == [True, False, True, True]
+    events = [json.loads(line) for line in log.read_text().splitlines()]
+    told = [e for e in events if e.get("e") == "inserted" and e["tier"] == "nvme"]
+    units = told[1]["units"]  # after those that the attic got
+    assert told[1]["parents"] == [-1, units[2], -1]
+    assert told[1]["keys"] == [1, 2, 3]
 
 
 @pytest.mark.parametrize(
@@ -461,6 +471,14 @@ def test_what_our_own_slab_holds_counts_as_room_for_it(where: Path) -> None:
     with_ours, without = drive.room(config(where)), drive.room(config(where, persist=False))
     assert held > 0
     assert with_ours - without == pytest.approx(held, abs=16 << 20)  # others use the disk too
+
+
+def test_the_slab_gets_the_write_budget_and_the_rank(where: Path) -> None:
+    parts = assemble(config(where, write_budget=7 << 20))
+    assert parts.slab is not None
+    assert parts.slab.budget.bytes_per_s == 7 << 20
+    parts.close()
+    assert (where / "rank0.slab").exists()
 
 
 def test_the_write_budget_changes_while_pages_are_written(
