@@ -342,10 +342,10 @@ def window(
 
     Turns, because other work on the machine would otherwise fall on one side only. Frames are
     scattered, so that no two pages share a call. 2 MiB is what the CPU device uses by default;
-    with 64 KiB a group is mapped in a twentieth of the time, and Python's share in it shows. So
-    many groups are in flight that they bridge the 5 ms in which the interpreter lock comes back.
+    with 64 KiB a group is mapped in a twentieth of the time, and Python's share in it shows.
+    shapes: page size and groups in flight, each.
     """
-    return [*_window_of(2 << 20, 16, seconds, rounds), *_window_of(64 << 10, 128, seconds, rounds)]
+    return [found for shape in shapes for found in _window_of(*shape, seconds, rounds)]
 
 
 def _window_of(page: int, in_flight: int, seconds: float, rounds: int) -> list[Row]:
