@@ -308,13 +308,13 @@ def show(found: Result, console: Console) -> None:
         "",
         "depth",
         "fio",
-        "no checksum",
+        "unchecked",
         "of fio",
         "route",
         "of fio",
-        "CPU us a page",
+        "CPU us",
     ):
-        table.add_column(heading, justify="right" if heading else "left")
+        table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
     for row in found.rows:
         table.add_row(
             row.direction,
@@ -328,8 +328,8 @@ def show(found: Result, console: Console) -> None:
         )
     console.print(table)
     console.print(
-        f"Medians of {found.rows[0].n} rounds, lowest and highest below; CPU: fio / without "
-        "checksums / route. Equal rounds that differ by more than 5 % mean a machine or drive "
+        f"Medians of {found.rows[0].n} rounds, lowest and highest below; CPU a page: fio / unchecked "
+        "/ route. Equal rounds that differ by more than 5 % mean a machine or drive "
         "that others use: repeat it then.",
         style="dim",
         highlight=False,
@@ -342,7 +342,7 @@ def _rates(row: Row, way: str) -> str:
     rates = row.rounds_gbps[way]
     if not rates:
         return "-"
-    return f"{statistics.median(rates):.2f}\n{min(rates):.2f}-{max(rates):.2f}"
+    return f"{statistics.median(rates):.2f}\n{min(rates):.1f}-{max(rates):.1f}"
 
 
 def _text(value: float | None, form: str) -> str:
