@@ -336,13 +336,14 @@ def window(
     pages: int,
     seconds: float = 0.5,
     rounds: int = 9,
-    shapes: tuple[tuple[int, int], ...] = ((2 << 20, 4), (64 << 10, 32)),
+    shapes: tuple[tuple[int, int], ...] = ((2 << 20, 16), (64 << 10, 128)),
 ) -> list[Row]:
     """Pages shown and hidden a second in groups of 64, in turns alone and beside a busy thread.
 
     Turns, because other work on the machine would otherwise fall on one side only. Frames are
     scattered, so that no two pages share a call. 2 MiB is what the CPU device uses by default;
-    with 64 KiB a group is mapped in a twentieth of the time, and Python's share in it shows.
+    with 64 KiB a group is mapped in a twentieth of the time, and Python's share in it shows. So
+    many groups are in flight that they bridge the 5 ms in which the interpreter lock comes back.
     shapes: page size and groups in flight, each.
     """
     return [found for shape in shapes for found in _window_of(*shape, seconds, rounds)]
