@@ -328,8 +328,8 @@ def show(found: Result, console: Console) -> None:
         )
     console.print(table)
     console.print(
-        f"Medians of {found.rows[0].n} rounds, lowest and highest below; CPU a page: fio / unchecked "
-        "/ route. Equal rounds that differ by more than 5 % mean a machine or drive "
+        f"Medians of {found.rows[0].n} rounds, lowest and highest below. CPU a page: fio / "
+        "unchecked / route. Equal rounds that differ by more than 5 % mean a machine or drive "
         "that others use: repeat it then.",
         style="dim",
         highlight=False,
