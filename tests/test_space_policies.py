@@ -121,7 +121,10 @@ def test_a_policy_that_fails_on_a_fact_is_out_of_the_replay_from_there(tmp_path:
         assert space.statistics().tier(Place.GPU).policy == "lru (fallback)"
     assert '"e":"retired"' in path.read_text()
     (gpu,) = [row for row in simulate.replay_log(path) if row.tier == "gpu"]
-    assert (gpu.answers, gpu.same) == (1, 1)
+    # How often the mover asked before the fact that the policy fails on is the machine's affair;
+    # what it answered after that is not in the replay.
+    victims = path.read_text().split('"e":"retired"')[0].count('"e":"victims","tier":"gpu"')
+    assert gpu.same == gpu.answers == victims >= 1
 
 
 def test_a_policy_that_was_late_too_often_is_out_of_the_replay_from_there(tmp_path: Path) -> None:
