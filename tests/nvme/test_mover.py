@@ -32,7 +32,7 @@ def native(request: pytest.FixtureRequest) -> bool:
 def run(
     slab: Slab, native: bool, work: Callable[[Route, Route], Moved], memory: ArrayMemory
 ) -> Moved:
-    # Fewer calls in flight than threads: the gate is in the way of every one.
+    # Fewer at the drive than threads: others look at what was moved.
     with DiskThreads(slab, threads=3, depth=1, native=native) as threads:
         return work(*threads.routes(memory))
 
@@ -127,7 +127,7 @@ def test_stores_wait_for_the_write_budget_and_are_counted(where: Path, native: b
         assert load(slab, native, memory, EVERY).error is None
 
 
-def test_a_gate_is_free_again_after_every_kind_of_failure(where: Path, native: bool) -> None:
+def test_the_drive_is_left_after_every_kind_of_failure(where: Path, native: bool) -> None:
     memory = ArrayMemory(SLOT, N)
     original = memory.fill()
     with Slab(where, SLOT, N, prewrite=False) as slab:

@@ -26,7 +26,6 @@ from tests.nvme.fakes import (
     slots,
 )
 from tiermem.errors import Closed, PageLost, TierFailed
-from tiermem.nvme.mover import Gate
 from tiermem.nvme.posix import DiskThreads
 from tiermem.nvme.slab import Slab
 from tiermem.tier import PASSED, Fence, Place
@@ -408,26 +407,6 @@ def test_no_more_than_depth_reads_and_writes_are_at_the_drive(
         found = threads.statistics()
         assert (found.load_depth, found.store_depth) == (3, 3)
     assert (io.on_write.highest, io.on_read.highest) == (3, 3)
-
-
-def test_a_gate_that_is_made_wider_and_narrower_lets_as_many_through() -> None:
-    gate = Gate(1)
-    gate.resize(4)
-    with gate, gate, gate, gate:
-        gate.resize(2)  # all four are inside: nothing can be taken back yet
-    gate.resize(2)
-    crowd = Crowd(2)
-
-    def enter() -> None:
-        with gate:
-            crowd(0, 0)
-
-    through = [threading.Thread(target=enter) for _ in range(8)]
-    for thread in through:
-        thread.start()
-    for thread in through:
-        thread.join(LONG_S)
-    assert crowd.highest == 2
 
 
 def test_without_settings_the_depth_starts_at_eight_and_stays_in_its_bounds(

@@ -31,7 +31,7 @@ from tiermem.nvme.kept import Persist
 from tiermem.nvme.mover import Batch, Mover, native_calls
 from tiermem.nvme.posix import DiskThreads
 from tiermem.nvme.slab import Slab
-from tiermem.tier import PASSED, Addresses, Done, Memory, Place, Route, Slots
+from tiermem.tier import PASSED, Addresses, Done, Mask, Memory, Place, Route, Slots
 
 DEPTHS = (1, 8, 32)
 Sample = tuple[float, float]
@@ -84,16 +84,11 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
 class BareMover(Mover):
     """Moves slots without looking at them: for this comparison only, never in a space."""
 
-    def load(self, batch: Batch, entries: slice) -> dict[int, Exception]:
-        return self._bare(batch, entries, write=False)
-
-    def store(self, batch: Batch, entries: slice) -> dict[int, Exception]:
-        """What it stores cannot be loaded: nothing is recorded of it."""
-        return self._bare(batch, entries, write=True)
-
-    def _bare(self, batch: Batch, entries: slice, *, write: bool) -> dict[int, Exception]:
-        moved, _ = self.run(batch, entries, write=write, hashed=False)
-        short = np.flatnonzero(moved != self.slab.slot_bytes) + entries.start
+    def finish(
+        self, batch: Batch, entries: slice, moved: Mask, *, write: bool
+    ) -> dict[int, Exception]:
+        """What was stored cannot be loaded: nothing is recorded of it."""
+        short = np.flatnonzero(~moved) + entries.start
         return {int(i): OSError(f"entry {i} did not move whole") for i in short}
 
 

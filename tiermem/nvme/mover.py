@@ -1,8 +1,9 @@
 """How one thread moves slots between memory and the slab, and checks them.
 
-Two ways that must agree: a native program of [read, hash] or [hash, write] calls for a whole group,
-which leaves the interpreter once; and plain calls, one slot at a time, which also serve whatever
-the program could not finish (a short read, an error) and say what went wrong with it.
+Two steps: moving the bytes, then hashing what arrived or what left, which another thread may do
+while the first goes back to the drive. Two ways that must agree: native programs for a whole group,
+which leave the interpreter once a step; and plain calls, one slot at a time, which also serve
+whatever the program could not finish (a short read, an error) and say what went wrong with it.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ import functools
 import importlib.util
 import logging
 import mmap
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,7 +20,7 @@ import numpy.typing as npt
 import xxhash
 
 from tiermem.errors import DriverError, PageLost, TierFailed
-from tiermem.native import Kind, Program, function, group, pointer
+from tiermem.native import Calls, Kind, Program, function, group, pointer
 from tiermem.nvme.files import Buffer, PosixIo, memory_at, read_whole, write_whole
 from tiermem.nvme.slab import GRAIN, Slab, Words
 from tiermem.nvme.superblock import HEADER_BYTES
@@ -74,182 +74,105 @@ def native_calls() -> NativeCalls | None:
     return calls
 
 
-class Gate:
-    """At most `limit` threads at the drive, while others hash what they moved."""
-
-    def __init__(self, limit: int) -> None:
-        libc = ctypes.CDLL(None, use_errno=True)
-        self._semaphore = ctypes.create_string_buffer(64)  # sem_t has 32 bytes on x86-64 and arm64
-        self.address = ctypes.addressof(self._semaphore)
-        self._libc = libc
-        if libc.sem_init(self._semaphore, 0, ctypes.c_uint(limit)) != 0:
-            raise DriverError(f"nvme: sem_init({limit}) failed")
-        self._passes = limit
-        self.wait, self.post = function("sem_wait"), function("sem_post")
-
-    def resize(self, limit: int) -> None:
-        """Let more threads through at once, or fewer as soon as there are passes to take back.
-
-        Calls do not overlap. What could not be taken back is tried again at the next call.
-        """
-        while self._passes < limit:
-            self._libc.sem_post(self._semaphore)
-            self._passes += 1
-        while self._passes > limit and self._libc.sem_trywait(self._semaphore) == 0:
-            self._passes -= 1
-
-    def __enter__(self) -> None:
-        while self._libc.sem_wait(self._semaphore) != 0:
-            pass  # interrupted by a signal
-
-    def __exit__(self, *exc: object) -> None:
-        self._libc.sem_post(self._semaphore)
-
-
 class _Rows:
-    """One native program for n slots in one direction, laid out once and filled in for each group.
+    """One native program of n equal calls, laid out once and filled in for each group.
 
-        load:   [wait] read ... read [post] hash ... hash
-        store:  hash ... hash [wait] write ... write [post]
-
-    The gate is passed once a group, for handing it to a thread that sleeps idles the drive. Laying
-    a program of two slots out takes 78 us, all of a claim's Python then 16-20 (2-core, 2026-11).
+    Laying out two [wait, read, post, hash] took 78 us; all of a claim's Python now takes 16-20
+    (2-core, 2026-11).
     """
 
-    def __init__(
-        self,
-        calls: NativeCalls,
-        gate: Gate | None,
-        n: int,
-        slab: Slab,
-        *,
-        write: bool,
-        hashed: bool,
-    ) -> None:
-        zeros = np.zeros(n, np.uint64)
-        call = calls.pwrite if write else calls.pread
-        moves = group(call, Kind.POINTER, slab.fd, zeros, slab.slot_bytes, zeros)
-        before, after = [], []
-        if gate is not None:
-            before = [group(gate.wait, Kind.INT, gate.address)]
-            after = [group(gate.post, Kind.PLAIN, gate.address)]
-        hashes = group(calls.hash64, Kind.PLAIN, zeros, slab.slot_bytes)[: n if hashed else 0]
-        parts = [hashes, *before, moves, *after] if write else [*before, moves, *after, hashes]
-        self._program = Program(np.concatenate(parts))
-        self._gate = gate
-        self._first = len(before) + (len(hashes) if write else 0)
-        self._last = self._first + n
-        start = 0 if write else len(moves) + len(before) + len(after)
-        args, result = self._program.calls["args"], self._program.calls["result"]
-        self._moves, self._moved = args[self._first : self._last], result[self._first : self._last]
-        self._hashes = args[start : start + len(hashes)]
-        self._found = result[start : start + len(hashes)]
+    def __init__(self, calls: Calls) -> None:
+        self._program = Program(calls)
+        self._args, self._results = self._program.calls["args"], self._program.calls["result"]
 
-    def run(self, addresses: Addresses, offsets: Words) -> tuple[Longs, Words]:
-        """Without the interpreter lock: (bytes moved, hashes), 0 for what did not run."""
-        self._moves[:, 1] = addresses
-        self._moves[:, 3] = offsets
-        self._hashes[:, 0] = addresses[: len(self._hashes)]
-        self._moved[:] = 0
-        self._found[:] = 0
-        failure = self._program.run()
-        inside = failure is not None and self._first <= failure.index < self._last
-        if inside and self._gate is not None:
-            self._gate.__exit__()  # the program ended between its wait and its post
-        return self._moved, self._found.view(np.uint64)
+    def run(self, columns: dict[int, Words]) -> Longs:
+        """Fill arguments in and run without the interpreter lock; results, 0 where not run."""
+        for i, values in columns.items():
+            self._args[:, i] = values
+        self._results[:] = 0
+        self._program.run()
+        return self._results
 
 
 class Mover:
     """What one thread needs: the slab, and a buffer for what cannot move from where it is."""
 
-    def __init__(
-        self,
-        slab: Slab,
-        *,
-        native: bool | None = None,
-        read_gate: Gate | None = None,
-        write_gate: Gate | None = None,
-    ) -> None:
-        """native: None: where it works and the slab makes its calls itself. Gates: shared by the
-        threads of one slab; None: as many calls in flight as there are threads.
-        """
+    def __init__(self, slab: Slab, *, native: bool | None = None) -> None:
+        """native: None: where it works and the slab makes its calls itself."""
         self.slab = slab
-        self._gates = {False: read_gate, True: write_gate}
         self._scratch: mmap.mmap | None = None
         # An `io` that somebody put in wants to see every call.
         wanted = type(slab.io) is PosixIo if native is None else native
         wanted = wanted and slab.cipher is None
         self._native = native_calls() if wanted else None
-        self._rows: dict[tuple[int, bool, bool], _Rows] = {}
+        self._rows: dict[tuple[int, int], _Rows] = {}
 
-    def load(self, batch: Batch, entries: slice) -> dict[int, Exception]:
-        """Read these entries and compare what arrived: entry to error, for those that failed."""
-        done = self._load_group(batch, entries)
+    def transfer(self, batch: Batch, entries: slice, *, write: bool) -> Mask:
+        """Read or write these entries and look at nothing: bool[n], those that moved whole.
+
+        The others are left to `finish`, and all of them where native calls do not work.
+        """
+        n, slab = entries.stop - entries.start, self.slab
+        ready = slab.failure is None if write else bool(batch.sequences[entries].all())
+        if self._native is None or not ready or not self._fits(batch.addresses[entries]):
+            return np.zeros(n, np.bool_)
+        call = self._native.pwrite if write else self._native.pread
+        offsets = batch.slots[entries].astype(np.uint64) * np.uint64(slab.slot_bytes)
+        offsets += np.uint64(HEADER_BYTES)
+        rows = self._rows_of(call, n)
+        whole: Mask = rows.run({1: batch.addresses[entries], 3: offsets}) == slab.slot_bytes
+        return whole
+
+    def finish(
+        self, batch: Batch, entries: slice, moved: Mask, *, write: bool
+    ) -> dict[int, Exception]:
+        """Compare what was loaded, or record what was stored: entry to error, where it failed.
+
+        moved: what `transfer` said. What did not move whole is moved here, one by one.
+        """
+        hashes = self._hash(batch, entries) if moved.any() else batch.checksums[entries, 0]
+        if write:
+            batch.checksums[entries, 0] = np.where(moved, hashes, batch.checksums[entries, 0])
+            good = moved
+        else:
+            good = moved & (hashes == batch.checksums[entries, 0])
+        one = self._store_one if write else self._load_one
         errors: dict[int, Exception] = {}
-        for i in () if done.all() else np.flatnonzero(~done) + entries.start:
+        for i in () if good.all() else np.flatnonzero(~good) + entries.start:
             try:
-                self._load_one(batch, int(i))
+                one(batch, int(i))
+                good[i - entries.start] = True
             except Exception as error:  # every transfer ends, whatever ended it
                 errors[int(i)] = error
-        return errors
-
-    def store(self, batch: Batch, entries: slice) -> dict[int, Exception]:
-        """Hash and write these entries and record them: entry to error, for those that failed."""
-        done = self._store_group(batch, entries)
-        errors: dict[int, Exception] = {}
-        for i in () if done.all() else np.flatnonzero(~done) + entries.start:
-            try:
-                self._store_one(batch, int(i))
-                done[i - entries.start] = True
-            except Exception as error:  # every transfer ends, whatever ended it
-                errors[int(i)] = error
-                if isinstance(error, OSError):
+                if write and isinstance(error, OSError):
                     self.slab.fail(error)
-        slots, sequences = batch.slots[entries][done], batch.sequences[entries][done]
-        self.slab.end_store(slots, sequences, batch.checksums[entries][done])
+        if write:
+            slots, sequences = batch.slots[entries][good], batch.sequences[entries][good]
+            self.slab.end_store(slots, sequences, batch.checksums[entries][good])
         return errors
 
     # -- a group as one program ------------------------------------------------------------
 
-    def _load_group(self, batch: Batch, entries: slice) -> Mask:
-        n = entries.stop - entries.start
-        if not self._fits(batch, entries) or not batch.sequences[entries].all():
-            return np.zeros(n, np.bool_)
-        moved, found = self.run(batch, entries, write=False)
-        good: Mask = (moved == self.slab.slot_bytes) & (found == batch.checksums[entries, 0])
-        return good
-
-    def _store_group(self, batch: Batch, entries: slice) -> Mask:
-        n = entries.stop - entries.start
-        if not self._fits(batch, entries) or self.slab.failure is not None:
-            return np.zeros(n, np.bool_)
-        moved, batch.checksums[entries, 0] = self.run(batch, entries, write=True)
-        whole: Mask = moved == self.slab.slot_bytes
-        return whole
-
-    def run(
-        self, batch: Batch, entries: slice, *, write: bool, hashed: bool = True
-    ) -> tuple[Longs, Words]:
-        """Move these entries natively: (int64[n] bytes moved, uint64[n] hashes; none without).
-
-        Both are overwritten by the next run. Only where native calls work.
-        """
+    def _hash(self, batch: Batch, entries: slice) -> Words:
         assert self._native is not None
-        slab, n = self.slab, entries.stop - entries.start
-        rows = self._rows.get((n, write, hashed))
-        if rows is None:
-            gate = self._gates[write]
-            rows = _Rows(self._native, gate, n, slab, write=write, hashed=hashed)
-            self._rows[n, write, hashed] = rows
-        offsets = batch.slots[entries].astype(np.uint64) * np.uint64(slab.slot_bytes)
-        return rows.run(batch.addresses[entries], offsets + np.uint64(HEADER_BYTES))
+        rows = self._rows_of(self._native.hash64, entries.stop - entries.start)
+        return rows.run({0: batch.addresses[entries]}).view(np.uint64)
 
-    def _fits(self, batch: Batch, entries: slice) -> bool:
-        """Whether these entries can move natively: from where they are, if the file is direct."""
-        if self._native is None:
-            return False
-        unaligned = self.slab.direct and (batch.addresses[entries] % np.uint64(GRAIN)).any()
-        return not unaligned
+    def _rows_of(self, call: int, n: int) -> _Rows:
+        assert self._native is not None
+        rows = self._rows.get((call, n))
+        if rows is None:
+            nothing, size = np.zeros(n, np.uint64), self.slab.slot_bytes
+            if call == self._native.hash64:
+                calls = group(call, Kind.PLAIN, nothing, size)
+            else:
+                calls = group(call, Kind.POINTER, self.slab.fd, nothing, size, nothing)
+            rows = self._rows[call, n] = _Rows(calls)
+        return rows
+
+    def _fits(self, addresses: Addresses) -> bool:
+        """Whether a file that bypasses the cache takes these addresses."""
+        return not (self.slab.direct and (addresses % np.uint64(GRAIN)).any())
 
     # -- one slot --------------------------------------------------------------------------
 
@@ -269,8 +192,7 @@ class Mover:
                 bounce[:] = source
                 source = bounce
             batch.checksums[i] = xxhash.xxh3_64_intdigest(source)
-        with self._gates[True] or nullcontext():
-            write_whole(slab.io, slab.fd, source, slab.offset(slot))
+        write_whole(slab.io, slab.fd, source, slab.offset(slot))
 
     def _load_one(self, batch: Batch, i: int) -> None:
         slab, slot, address = self.slab, int(batch.slots[i]), int(batch.addresses[i])
@@ -279,8 +201,7 @@ class Mover:
         target = memory_at(address, slab.slot_bytes)
         bounced = slab.cipher is not None or (slab.direct and address % GRAIN > 0)
         landing = self._bounce()[: slab.slot_bytes] if bounced else target
-        with self._gates[False] or nullcontext():
-            read_whole(slab.io, slab.fd, landing, slab.offset(slot))
+        read_whole(slab.io, slab.fd, landing, slab.offset(slot))
         if slab.cipher is not None:
             first, second = (int(word) for word in batch.checksums[i])
             sequence, n = int(batch.sequences[i]), slab.slot_bytes

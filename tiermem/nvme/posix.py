@@ -2,8 +2,9 @@
 
 One `DiskThreads` serves all routes of a slab. A submission is a list of slots; threads claim a few
 of them at a time, loads before stores, so one submission is spread over all threads and a demand
-load overtakes the stores that wait. A store hashes its source and writes it; a load reads and
-hashes what arrived: an entry whose bytes are not those that were stored is failed, never data.
+load overtakes the stores that wait. A store writes its source and hashes it; a load reads and
+hashes what arrived: an entry whose bytes are not those that were stored is failed, never data. The
+thread that was at the drive goes straight back to it if another is free to hash.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import numpy as np
 
 from tiermem.errors import Closed, PageLost
 from tiermem.nvme.depth import DepthClimb
-from tiermem.nvme.mover import Batch, Gate, Mover
+from tiermem.nvme.mover import Batch, Mover
 from tiermem.nvme.slab import Slab
 from tiermem.tier import Fence, Mask, Memory, Place, Slots, Streams
 
@@ -111,14 +112,14 @@ class _Job:
 
 @dataclass(slots=True)
 class _Lane:
-    """Loads or stores: what waits, how many threads are on it, and what they have done.
+    """Loads or stores: what waits, how many threads are at the drive, and what they have done.
 
-    limit: threads that may be on it; depth: of them at the drive; climb: what adapts both.
+    depth: threads that may be at the drive, up to `most`; climb: what adapts it.
     """
 
-    limit: int
+    storing: bool
+    most: int
     depth: int
-    gate: Gate | None = None
     climb: DepthClimb | None = None
     jobs: deque[_Job] = field(default_factory=deque)
     waiting: int = 0
@@ -127,24 +128,27 @@ class _Lane:
     busy_s: float = 0.0
     errors: int = 0
 
-    @classmethod
-    def of(cls, threads: int, depth: int | None, adapted: bool) -> _Lane:
-        """depth: None for as many as there are threads."""
-        if depth is None or depth >= threads:
-            return cls(threads, threads)
-        climb = DepthClimb(depth, LOWEST, HIGHEST) if adapted else None
-        return cls(min(threads, depth + SPARE), depth, Gate(depth), climb)
-
     def adapt(self, slots: int, alone: bool) -> bool:
-        """Slots have ended, with others waiting or not. True if more threads may be on it now."""
-        if self.climb is None or self.gate is None:
+        """Slots have moved, with others waiting or not. True if more threads may be at it now."""
+        if self.climb is None or not self.climb.note(slots, alone and self.waiting > 0):
             return False
-        if not self.climb.note(slots, alone and self.waiting > 0):
-            return False
-        before, self.limit = self.limit, self.climb.depth + SPARE
-        self.depth = self.climb.depth
-        self.gate.resize(self.depth)
-        return self.limit > before
+        before, self.depth = self.depth, min(self.most, self.climb.depth)
+        return self.depth > before
+
+
+@dataclass(slots=True)
+class _Claim:
+    """Entries of a job in the hands of a thread; `moved` says what is left to be looked at."""
+
+    lane: _Lane
+    job: _Job
+    entries: slice
+    moved: Mask | None = None
+    busy_s: float = 0.0
+
+    @property
+    def size(self) -> int:
+        return int(self.entries.stop - self.entries.start)
 
 
 class DiskThreads:
@@ -174,14 +178,20 @@ class DiskThreads:
         self._work = threading.Condition(self._lock)  # threads wait here
         self._room = threading.Condition(self._lock)  # submitters and closers wait here
         adapted = threads is None and depth is None
-        if adapted:
-            depth = DEPTH
         if threads is None:
-            threads = (HIGHEST if depth is None or adapted else depth) + SPARE + 1
-        self._loads = _Lane.of(threads, depth, adapted)
-        # A budget, not the drive, decides how fast stores go: nothing is learnt from their rate.
-        self._stores = _Lane.of(threads, depth, adapted and slab.budget.bytes_per_s is None)
-        self._stores.limit = max(1, min(self._stores.limit, threads - 1))
+            threads = (HIGHEST if depth is None else depth) + SPARE
+            depth = DEPTH if depth is None else depth
+        depth = threads if depth is None else min(depth, threads)
+        most = max(1, threads - 1)
+        self._loads = _Lane(False, threads, depth)
+        self._stores = _Lane(True, most, min(depth, most))
+        if adapted:
+            self._loads.climb = DepthClimb(depth, LOWEST, HIGHEST)
+        if adapted and slab.budget.bytes_per_s is None:
+            # A budget, not the drive, decides how fast stores go: their rate teaches nothing.
+            self._stores.climb = DepthClimb(depth, LOWEST, HIGHEST)
+        self._checks: deque[_Claim] = deque()  # at the drive no more, and not looked at yet
+        self._sleeping = 0
         self._torn = self._cancelled = 0
         self._closed = False
         self._native = native
@@ -215,7 +225,7 @@ class DiskThreads:
                 raise Closed("nvme: submit after close")
             lane.jobs.append(job)
             lane.waiting += n
-            self._work.notify(min(n, max(0, lane.limit - lane.running)))
+            self._work.notify(min(n, max(0, lane.depth - lane.running)))
 
     def cancel(self, done: Transfer) -> int:
         """Fail what no thread has begun of this submission; how many entries that were."""
@@ -266,46 +276,75 @@ class DiskThreads:
     # -- the threads -----------------------------------------------------------------------
 
     def _run(self) -> None:
-        """A thread's life: claim some entries of a job, move them, settle them."""
-        mover = self._mover(
-            self.slab,
-            native=self._native,
-            read_gate=self._loads.gate,
-            write_gate=self._stores.gate,
-        )
+        """A thread's life: claim some entries of a job and move them, or look at moved ones."""
+        mover = self._mover(self.slab, native=self._native)
         while (claim := self._next()) is not None:
-            lane, job, entries = claim
             began = time.perf_counter()
-            errors = self._move(mover, job, entries, storing=lane is self._stores)
-            self._settle(lane, job, entries, errors, time.perf_counter() - began)
+            errors: dict[int, Exception] | None = None
+            if claim.moved is None:
+                errors = self._move(mover, claim)
+                claim.busy_s = time.perf_counter() - began
+                if self._leave_drive(claim, done=errors is not None):
+                    continue
+                began = time.perf_counter()
+            if errors is None:
+                assert claim.moved is not None
+                errors = mover.finish(
+                    claim.job.batch, claim.entries, claim.moved, write=claim.lane.storing
+                )
+            self._settle(claim, errors, time.perf_counter() - began)
 
-    def _move(self, mover: Mover, job: _Job, entries: slice, storing: bool) -> dict[int, Exception]:
-        """Entry to error, for those that failed."""
+    def _move(self, mover: Mover, claim: _Claim) -> dict[int, Exception] | None:
+        """Move a claim; entry to error if that ended it, None if it is left to be looked at."""
+        job, entries, write = claim.job, claim.entries, claim.lane.storing
         try:
             job.route.wait_for(job.after)
+            claim.moved = mover.transfer(job.batch, entries, write=write)
         except Exception as error:  # every transfer ends, whatever ended it
             return dict.fromkeys(range(entries.start, entries.stop), error)
-        one = mover.store if storing else mover.load
-        return one(job.batch, entries)
+        if claim.moved.all():
+            return None
+        # What is left needs the drive again, so this thread keeps its place there.
+        return mover.finish(job.batch, entries, claim.moved, write=write)
 
-    def _next(self) -> tuple[_Lane, _Job, slice] | None:
+    def _leave_drive(self, claim: _Claim, *, done: bool) -> bool:
+        """Let another thread to the drive. True if somebody else will look at what was moved."""
+        with self._lock:
+            lane = claim.lane
+            lane.running -= 1
+            other = self._stores if lane is self._loads else self._loads
+            more = lane.adapt(claim.size, alone=not other.running)
+            if more or (lane is self._loads and not lane.running and self._stores.jobs):
+                # The depth of these, or of stores, has just been raised.
+                self._work.notify(max(self._loads.depth, self._stores.depth))
+            if done or self._sleeping <= len(self._checks):
+                return False
+            self._checks.append(claim)
+            self._work.notify()
+            return True
+
+    def _next(self) -> _Claim | None:
         with self._lock:
             while True:
                 loads, stores = self._loads, self._stores
-                if loads.jobs and loads.running < loads.limit:
+                if loads.jobs and loads.running < loads.depth:
                     return self._claim_from(loads)
                 # One thread goes on storing while loads run, or full tiers would never drain.
-                limit = 1 if loads.running else stores.limit
+                limit = 1 if loads.running else stores.depth
                 wait_s: float | None = None
                 if stores.jobs and stores.running < limit:
                     wait_s = self.slab.budget.take(self._size(stores) * self.slab.slot_bytes)
                     if not wait_s:
                         return self._claim_from(stores)
+                if self._checks:
+                    return self._checks.popleft()
                 if self._closed:
                     return None
+                self._sleeping += 1
                 self._work.wait(wait_s)
+                self._sleeping -= 1
 
-    def _claim_from(self, lane: _Lane) -> tuple[_Lane, _Job, slice]:
+    def _claim_from(self, lane: _Lane) -> _Claim:
         job, n = lane.jobs[0], self._size(lane)
         entries = slice(job.claimed, job.claimed + n)
         job.claimed += n
@@ -313,29 +352,22 @@ class DiskThreads:
         lane.running += 1
         if not job.unclaimed:
             lane.jobs.popleft()
-        return lane, job, entries
+        return _Claim(lane, job, entries)
 
     def _size(self, lane: _Lane) -> int:
         """Entries to claim: a share at most, so that the last ones of a job end together."""
-        return min(self._claim, -(-lane.jobs[0].unclaimed // lane.limit))
+        return min(self._claim, -(-lane.jobs[0].unclaimed // lane.depth))
 
-    def _settle(
-        self, lane: _Lane, job: _Job, entries: slice, errors: dict[int, Exception], took_s: float
-    ) -> None:
+    def _settle(self, claim: _Claim, errors: dict[int, Exception], took_s: float) -> None:
+        lane, job = claim.lane, claim.job
         with self._lock:
-            lane.running -= 1
-            lane.busy_s += took_s
-            lane.slots += entries.stop - entries.start - len(errors)
+            lane.busy_s += claim.busy_s + took_s
+            lane.slots += claim.size - len(errors)
             lane.errors += sum(isinstance(e, OSError) for e in errors.values())
             self._torn += sum(isinstance(e, PageLost) for e in errors.values())
-            job.route.outstanding -= entries.stop - entries.start
-            job.done.end(entries, errors)
+            job.route.outstanding -= claim.size
+            job.done.end(claim.entries, errors)
             self._room.notify_all()
-            other = self._stores if lane is self._loads else self._loads
-            more = lane.adapt(entries.stop - entries.start, alone=not other.running)
-            if more or (lane is self._loads and not lane.running and self._stores.jobs):
-                # The limit on these, or on stores, has just been raised.
-                self._work.notify(max(self._loads.limit, self._stores.limit))
 
     def _drop(self, lane: _Lane, job: _Job, error: Exception) -> int:
         """Fail the unclaimed entries of a job that is no longer queued."""
