@@ -9,14 +9,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
+import msgspec
 import numpy as np
 import pytest
 
-from tiermem.config import Config, Gpu, Host, Nvme
+from tiermem.config import Config, Evict, Gpu, Host, Nvme
 from tiermem.errors import Closed, ConfigError, NotOurs, PageInUse, TierFull
 from tiermem.gpu.emulated import EmulatedDevice
 from tiermem.nvme.slab import bytes_for
-from tiermem.region import Pages, Region
+from tiermem.region import NEXT, Pages, Region
 from tiermem.space import Space
 from tiermem.tier import Place
 
@@ -362,6 +363,28 @@ def test_a_stream_waits_for_the_load_and_its_kernel_reads_the_bytes(
     region.close()
     assert [p for p, _ in seen] == pages.tolist()
     assert all((found == 1000 + p).all() for p, found in seen)
+
+
+def test_an_ordered_load_counts_as_an_access_of_the_whole_request(tmp_path: Path) -> None:
+    given = msgspec.structs.replace(config(tmp_path), evict=Evict(gpu="lru"))
+    with Space.open(given) as space:
+        region = space.reserve(20 * PAGE)
+        chain = region.allocate(4, parents=[NEXT, NEXT, NEXT, -1], depths=[3, 2, 1, 0])
+        with region.use(chain, "fresh"):
+            pass
+        region.hint(chain[:2], "cold")
+        space.drain()
+        region.free(region.allocate(2))  # takes the two frames that still show the leaves
+        assert isinstance(space.device, EmulatedDevice)
+        with region.use(chain, stream=space.device.new_stream()):
+            assert (region.where(chain[2:]) == Place.GPU).all()
+        space.drain()
+        assert space.statistics().counts["host_gpu"] == 2
+        region.allocate(2)
+        space.drain()
+        # Leaves leave first, as they would after any other access to the chain.
+        assert region.where(chain).tolist() == [Place.HOST] * 2 + [Place.GPU] * 2
+        space.check()
 
 
 # ---------------------------------------------------------------- closing

@@ -298,7 +298,11 @@ class Pager:
             ordered = self.planner.all_ordered(request)
         if not flights or not ordered or not request.pending <= own or None in flights:
             return False
-        return all([f.order(stream) for f in flights if f is not None])
+        if not all([f.order(stream) for f in flights if f is not None]):
+            return False
+        with self.lock:
+            self.planner.run_ahead(request, self._now())
+        return True
 
     def _refuse_failed(self, request: Request, attempts: int) -> None:
         with self.lock:

@@ -78,6 +78,7 @@ class Request:
     plans    to be carried out by the caller, at once
     pending  ids of open plans to wait for; shrinks as they settle
     failed   pages whose load failed; they are not pinned
+    ahead    the caller has gone on, a stream waits for the loads
     """
 
     rows: Rows
@@ -87,6 +88,7 @@ class Request:
     fence: Fence = PASSED
     failed: list[int] = field(default_factory=list)
     pins: bool = True
+    ahead: bool = False
 
 
 @dataclass(frozen=True, slots=True)

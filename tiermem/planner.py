@@ -181,6 +181,21 @@ class Planner(Attic):
         if self.admission is not None:
             self.admission.used(heads, self.table.depth[heads], now)
 
+    def run_ahead(self, request: Request, now: int) -> None:
+        """Nobody but a stream waits for these loads: they count as used once they have landed.
+
+        Then all pages of the request are touched, so that order by last use is order by depth.
+        """
+        request.ahead = True
+        self._touch_landed(request, now)
+
+    def _touch_landed(self, request: Request, now: int) -> None:
+        if request.ahead and not request.pending:
+            table, rows = self.table, request.rows
+            here = (table.at[rows] == AT_GPU) & (table.flags[rows] & DOOMED == 0)
+            if here.any():
+                self.touch(rows[here], now)
+
     def wrote(self, rows: Rows) -> None:
         """The pinned pages are about to be written: every copy below is now old."""
         table = self.table
@@ -351,6 +366,7 @@ class Planner(Attic):
             request.pending.discard(outcome.plan)
             if failed_rows:
                 request.failed += sorted(failed_rows.intersection(request.rows.tolist()))
+            self._touch_landed(request, now)
         return after + self._reap()
 
     def settle_idle(self) -> list[Plan]:
