@@ -720,3 +720,24 @@ class _Listener(EvictionBase):
 
     def victims(self, candidates: Candidates, n: int, now: int) -> Ids:
         return _ids()
+
+
+def test_a_chain_says_where_each_unit_would_be_loaded_from_and_how_much() -> None:
+    h = Harness(gpu=4, host=3, nvme=6, regions=((4, 1, 0), (4, 2, 0)), eager=True)
+    written(h, 0, 1)
+    down(h, HOST, 0)
+    assert h.allocate([4])
+    assert h.use([4], "write")
+    h.drain()
+    units = np.array([0, 1, 2, 4], np.int32)
+    places, pages = h.planner.chain(units)
+    assert places.tolist() == [HOST, GPU, NONE, GPU]
+    assert pages.tolist() == [1, 1, 1, 2]
+    assert h.planner.queued(HOST) == 0
+    h.carry(h.planner.prefetch(h.rows([0]), h.now))
+    places, pages = h.planner.chain(units)
+    assert (places[0], pages[0]) == (HOST, 0), "on its way: nothing more to copy"
+    assert h.planner.queued(HOST) == 1
+    assert h.planner.queued(NVME) == 0
+    h.drain()
+    h.check()

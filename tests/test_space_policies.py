@@ -10,9 +10,10 @@ import pytest
 from tiermem import Config, Evict, Gpu, Host, Space
 from tiermem.bench import simulate, traces
 from tiermem.config import Trace
-from tiermem.errors import ConfigError
+from tiermem.errors import ConfigError, NotOurs
 from tiermem.policies.base import Candidates, EvictionBase, Ids
 from tiermem.policies.lru import LRU
+from tiermem.policies.recompute import ModelSpeed
 from tiermem.ranking import LATE_IN_A_ROW, LATE_S, Ranking
 from tiermem.region import Region
 from tiermem.table import PageTable
@@ -176,3 +177,38 @@ def test_a_mark_that_cannot_be_meant_is_refused(priority: int, seconds: float) -
         region = filled(space)
         with pytest.raises(ConfigError, match="priority"):
             region.retain([0], priority=priority, seconds=seconds)
+
+
+SLOW, FAST = ModelSpeed(1.0), ModelSpeed(1e12)
+"""Prefill of one token a second, and of more than any route could load."""
+
+
+def test_a_chain_is_loaded_where_computing_is_slow_and_computed_where_it_is_fast() -> None:
+    with Space.open(configured(Evict(gpu="lru"))) as space:
+        region = filled(space, 14)
+        space.drain()
+        away = [page for page in range(14) if region.where([page])[0] == Place.HOST]
+        assert len(away) == 6
+        touch(region, away[:2])  # both routes have moved something, so their speed is known
+        space.drain()
+        chain = [page for page in range(14) if region.where([page])[0] == Place.GPU][:3]
+        chain += [page for page in away if region.where([page])[0] == Place.HOST][:3]
+        assert 0 < space.route_speeds()[Place.HOST].gbps < np.inf
+        slow, fast = (region.split(chain, 16, model) for model in (SLOW, FAST))
+        assert (slow.load, fast.load) == (6, 3)
+        assert slow.load_s > 0 == slow.compute_s == fast.load_s
+        assert (region.where(chain) == [Place.GPU] * 3 + [Place.HOST] * 3).all()
+        region.free([chain[4]])
+        space.drain()
+        assert region.split(chain, 16, SLOW).load == 4
+        with pytest.raises(NotOurs):
+            region.split([99], 16, SLOW)
+
+
+def test_a_page_whose_frame_still_shows_it_costs_no_load() -> None:
+    with Space.open(configured(Evict(gpu="lru"))) as space:
+        region = filled(space)
+        region.hint([0, 1], "cold")
+        space.drain()
+        assert region.where([0, 1]).tolist() == [Place.HOST] * 2
+        assert region.split([0, 1], 16, FAST).load == 2

@@ -14,6 +14,7 @@ from __future__ import annotations
 from typing import Literal
 
 import numpy as np
+import numpy.typing as npt
 
 from tiermem.attic import Attic
 from tiermem.books import Marks, copies, either, pages_of
@@ -305,6 +306,29 @@ class Planner(Attic):
         owners = pool.owner[pool.owner >= 0]
         over = pool.capacity - self._allowed(GPU)
         return max(0, pool.free + pool.kept + int(self.table.movable(owners, GPU).sum()) - over)
+
+    def chain(self, rows: Rows) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
+        """For whole units: uint8[n] where a load would begin, int64[n] the pages that it copies.
+
+        GPU also where the frame still shows the bytes; no pages where they are on their way up.
+        """
+        table = self.table
+        places = table.at[rows].copy()
+        places[(table.flags[rows] & DOOMED) != 0] = AT_NONE
+        below = (places == AT_HOST) | (places == AT_NVME)
+        places[below & (table.shown[rows] == IS_RETIRED)] = AT_GPU
+        pages = np.array([e.unit_pages for e in table.extents], np.int64)[table.region[rows]]
+        pages[table.to[rows] == AT_GPU] = 0
+        return places, pages
+
+    def queued(self, src: Place) -> int:
+        """Pages that open plans read from a tier on their way up."""
+        return sum(
+            len(step.pages)
+            for opened in self._open.values()
+            for step in opened.plan.steps
+            if isinstance(step, Copy) and step.src == src > step.dst
+        )
 
     def is_doomed(self, rows: Rows) -> Mask:
         return np.asarray((self.table.flags[rows] & DOOMED) != 0)

@@ -16,6 +16,7 @@ from tiermem.pager import Pager
 from tiermem.plan import Plan
 from tiermem.planner import Access
 from tiermem.policies.base import Keys, RequestFacts
+from tiermem.policies.recompute import ModelSpeed, RouteSpeed, Split, split
 from tiermem.policies.retention import HIGHEST, Retained
 from tiermem.table import Extent, Rows
 from tiermem.tier import Device, Place
@@ -50,6 +51,8 @@ class Home(Protocol):
     def now(self) -> int: ...
 
     def collect_vacant(self) -> None: ...
+
+    def route_speeds(self) -> dict[Place, RouteSpeed]: ...
 
 
 class Region:
@@ -149,6 +152,37 @@ class Region:
                 self._pager.decide(lambda: planner.prefetch(rows, self._space.now()))
             case Hint.COLD:
                 self._pager.decide(lambda: planner.demote(rows, self._space.now()))
+
+    def split(
+        self,
+        chain: Sequence[int] | Pages,
+        tokens: int | npt.NDArray[np.int64],
+        model: ModelSpeed,
+        *,
+        suffix_tokens: int = 0,
+        wait_s: float = 0.0,
+        overlap: bool = False,
+    ) -> Split:
+        """How many units of a chain to load, and from where on computing is cheaper.
+
+        chain: the first page of each unit, the first block first. tokens: of each unit, or
+        int64[n]. By what each route has moved of late and what is queued on it; the rest as in
+        `policies.recompute.split`. Nothing is moved. Raises NotOurs, ConfigError.
+        """
+        rows = self._rows(chain)
+        planner = self._pager.planner
+        with self._pager.lock:
+            places, pages = planner.chain(planner.table.heads(rows))
+        return split(
+            places,
+            pages * self.page_bytes,
+            tokens,
+            self._space.route_speeds(),
+            model,
+            suffix_tokens=suffix_tokens,
+            wait_s=wait_s,
+            overlap=overlap,
+        )
 
     def label(self, pages: Sequence[int] | Pages, keys: Keys) -> None:
         """The bytes of these units are, whole and from now on, the content of these keys.

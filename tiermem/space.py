@@ -26,13 +26,14 @@ from tiermem.pager import Pager
 from tiermem.planner import Marks, Planner
 from tiermem.policies.admission import Budgeted, admission
 from tiermem.policies.base import Admission, Eviction
+from tiermem.policies.recompute import RouteSpeed
 from tiermem.policies.registry import load as load_policy
 from tiermem.ranking import Ranking
 from tiermem.region import OnGone, Region
 from tiermem.sharing import Sharing
-from tiermem.stats import RouteStatistics, Statistics, TierStatistics
+from tiermem.stats import Pace, RouteStatistics, Statistics, TierStatistics
 from tiermem.table import PageTable, Rows
-from tiermem.tier import TIERS, Addresses, Finished, Place, SlotPool
+from tiermem.tier import GPU, TIERS, Addresses, Finished, Place, SlotPool
 from tiermem.trace import EventLog
 from tiermem.watch import WatchedFile
 
@@ -62,6 +63,7 @@ class Space:
         self._parked: Slots = np.empty(0, np.int32)
         self._closed = False
         self._metrics: Endpoint | None = None
+        self._paces = {src: Pace() for src, dst in parts.routes if dst == GPU}
         table = PageTable()
         self._configured = dict(parts.capacities)
         pools = {place: SlotPool(place, self._backed(place)) for place in TIERS}
@@ -194,6 +196,21 @@ class Space:
         """Pages that could be allocated now: free, retired, or movable off the GPU."""
         with self.pager.lock:
             return self._planner.room()
+
+    def route_speeds(self) -> dict[Place, RouteSpeed]:
+        """How fast pages come to the GPU from each tier of late, and what is queued there.
+
+        For `policies.recompute.split`; `Region.split` asks it for pages of its own.
+        """
+        counts = self._executor.counts()
+        speeds: dict[Place, RouteSpeed] = {}
+        with self.pager.lock:
+            for src, pace in self._paces.items():
+                pace.observe(counts[src, GPU].pages * self.page_bytes, counts[src, GPU].busy_s)
+                if src not in self._planner.failed_tiers:
+                    queued = self._planner.queued(src) * self.page_bytes
+                    speeds[src] = RouteSpeed(pace.gbps, queued_bytes=queued)
+        return speeds
 
     # ---------------------------------------------------------------- limits and live changes
 
@@ -332,6 +349,7 @@ class Space:
         """One round of the mover; True while the host pool or the slab still grows."""
         self.pager.settle_ready()
         self._record()
+        self.route_speeds()
         growing = self._grow()
         if isinstance(self._planner, LeasedPlanner):
             self._follow_lease(self._planner)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -86,6 +87,30 @@ class Statistics:
 
     def tier(self, place: Place) -> TierStatistics:
         return next(t for t in self.tiers if t.place == place)
+
+
+class Pace:
+    """How fast a route is of late: bytes by the time that it was busy, the latest counting most."""
+
+    def __init__(self, half_s: float = 2.0) -> None:
+        """half_s: after so much more busy time, a copy counts half."""
+        self._half_s = half_s
+        self._seen = (0, 0.0)
+        self._nbytes = 0.0
+        self._busy_s = 0.0
+
+    def observe(self, nbytes: int, busy_s: float) -> None:
+        """Totals since the route was opened, never less than before."""
+        more, longer_s = nbytes - self._seen[0], busy_s - self._seen[1]
+        self._seen = (nbytes, busy_s)
+        fade = 0.5 ** (longer_s / self._half_s)
+        self._nbytes = self._nbytes * fade + more
+        self._busy_s = self._busy_s * fade + longer_s
+
+    @property
+    def gbps(self) -> float:
+        """10^9 bytes a second; infinite until something has moved."""
+        return self._nbytes / self._busy_s / 1e9 if self._nbytes and self._busy_s else math.inf
 
 
 class Latencies:

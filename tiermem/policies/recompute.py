@@ -90,10 +90,8 @@ def split(
     gone = np.flatnonzero(~np.isin(places, np.array(held, np.uint8)))
     reach = int(gone[0]) if len(gone) else n
     sizes = np.broadcast_to(np.asarray(nbytes, np.int64), n)
-    load_s = np.zeros(reach + 1)
-    for place, route in routes.items():
-        # Routes run side by side: the last to finish counts.
-        load_s = np.maximum(load_s, _load_s(places[:reach] == place, sizes[:reach], route))
+    arrived_s = arrivals_s(places[:reach], sizes[:reach], routes)
+    load_s = np.maximum.accumulate(np.concatenate([np.zeros(1), arrived_s]))
     starts = _running(np.broadcast_to(np.asarray(tokens, np.int64), n))
     compute_s = _compute_s(starts[: reach + 1], int(starts[-1]) + suffix_tokens, model)
     total_s = np.maximum(load_s, wait_s + (compute_s if overlap else 0.0))
@@ -110,12 +108,17 @@ def split(
     )
 
 
-def _load_s(here: npt.NDArray[np.bool_], sizes: I64, route: RouteSpeed) -> F64:
-    """Seconds until this route has brought its part of each prefix."""
-    moved = _running(np.where(here, sizes, 0))
-    used = _running(here.astype(np.int64)) > 0
-    behind: F64 = (route.queued_bytes + moved) / (route.gbps * 1e9) + route.latency_s
-    return np.where(used, behind, 0.0)
+def arrivals_s(places: Places, nbytes: I64, routes: Mapping[Place, RouteSpeed]) -> F64:
+    """float64[n]: when each block is there if all are asked for now, in this order.
+
+    Routes run side by side; each serves what is queued on it first. 0 where nothing is loaded.
+    """
+    arrived_s = np.zeros(len(places))
+    for place, route in routes.items():
+        here = places == place
+        behind = route.queued_bytes + np.cumsum(nbytes[here])
+        arrived_s[here] = behind / (route.gbps * 1e9) + route.latency_s
+    return arrived_s
 
 
 def _running(each: I64) -> I64:
