@@ -369,6 +369,8 @@ def test_an_ordered_load_counts_as_an_access_of_the_whole_request(tmp_path: Path
     given = msgspec.structs.replace(config(tmp_path), evict=Evict(gpu="lru"))
     with Space.open(given) as space:
         region = space.reserve(20 * PAGE)
+        region.free(filled(region, 5))  # one more than fit, so that the host tier is there
+        space.drain()
         chain = region.allocate(4, parents=[NEXT, NEXT, NEXT, -1], depths=[3, 2, 1, 0])
         with region.use(chain, "fresh"):
             pass
