@@ -476,3 +476,76 @@ def test_the_owner_is_told_before_a_dropped_page_is_vacant_again(tmp_path: Path)
             with pytest.raises(NotOurs), region.use(int(page)):
                 pass
         space.check()
+
+
+# ---------------------------------------------------------------- pages that the owner numbers
+
+
+def test_the_owner_of_a_numbered_region_says_which_pages_it_allocates(space: Space) -> None:
+    region = space.reserve(20 * PAGE, numbered=True)
+    pages = np.array([17, 3, 8], np.int32)
+    assert region.allocate(3, pages=pages).tolist() == [17, 3, 8]
+    write(region, pages)
+    region.free(pages[1:])
+    region.allocate(2, pages=[3, 4])
+    assert np.flatnonzero(region.where()).tolist() == [3, 4, 17]
+    verify(region, pages[:1])
+    for taken in ([3], [17]):
+        with pytest.raises(NotOurs):
+            region.allocate(1, pages=taken)
+    with pytest.raises(NotOurs):
+        region.allocate(1)
+
+
+def test_pages_are_named_in_numbered_regions_only(space: Space, region: Region) -> None:
+    with pytest.raises(NotOurs):
+        region.allocate(1, pages=[3])
+    numbered = space.reserve(4 * PAGE, numbered=True)
+    with pytest.raises(NotOurs):
+        numbered.allocate(2, pages=[3])
+
+
+def test_a_freed_page_is_allocated_again_once_its_queued_work_has_ended(tmp_path: Path) -> None:
+    with Space.open(config(tmp_path, gpu=4)) as space:
+        device = space.device
+        assert isinstance(device, EmulatedDevice)
+        stream = device.new_stream()
+        region = space.reserve(8 * PAGE, numbered=True)
+        region.allocate(1, pages=[5])
+        gate = threading.Event()
+        with region.use([5], "write", stream):
+            device.launch(stream, lambda: _await(gate))
+        region.free([5])
+        again = threading.Thread(target=lambda: region.allocate(1, pages=[5]))
+        again.start()
+        again.join(0.05)
+        assert again.is_alive()
+        gate.set()
+        again.join(LONG_S)
+        assert region.where([5]).tolist() == [Place.GPU]
+
+
+def _await(gate: threading.Event) -> None:
+    assert gate.wait(LONG_S)
+
+
+def test_pins_are_given_back_in_any_grouping(space: Space, region: Region) -> None:
+    pages = region.allocate(4)
+    region.pin(pages[:3])
+    region.pin(pages[2:], "write")
+    region.unpin(pages[1:])
+    region.free(pages[[1, 3]])
+    for held in (pages[0], pages[2]):
+        with pytest.raises(PageInUse):
+            region.free([held])
+    region.unpin(pages[[0, 2]])
+    region.free(pages[[0, 2]])
+    with pytest.raises(ConfigError, match="access"):
+        region.pin(pages, "read-only")  # type: ignore[arg-type]
+
+
+def test_the_budget_of_a_space_follows_its_limit(tmp_path: Path) -> None:
+    with Space.open(config(tmp_path, gpu=4)) as space:
+        assert space.budget() == 4
+        space.limit(3 * PAGE)
+        assert space.budget() == 3

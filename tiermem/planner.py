@@ -330,6 +330,10 @@ class Planner(Attic):
             if isinstance(step, Copy) and step.src == src > step.dst
         )
 
+    def allowed(self) -> int:
+        """Frames that may be used: those that there are, up to the limit."""
+        return self._allowed(GPU)
+
     def is_doomed(self, rows: Rows) -> Mask:
         return np.asarray((self.table.flags[rows] & DOOMED) != 0)
 

@@ -62,9 +62,16 @@ class Region:
     """
 
     def __init__(
-        self, space: Home, extent: Extent, address: int, name: str, on_gone: OnGone | None
+        self,
+        space: Home,
+        extent: Extent,
+        address: int,
+        name: str,
+        on_gone: OnGone | None,
+        numbered: bool = False,
     ) -> None:
         self.name = name
+        self.numbered = numbered
         self.address = address
         self.pages = extent.pages
         self.unit_pages = extent.unit_pages
@@ -76,8 +83,8 @@ class Region:
         self._first = extent.first
         self._on_gone = on_gone
         heads = np.arange(extent.first, extent.first + extent.pages, extent.unit_pages)
-        self._vacant = heads[::-1].astype(np.int32)
-        self._vacant_count = len(heads)
+        self._vacant = heads[::-1].astype(np.int32)[: 0 if numbered else None]
+        self._vacant_count = len(self._vacant)
         self._closed = False
 
     # ---------------------------------------------------------------- pages
@@ -86,12 +93,15 @@ class Region:
         self,
         n: int,
         *,
+        pages: Sequence[int] | Pages | None = None,
         parents: Sequence[int] | Pages | None = None,
         depths: Sequence[int] | Pages | None = None,
         keys: Keys | None = None,
     ) -> Pages:
         """Put memory behind n vacant pages (whole units); int32[n], unit by unit.
 
+        pages: which ones, n of them; given if, and only if, the region is `numbered`. One that
+        was freed is waited for until queued work no longer touches it.
         parents, depths, keys: one a unit, deepest first; a parent is a page of this region, NEXT
         (the unit after it in this call) or -1. keys are for the policies, which get 64 bits of
         content keys uint64[n, 2]; `label` says that a content is there.
@@ -99,11 +109,12 @@ class Region:
         allocating none, when not enough pages are vacant or too many are pinned.
         """
         units = -(-int(n) // self.unit_pages)
+        named = self.numbered or pages is not None
         if units <= 0:
             raise ConfigError(f"allocate {n} pages: at least 1")
         if parents is not None and len(parents) and parents[-1] == NEXT:
             raise ConfigError(f"allocate {n} pages: the last unit has no next one for its parent")
-        heads = self._pop_vacant(units)
+        heads = self._claim(pages, units) if named else self._pop_vacant(units)
         rows = self._pager.planner.table.pages(heads)
         above = None if parents is None else self._above(np.asarray(parents, np.int32), heads)
         try:
@@ -136,6 +147,22 @@ class Region:
         if isinstance(pages, int) and self.unit_pages == 1 and 0 <= pages < self.pages:
             return Use(self, None, pages + self._first, access, stream)
         return Use(self, self._rows(pages), -1, access, stream)
+
+    def pin(
+        self, pages: Sequence[int] | Pages, access: Access = "read", stream: int | None = None
+    ) -> None:
+        """What entering `use` does; each page is given back by one `unpin`, in any grouping."""
+        if access not in _ACCESS:
+            raise ConfigError(f"access {access!r}: one of {', '.join(_ACCESS)}")
+        rows = self._rows(pages)
+        if len(rows):
+            self._pager.use(rows, access, stream)
+
+    def unpin(self, pages: Sequence[int] | Pages, stream: int | None = None) -> None:
+        """Pages may leave once the work that is queued on the stream by now has ended."""
+        rows = self._rows(pages)
+        if len(rows):
+            self._pager.unpin(rows, self._space.device.streams.tick(stream))
 
     def touch(self, pages: Sequence[int] | Pages) -> None:
         """Tell the policies that these pages were used just now, deepest first."""
@@ -347,6 +374,8 @@ class Region:
 
     def take_vacant(self, rows: Rows) -> None:
         """Rows of this region became vacant. Called under the pager's lock."""
+        if self.numbered:
+            return  # their numbers are the owner's; the table says which are vacant
         heads = self._pager.planner.table.heads(rows)
         n = self._vacant_count
         self._vacant[n : n + len(heads)] = heads
@@ -394,7 +423,8 @@ class Region:
                 return []
             wanted = None if given is None else given[held]
             leaving = wanted is not None and bool(planner.is_doomed(wanted).any())
-            if leaving or (len(held) > self._vacant_count and not planner.is_idle()):
+            short = not self.numbered and len(held) > self._vacant_count
+            if leaving or (short and not planner.is_idle()):
                 settled = False
                 return []
             heads = self._take_heads(len(held), wanted)
@@ -417,6 +447,10 @@ class Region:
     def _take_heads(self, n: int, given: Rows | None) -> Rows:
         """n vacant units, or these: no longer vacant. Called under the lock; TierFull, NotOurs."""
         vacant = self._vacant[: self._vacant_count]
+        if self.numbered:
+            if given is None or self._pager.planner.table.at[given].any():
+                raise NotOurs(f"region {self.name}: {n} units wanted, not given, or not vacant")
+            return given
         if given is None:
             if n > len(vacant):
                 raise self._too_few(n, len(vacant))
@@ -464,6 +498,23 @@ class Region:
                 raise self._too_few(units, vacant)
             self._pager.drain()
 
+    def _claim(self, pages: Sequence[int] | Pages | None, units: int) -> Rows:
+        """The first rows of these vacant units, once none of them is on its way out."""
+        rows = self._rows([] if pages is None else pages)
+        planner = self._pager.planner
+        heads: Rows = rows[:: self.unit_pages]
+        if not self.numbered or len(heads) != units:
+            raise NotOurs(
+                f"region {self.name}: {len(heads)} units named of {units} to allocate; name each "
+                "in a region that is reserved as numbered, and none in any other"
+            )
+        while True:
+            with self._pager.lock:
+                leaving = bool(planner.is_doomed(rows).any())
+            if not leaving:
+                return heads
+            self._pager.drain()
+
     def _undo_allocate(self, heads: Rows) -> None:
         """Vacant units that an allocation took and did not fill go back."""
         planner = self._pager.planner
@@ -471,8 +522,9 @@ class Region:
             self._space.collect_vacant()  # among them perhaps some of these, dropped meanwhile
             here = planner.table.at[heads] == Place.NONE
             doomed = planner.is_doomed(heads)
-            back = np.isin(heads, self._vacant[: self._vacant_count])
-            self.take_vacant(heads[here & ~doomed & ~back][::-1])
+            if not self.numbered:
+                back = np.isin(heads, self._vacant[: self._vacant_count])
+                self.take_vacant(heads[here & ~doomed & ~back][::-1])
             begun = planner.table.pages(heads[~here & ~doomed])
         if len(begun):
             self._pager.free(begun)

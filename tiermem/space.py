@@ -152,12 +152,14 @@ class Space:
         unit_pages: int = 1,
         tenant: int = 0,
         on_gone: OnGone | None = None,
+        numbered: bool = False,
     ) -> Region:
         """Reserve a range of addresses; nothing is behind it until pages are allocated.
 
         nbytes: rounded up to whole units. tenant: pages of different tenants never see each
         other's bytes. on_gone(pages, reason): pages that were dropped or lost; called from any
-        thread, before their slots are reused, and must not block.
+        thread, before their slots are reused, and must not block. numbered: the owner says which
+        pages it allocates, because its own books number them.
         """
         self._refuse_closed()
         wanted = _parse("reserve", nbytes)
@@ -168,7 +170,8 @@ class Space:
         address = self.device.reserve(pages * self.page_bytes)
         with self.pager.lock:
             extent = self._planner.table.extend(pages, unit_pages, tenant)
-            region = Region(self, extent, address, name or f"region-{len(self._regions)}", on_gone)
+            title = name or f"region-{len(self._regions)}"
+            region = Region(self, extent, address, title, on_gone, numbered)
             self._regions.append(region)
             if isinstance(self._planner.admission, Budgeted):
                 self._planner.admission.weigh(self.page_bytes * self._planner.table.max_unit_pages)
@@ -211,6 +214,11 @@ class Space:
                     queued = self._planner.queued(src) * self.page_bytes
                     speeds[src] = RouteSpeed(pace.gbps, queued_bytes=queued)
         return speeds
+
+    def budget(self) -> int:
+        """GPU pages that may be used at once now: those that there are, up to the limit."""
+        with self.pager.lock:
+            return self._planner.allowed()
 
     # ---------------------------------------------------------------- limits and live changes
 
