@@ -188,8 +188,17 @@ class Harness:
         self.carry(self.planner.free(rows, self.now))
         self.alive -= set(rows.tolist())
 
-    def use(self, units: list[int], access: Access, stream: int | None = None) -> bool:
-        """Fault, wait, enter, work and leave, in one go; False if the pages cannot be had."""
+    def use(
+        self,
+        units: list[int],
+        access: Access,
+        stream: int | None = None,
+        inside: Callable[[], None] = lambda: None,
+    ) -> bool:
+        """Fault, wait, enter, work and leave, in one go; False if the pages cannot be had.
+
+        inside: what else the user does before it leaves.
+        """
         for _ in range(50):
             try:
                 request = self.begin(units, access)
@@ -207,6 +216,7 @@ class Harness:
             if not request.failed:
                 self.enter(request, access)
                 self.work(request, access, stream)
+                inside()
                 self.leave(request, stream)
                 return True
             self.planner.abandon(request)

@@ -21,7 +21,9 @@ import numpy as np
 import pytest
 from hypothesis.stateful import run_state_machine_as_test
 
+from tests.test_contents_machine import ContentsMachine
 from tests.test_pager_machine import PagerMachine, machine_settings
+from tiermem.backup import Backup
 from tiermem.books import Books
 from tiermem.descent import Descent
 from tiermem.plan import Copy, Outcome, Plan, Step, Zero
@@ -39,6 +41,7 @@ class Fault:
     method: str
     make: Callable[[Callable[..., Any]], Callable[..., Any]]
     """From the right method to the wrong one."""
+    machine: type[PagerMachine] = PagerMachine
 
     @contextmanager
     def planted(self) -> Iterator[None]:
@@ -62,7 +65,7 @@ def hunt(fault: Fault, runs: int) -> Verdict:
     begun = 0
     first: tuple[int, str] | None = None
 
-    class Machine(PagerMachine):
+    class Machine(fault.machine):  # type: ignore[name-defined,misc]  # a class that is data
         def __init__(self) -> None:
             nonlocal begun
             begun += 1
@@ -235,6 +238,42 @@ def _wake_without_a_pin(right: Callable[..., Any]) -> Callable[..., Any]:
     return pin
 
 
+def _save_a_page_in_use(right: Callable[..., Mask]) -> Callable[..., Mask]:
+    """A page is copied to the drive while its user, who has said so before, writes it."""
+
+    def movable(self: Backup, heads: Rows) -> Mask:
+        table = self.table
+        still: Mask = (table.to[heads] == 0) & (table.busy[heads] == 0)
+        still &= table.at[heads] == Place.GPU
+        return still
+
+    return movable
+
+
+def _save_behind_no_kernel(right: Callable[..., list[Plan]]) -> Callable[..., list[Plan]]:
+    """A page is copied to the drive although a kernel that writes it is still queued."""
+
+    def back_up(self: Backup, now: int, *, last: bool = False) -> list[Plan]:
+        fences = self.table.fence.copy()
+        self.table.fence[:] = 0
+        plans = right(self, now, last=last)
+        self.table.fence[:] = fences
+        return plans
+
+    return back_up
+
+
+def _follow_a_saved_copy(right: Callable[..., Plan]) -> Callable[..., Plan]:
+    """A page that is saved is claimed as if it left, and not taken out of its tier."""
+
+    def copy_down(self: Descent, rows: Rows, *arguments: Any, stays: bool = False) -> Plan:
+        plan = right(self, rows, *arguments, stays=stays)
+        self.table.move[rows] = plan.id
+        return plan
+
+    return copy_down
+
+
 FAULTS = (
     Fault("skip a fence", Books, "_begin", _skip_a_fence),
     Fault("reuse a busy slot", Books, "_cancel", _reuse_a_busy_slot),
@@ -258,6 +297,16 @@ FAULTS = (
     Fault("free a page with a kernel queued", Descent, "_reap", _free_at_once),
     Fault("drop pages untold", Descent, "_drop", _drop_untold),
     Fault("wake a waiter without its pin", Planner, "_pin", _wake_without_a_pin),
+    Fault("save a page in use", Backup, "_is_movable", _save_a_page_in_use, ContentsMachine),
+    Fault(
+        "save a page with a kernel queued", Backup, "back_up", _save_behind_no_kernel,
+        ContentsMachine,
+    ),
+    Fault("follow a saved copy", Descent, "_copy_down", _follow_a_saved_copy, ContentsMachine),
+    Fault(
+        "let a torn save become a spare", Descent, "_land_down",
+        _let_a_torn_copy_become_a_spare, ContentsMachine,
+    ),
 )  # fmt: skip
 
 

@@ -10,11 +10,12 @@ import os
 from random import Random
 
 import numpy as np
+from hypothesis import strategies as st
 from hypothesis.stateful import invariant, rule
 
 from tests.test_pager_machine import SEEDS, PagerMachine, machine_settings
 from tiermem.keyindex import Keys
-from tiermem.table import LABELLED, Rows, Shown
+from tiermem.table import LABELLED, STALE, Rows, Shown
 from tiermem.tier import NVME, Place
 
 RUNS = int(os.environ.get("MACHINE_RUNS", "0"))
@@ -37,17 +38,54 @@ class ContentsMachine(PagerMachine):
     @rule(seed=SEEDS)
     def label(self, seed: int) -> None:
         for head in self.pick(Random(seed), self.units(), 6):
-            rows = self.h.rows([head])
-            if self._is_complete(rows):
-                key = len(self.known()) + 1
-                values = [self.h.model[row] for row in rows.tolist()]
-                self.known()[key] = (values, int(self.h.table.tenant[head]))
-                self.h.planner.label(rows, key_of(key))
+            if self._is_complete(self.h.rows([head])):
+                self._label(head)
+
+    @rule(seed=SEEDS, stream=st.sampled_from([0, 1]))
+    def label_what_a_kernel_will_write(self, seed: int, stream: int) -> None:
+        """As an engine does: the label is given when the work is queued, within the same use."""
+        units = self.pick(Random(seed), self.units(), 1)
+        if not units or not self._may_use(units, "write"):
+            return
+        self._synchronise(self.h.rows(units), stream)
+
+        def label() -> None:
+            self._label(units[0])
+            self.back_up()
+
+        self.h.use(units, "write", stream, inside=label)
+        self.back_up()
+        self._enter_ready()
 
     @rule(seed=SEEDS)
     def label_what_goes_down(self, seed: int) -> None:
         self.label(seed)
         self.demote(seed)
+
+    @rule()
+    def back_up(self) -> None:
+        self.h.observe()
+        self.h.carry(self.h.planner.back_up(self.h.now))
+
+    @rule(seed=SEEDS)
+    def label_and_back_up(self, seed: int) -> None:
+        self.label(seed)
+        self.back_up()
+
+    @rule(seed=SEEDS)
+    def write_a_page_that_is_being_saved(self, seed: int) -> None:
+        """A user comes in the middle of a copy that its page does not follow."""
+        random = Random(seed)
+        self.label_and_back_up(seed)
+        saving = self._being_saved()
+        units = [random.choice(saving)] if saving else []
+        if units and self._may_use(units, "write"):
+            self._finish_use(units, "write", random.choice((None, 0)))
+
+    @rule(seed=SEEDS)
+    def label_anew_while_saving(self, seed: int) -> None:
+        self.write_a_page_that_is_being_saved(seed)
+        self.label_and_back_up(seed + 1)
 
     @rule(seed=SEEDS)
     def close(self, seed: int) -> None:
@@ -109,6 +147,31 @@ class ContentsMachine(PagerMachine):
         table = self.h.table
         stored = (table.slot(NVME) >= 0) & ((table.flags & LABELLED) != 0)
         return [unit for unit in self.units() if stored[unit]]
+
+    @invariant()
+    def what_is_saved_is_true(self) -> None:
+        """A copy on the drive that counts holds what its page holds."""
+        if not hasattr(self, "h") or self.h.planner.failed_tiers:
+            return
+        table, words = self.h.table, self.h.memories[NVME].words
+        kept = self.h.pools[NVME].oldest_kept()
+        owners = self.h.pools[NVME].owner[kept]
+        for row, slot in zip(owners.tolist(), kept.tolist(), strict=True):
+            value = self.h.model.get(row)
+            if value is not None and not table.flags[row] & STALE:
+                assert words[slot].tolist() == [value] * len(words[slot]), f"page {row}, old copy"
+
+    def _label(self, head: int) -> None:
+        rows = self.h.rows([head])
+        key = len(self.known()) + 1
+        values = [self.h.model[row] for row in rows.tolist()]
+        self.known()[key] = (values, int(self.h.table.tenant[head]))
+        self.h.planner.label(rows, key_of(key))
+
+    def _being_saved(self) -> list[int]:
+        """Units with a copy under way that rest where they are."""
+        table = self.h.table
+        return [u for u in self.units() if table.busy[u] and not table.to[u]]
 
     def _close(self, units: list[int]) -> None:
         table = self.h.table

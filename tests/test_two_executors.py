@@ -35,7 +35,7 @@ def same_step(a: Step, b: Step) -> bool:
     if isinstance(a, Copy) and isinstance(b, Copy):
         pairs = ((a.pages, b.pages), (a.src_slots, b.src_slots), (a.dst_slots, b.dst_slots))
         same = all(np.array_equal(x, y) for x, y in pairs)
-        return same and (a.src, a.dst, a.after) == (b.src, b.dst, b.after)
+        return same and (a.src, a.dst, a.after, a.stays) == (b.src, b.dst, b.after, b.stays)
     return False
 
 
@@ -56,7 +56,7 @@ class Ranks:
         self.ranks = [
             Harness(
                 gpu=6, host=4, nvme=10, regions=((12, unit, 0), (6, unit, 1)), eager=eager,
-                marks=Marks(0.9, 0.6), seed=seed + other,
+                marks=Marks(0.9, 0.6), seed=seed + other, attic=True,
             )
             for other in (0, 1000)
         ]  # fmt: skip
@@ -80,7 +80,8 @@ class Ranks:
             self.observe()
             self.carry(*[rank.planner.settle_idle() for rank in self.ranks])
         for rank in self.ranks:
-            for row in rank.planner.take_reaped().tolist():
+            reaped = rank.planner.take_reaped()
+            for row in reaped[reaped < rank.rows_of_regions].tolist():
                 rank.vacant.append(row)
                 rank.model.pop(row, None)
 
@@ -158,6 +159,16 @@ class Ranks:
                     rank.vacant = [row for row in rank.vacant if row not in rank.alive]
                 return
 
+    def label(self, rows: Rows) -> None:
+        """The scheduler knows what is in a page that it has had written."""
+        for rank in self.ranks:
+            if not (rank.table.at[rows] == Place.LOST).any():
+                rank.planner.label(rows, np.array([[rank.now + 1, 1]], np.uint64))
+
+    def back_up(self) -> None:
+        self.observe()
+        self.carry(*[rank.planner.back_up(rank.now) for rank in self.ranks])
+
     def step(self) -> None:
         """Something happens on one rank or the other: they drift apart."""
         rank = self.ranks[self.random.random() < 0.3]
@@ -183,7 +194,7 @@ class Ranks:
     def units(self) -> list[int]:
         table = self.director.table
         live = np.flatnonzero((table.at != Place.NONE) & ((table.flags & DOOMED) == 0))
-        return [int(u) for u in live if table.unit[u] == u]
+        return [int(u) for u in live if table.unit[u] == u and u < self.director.rows_of_regions]
 
     def _reach(self, fence: Fence) -> None:
         for rank in self.ranks:
@@ -196,7 +207,7 @@ def act(ranks: Ranks, failing: bool) -> None:
     random, units = ranks.random, ranks.units()
     heads = ranks.director.table.unit
     vacant = [u for u in ranks.director.vacant if heads[u] == u]
-    verb = random.randrange(12)
+    verb = random.randrange(14)
     if verb < 2 and vacant:
         ranks.allocate(random.choice(vacant))
     elif verb < 7 and units:
@@ -216,6 +227,11 @@ def act(ranks: Ranks, failing: bool) -> None:
             rank.alive -= set(rows.tolist())
         ranks.carry(*[r.planner.free(rows, r.now) for r in ranks.ranks])
         ranks.settle_ready()
+    elif verb == 12 and units:
+        rows = ranks.director.rows([random.choice(units)])
+        ranks.label(rows)
+    elif verb >= 12:
+        ranks.back_up()
     elif verb == 11 and failing:
         route = random.choice(list(ranks.director.routes))
         random.choice(ranks.ranks).routes[route].fail(1)
@@ -228,7 +244,7 @@ def act(ranks: Ranks, failing: bool) -> None:
 def test_two_ranks_with_different_delays_end_in_the_same_table(
     eager: bool, failing: bool, unit: int
 ) -> None:
-    moved = 0
+    moved = saved = 0
     for seed in range(12):
         ranks = Ranks(seed, eager, unit)
         for _ in range(60):
@@ -237,6 +253,7 @@ def test_two_ranks_with_different_delays_end_in_the_same_table(
         ranks.drain()
         ranks.check()
         moved += sum(rank.planner.counts["gpu_host"] for rank in ranks.ranks)
+        saved += sum(rank.planner.counts["backed_up"] for rank in ranks.ranks)
         first, second = ranks.ranks
         assert first.window.shown == second.window.shown, "the ranks show different frames"
         assert first.model == second.model
@@ -249,6 +266,7 @@ def test_two_ranks_with_different_delays_end_in_the_same_table(
                 words = rank.memories[place].words[slots]
                 assert (words == expected[:, None]).all(), f"wrong bytes in {place.name}"
     assert moved > 100
+    assert saved > 10
 
 
 def test_an_entry_counts_as_failed_if_it_failed_on_any_rank() -> None:
@@ -291,3 +309,24 @@ def test_a_failure_on_one_rank_keeps_the_page_on_both() -> None:
     assert [int(r.table.at[0]) for r in ranks.ranks] == [Place.GPU, Place.GPU]
     ranks.use([0], "read", None)
     ranks.check()
+
+
+def test_a_page_is_saved_once_both_ranks_have_written_it() -> None:
+    ranks = Ranks(0, eager=False, unit=1)
+    ranks.allocate(0)
+    ranks.use([0], "write", None)
+    rows = ranks.director.rows([0])
+    ranks.label(rows)
+    ranks.shadow.routes[Place.GPU, Place.NVME].fail(1)
+    for _ in range(2):  # the first time one rank fails
+        ranks.back_up()
+        ranks.director.world.finish_all()
+        ranks.settle_ready()
+        assert not any(r.planner.counts["backed_up"] for r in ranks.ranks)
+        ranks.drain()
+        ranks.check()
+    assert [r.planner.counts["backed_up"] for r in ranks.ranks] == [1, 1]
+    slots = [int(rank.table.slot(Place.NVME)[0]) for rank in ranks.ranks]
+    assert slots[0] == slots[1] >= 0
+    for rank in ranks.ranks:
+        assert (rank.memories[Place.NVME].words[slots[0]] == rank.model[0]).all()

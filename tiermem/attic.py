@@ -51,6 +51,7 @@ class Attic(Descent):
             self.contents.label(rows, page_keys(keys, len(rows) // len(keys)))
             table.flags[rows] |= LABELLED
             self._note_stored(rows)
+            self._note_unsaved(rows)
 
     def places(self, keys: Keys, tenant: int) -> npt.NDArray[np.uint8]:
         """uint8[n]: where a unit of this tenant with each content has its first page, or NONE."""

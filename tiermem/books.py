@@ -29,7 +29,7 @@ from tiermem.table import (
     PageTable,
     Rows,
 )
-from tiermem.tier import AT_GPU, GPU, HOST, NVME, TIERS, Mask, Place, SlotPool, Slots
+from tiermem.tier import AT_GPU, AT_NVME, GPU, HOST, NVME, TIERS, Mask, Place, SlotPool, Slots
 
 _NO_ROWS = np.empty(0, np.int32)
 
@@ -85,6 +85,7 @@ class Books:
         self.contents = Contents(table)
         self.attic: Extent | None = None
         self._unrecorded: list[Rows] = []
+        self._unsaved: dict[int, None] = {}  # labelled units that may have no copy on the drive
         self._open: dict[int, Open] = {}
         self._watch: dict[int, list[Request]] = {}
         self._doomed = _NO_ROWS
@@ -170,6 +171,8 @@ class Books:
         slots = table.slot(place)[owners].copy()
         pool.reuse(slots)
         table.slot(place)[owners] = -1
+        if place == AT_NVME:
+            self._note_unsaved(owners)
         return owners, slots
 
     def _idle_kept(self, place: Place, n: int | None) -> Slots:
@@ -245,6 +248,17 @@ class Books:
             rows = rows[(self.table.flags[rows] & LABELLED) != 0]
             if len(rows):
                 self._unrecorded.append(rows)
+
+    def _note_unsaved(self, rows: Rows) -> None:
+        """Labelled pages among these are to get a copy on the drive if they have none."""
+        if self.attic is None:
+            return
+        table = self.table
+        flags = table.flags[rows]
+        bare = (table.slot(NVME)[rows] < 0) | ((flags & STALE) != 0)
+        rows = rows[bare & ((flags & LABELLED) != 0)]
+        if len(rows):
+            self._unsaved.update(dict.fromkeys(table.heads(rows).tolist()))
 
     def _stamp_units(self, heads: Rows) -> None:
         self.table.stamp[heads] = np.arange(self._stamp, self._stamp + len(heads), dtype=np.uint64)

@@ -160,14 +160,22 @@ class Descent(Books):
         table = self.table
         if self._admitted and dst == AT_NVME:
             self._admitted.difference_update(table.heads(rows).tolist())
-        pool.owner[slots] = rows
-        pool.tenant[slots] = table.tenant[rows]
-        after = table.fences.point(table.fence[rows]) if src == AT_GPU else PASSED
-        copy = Copy(src, dst, rows, table.slot(src)[rows].copy(), slots, after)
-        plan = self._begin([copy])
+        plan = self._copy_down(rows, src, dst, slots)
         table.to[rows] = int(dst)
         table.move[rows] = plan.id
         return [*plans, plan], rest, refused
+
+    def _copy_down(
+        self, rows: Rows, src: Place, dst: Place, slots: Slots, *, stays: bool = False
+    ) -> Plan:
+        """Begin to copy pages into slots that were taken for them; claims none of the pages."""
+        table, pool = self.table, self.pools[dst]
+        pool.owner[slots] = rows
+        pool.tenant[slots] = table.tenant[rows]
+        after = table.fences.point(table.fence[rows]) if src == AT_GPU else PASSED
+        return self._begin(
+            [Copy(src, dst, rows, table.slot(src)[rows].copy(), slots, after, stays)]
+        )
 
     def _ask_admission(self, rows: Rows, now: int) -> tuple[Rows, Rows]:
         """(pages that may be written to NVMe, those that may not). A yes holds until used."""
@@ -231,7 +239,7 @@ class Descent(Books):
         slot[landed] = step.dst_slots[commit]
         table.flags[landed] &= ~DIRTY
         self._moved(landed, dst, now)
-        # A cancelled copy is a spare only if nobody wrote since it began (invariant 6).
+        # A copy that nobody claims is a spare only if nobody wrote since it began (invariant 6).
         late = ~live & whole & (table.gen[rows] == gens) & (slot[rows] < 0)
         late &= (table.flags[rows] & (DOOMED | STALE)) == 0
         late &= (table.at[rows] != AT_NONE) & (table.at[rows] < int(dst))
@@ -243,9 +251,13 @@ class Descent(Books):
         pool.release(step.dst_slots[~(commit | late)])
         self._release_stale(rows)
         self.counts[f"{step.src.name}_{dst.name}".lower()] += len(landed)
-        self.counts["late_spares"] += len(spares)
+        if step.stays:
+            self.counts["backed_up"] += len(spares)
+        else:
+            self.counts["late_spares"] += len(spares)
         if dst == AT_NVME:
             self._note_stored(rows[commit | late])
+            self._note_unsaved(rows)
         if step.src == AT_GPU:
             return self._retire(landed)
         if dst == AT_NVME:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from tiermem.attic import Stored
@@ -10,6 +13,11 @@ from tiermem.table import Rows
 
 if TYPE_CHECKING:
     from tiermem.nvme.slab import Slab
+
+log = logging.getLogger(__name__)
+
+_TICK_S = 0.02
+_REPORT_S = 1.0
 
 
 class Keeping:
@@ -48,6 +56,42 @@ class Keeping:
         with self._pager.lock:
             planner.counts["recorded"] += n
         return n
+
+    def save(self, rows: range, timeout_s: float, now: Callable[[], int]) -> int:
+        """Copy labelled pages that rest idle above the drive to it; how many units have none then.
+
+        Until all of these rows have one, time is up, or what is left is in use or finds no room.
+        If an interrupt ends it, what was begun is carried out and settled by others.
+        """
+        pager, planner = self._pager, self._pager.planner
+        began = told = time.monotonic()
+        while True:
+            begun = pager.decide(lambda: planner.back_up(now(), last=True)) if timeout_s else 0
+            pager.settle_ready()
+            self.record()
+            with pager.lock:
+                left, under_way = planner.unsaved(rows)
+                helps, fence = planner.awaits_back_up(rows)
+            at = time.monotonic()
+            if not left or at - began >= timeout_s:
+                break
+            if at - told >= _REPORT_S:
+                told = at
+                log.info("save units_left=%d after_s=%.0f", left, at - began)
+            if begun or under_way:
+                pager.wait_some(_TICK_S)
+            elif not helps:
+                break
+            elif fence.ticks:
+                pager.wait_fence(fence, _TICK_S)
+            else:
+                time.sleep(_TICK_S)  # for the write budget
+        if left and timeout_s:
+            log.warning(
+                "save units_left=%d took_s=%.1f limit_s=%.1f: the next start will not have them",
+                left, time.monotonic() - began, timeout_s,
+            )  # fmt: skip
+        return left
 
 
 class Nobody:

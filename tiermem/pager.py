@@ -200,6 +200,10 @@ class Pager:
                 self._wait_fence(fence, _TICK_S)
             self.wait_some(_TICK_S)
 
+    def wait_fence(self, fence: Fence, timeout_s: float) -> bool:
+        """Wait until work queued on streams has passed a point; False on timeout."""
+        return self._wait_fence(fence, timeout_s)
+
     def close(self) -> None:
         """Refuse new work and settle what is under way."""
         with self.lock:

@@ -40,7 +40,10 @@ class Zero:
 
 @dataclass(frozen=True, slots=True)
 class Copy:
-    """Copy src_slots[i] of tier `src` to dst_slots[i] of `dst`, for pages[i], after a fence."""
+    """Copy src_slots[i] of tier `src` to dst_slots[i] of `dst`, for pages[i], after a fence.
+
+    stays: the pages do not follow their bytes; the copy is to be a spare.
+    """
 
     src: Place
     dst: Place
@@ -48,6 +51,7 @@ class Copy:
     src_slots: Slots
     dst_slots: Slots
     after: Fence
+    stays: bool = False
 
 
 @dataclass(frozen=True, slots=True)

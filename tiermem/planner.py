@@ -16,7 +16,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from tiermem.attic import Attic
+from tiermem.backup import Backup
 from tiermem.books import Marks, copies, either, pages_of
 from tiermem.errors import NotOurs, PageInUse, PageLost, TierFailed, TierFull
 from tiermem.plan import Copy, Drop, Hide, Outcome, Plan, Request, Show, Step, Zero
@@ -59,7 +59,7 @@ _BARRED_WRITE = _BARRED | LABELLED
 _ARRIVED = {HOST: "host_gpu", NVME: "nvme_gpu"}
 
 
-class Planner(Attic):
+class Planner(Backup):
     """All verbs. See `table.py` for the states and arcs, `books.py` for the state."""
 
     # ---------------------------------------------------------------- verbs of the owner
@@ -170,6 +170,7 @@ class Planner(Attic):
         self.rankings[GPU].accessed(one, now)
         if self.admission is not None:
             self.admission.used(one, table.depth[one], now)
+            self._note_unsaved(one)
         return True
 
     def touch(self, rows: Rows, now: int) -> None:
@@ -181,6 +182,7 @@ class Planner(Attic):
             self.rankings[GPU].accessed(here, now)
         if self.admission is not None:
             self.admission.used(heads, self.table.depth[heads], now)
+            self._note_unsaved(heads)
 
     def run_ahead(self, request: Request, now: int) -> None:
         """Nobody but a stream waits for these loads: they count as used once they have landed.

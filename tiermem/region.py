@@ -50,6 +50,8 @@ class Home(Protocol):
 
     def now(self) -> int: ...
 
+    def save(self, rows: range | None = None) -> int: ...
+
     def collect_vacant(self) -> None: ...
 
     def route_speeds(self) -> dict[Place, RouteSpeed]: ...
@@ -331,7 +333,10 @@ class Region:
     # ---------------------------------------------------------------- closing
 
     def close(self) -> None:
-        """Free all pages and give the addresses back. Raises PageInUse if pages are pinned."""
+        """Free all pages and give the addresses back. Raises PageInUse if pages are pinned.
+
+        With nvme.persist, labelled pages are saved before that, as by `Space.save`.
+        """
         if self._closed:
             return
         planner = self._pager.planner
@@ -341,6 +346,7 @@ class Region:
                 return
             self._refuse_pinned()
             self._closed = True
+        self._space.save(range(self._first, self._first + self.pages))
         self._pager.drain()
         for _ in range(2):  # pages that queued work still touches show their frames until then
             self._pager.decide(lambda: planner.forget(mine, self._space.now()))

@@ -26,6 +26,7 @@ from tiermem.settings import (
     positive,
     rate,
     rated,
+    seconds,
     size,
     sized,
     text,
@@ -104,6 +105,7 @@ class Nvme(Section, frozen=True, kw_only=True):
             choice("auto", "kvikio", "posix", "off"), "auto (probed) | kvikio | posix | off"
         ),
         "persist": Key(flag, "keep the pages for the next start"),
+        "save_s": Key(seconds, "most seconds for saving labelled pages when closing; 0: do not"),
         "encrypt": Key(flag, "AES-256-GCM; the key ends with the process, or is in key_file"),
         "key_file": Key(optional(path), "the key; off = beside the slab, if that is kept"),
         "write_budget": Key(optional(rate), "most bytes written per second; off = no limit", rated),
@@ -118,6 +120,7 @@ class Nvme(Section, frozen=True, kw_only=True):
     capacity: Setting[Size] = default(0.5)
     mode: Literal["auto", "kvikio", "posix", "off"] = "auto"
     persist: bool = False
+    save_s: float = 30.0
     encrypt: bool = False
     key_file: Setting[Path | None] = default(None)
     write_budget: Setting[int | None] = default(None)
@@ -238,6 +241,6 @@ KEYS = tuple(f"{name}.{key}" for name, cls in SECTIONS.items() for key in cls.ke
 RUNNING = frozenset(
     [f"{tier}.{mark}" for tier in ("gpu", "host", "nvme") for mark in ("high", "low")]
     + [f"evict.{key}" for key in Evict.keys]
-    + ["prefetch.name", "nvme.admit", "nvme.write_budget", "log.level"]
+    + ["prefetch.name", "nvme.admit", "nvme.save_s", "nvme.write_budget", "log.level"]
 )
 """Keys that may change while a space is open."""

@@ -163,6 +163,11 @@ def positive(given: object) -> float:
     return value
 
 
+def seconds(given: object) -> float:
+    """A time of 0 or more."""
+    return 0.0 if given in (0, "0") and not isinstance(given, bool) else positive(given)
+
+
 def port(given: object) -> int:
     """A TCP port."""
     value = int(given) if isinstance(given, str) and given.isdecimal() else given

@@ -23,6 +23,7 @@ from tiermem.keyindex import Keys
 from tiermem.leased import LeasedPlanner
 from tiermem.mover import Mover
 from tiermem.pager import Pager
+from tiermem.plan import Plan
 from tiermem.planner import Marks, Planner
 from tiermem.policies.admission import Budgeted, admission
 from tiermem.policies.base import Admission, Eviction
@@ -295,6 +296,19 @@ class Space:
         if self._mover.error is not None:
             raise self._mover.error
 
+    def save(self, rows: range | None = None, timeout_s: float | None = None) -> int:
+        """With nvme.persist: copy labelled pages that are not on the drive to it, and wait.
+
+        rows: of the page table, by default all. timeout_s: by default nvme.save_s. Returns how
+        many units have no copy there after it: those in use, those without room, or all that
+        time did not allow; what nvme.admit refused is not counted, until it is used again.
+        """
+        if self._keeping is None or self._closed:
+            return 0
+        rows = range(self._planner.table.rows) if rows is None else rows
+        limit_s = self.config.nvme.save_s if timeout_s is None else timeout_s
+        return self._keeping.save(rows, limit_s, self.now)
+
     def drain(self, timeout_s: float | None = None) -> bool:
         """Wait until no page is moving; False on timeout."""
         return self.pager.drain(timeout_s)
@@ -304,14 +318,21 @@ class Space:
     def close(self) -> None:
         """End all moves and give everything back; addresses of its regions become invalid.
 
-        Waits for work queued on streams behind the fences of used pages. Twice is fine. Raises
-        PageInUse, closing nothing, while pages are pinned.
+        Waits for work queued on streams behind the fences of used pages. With nvme.persist,
+        labelled pages are saved first, for nvme.save_s at most; an interrupt ends that, not the
+        closing. Twice is fine. Raises PageInUse, closing nothing, while pages are pinned.
         """
         if self._closed:
             return
         for region in self._regions:
             if isinstance(region, Region):
                 region.refuse_pinned()
+        try:
+            self.save()
+        finally:
+            self._close()
+
+    def _close(self) -> None:
         self._closed = True
         if self._metrics is not None:
             self._metrics.close()
@@ -361,11 +382,15 @@ class Space:
         growing = self._grow()
         if isinstance(self._planner, LeasedPlanner):
             self._follow_lease(self._planner)
-        self.pager.decide(lambda: self._planner.relieve(self.now()))
+        self.pager.decide(self._upkeep)
         self._obey_limit()
         if self._watched is not None and self._watched.rewritten():
             self._follow_file()
         return growing
+
+    def _upkeep(self) -> list[Plan]:
+        now = self.now()
+        return self._planner.relieve(now) + self._planner.back_up(now)
 
     def _follow_lease(self, planner: LeasedPlanner) -> None:
         """The limit is what the ledger lets us hold; what others may have by then is parked."""

@@ -17,6 +17,7 @@ One row a page, numpy columns, no I/O and no lock. Only `planner.py` writes it.
    GPU, clean, spare below ── _step_down ─▶ HOST or NVME, no transfer
    HOST, clean, spare on NVMe ── _step_down ─▶ NVME, no transfer
    HOST or NVME, frame retired ── _take_back ─▶ GPU, no transfer
+   GPU or HOST, labelled ── back_up ─▶ the same place, with a spare on NVMe if `gen` is the same
    HOST, failed load, spare on NVMe ── _read_failed ─▶ NVME
    NONE ── adopt ─▶ NVME, in the slot of a page of the attic, which becomes NONE
    closing, labelled, copy on NVMe ── _shelve ─▶ the slot is the attic's, whose page was NONE
@@ -25,7 +26,8 @@ What an address shows (`shown`): NOTHING ─ _load, allocate ▶ FRAME ─ _land
 HIDING (eager); RETIRED ─ stolen ▶ HIDING ─ settle ▶ NOTHING; RETIRED ─ _take_back ▶ FRAME.
 
 A page is claimed while `move` names an open plan; a cancelled transfer lets go of the claim and
-lives on only in `busy`, until it settles. Pages of one unit are always in the same state.
+lives on only in `busy`, until it settles; a copy by `back_up` never claims. Pages of one unit are
+always in the same state.
 """
 
 from __future__ import annotations

@@ -18,7 +18,14 @@ from tiermem.policies.queue import grown
 F64 = npt.NDArray[np.float64]
 
 
-class All:
+class Unbounded:
+    """A rule that counts no bytes."""
+
+    def ahead(self, now: int, *, last: bool) -> int | None:
+        return None
+
+
+class All(Unbounded):
     """Everything is written."""
 
     def used(self, units: Ids, depths: Ids, now: int) -> None:
@@ -31,7 +38,7 @@ class All:
         return np.ones(len(units), np.bool_)
 
 
-class SecondTouch:
+class SecondTouch(Unbounded):
     """Written once it was used twice: loses what returns for the first time (27 % of chat hits)."""
 
     def __init__(self) -> None:
@@ -49,7 +56,7 @@ class SecondTouch:
         return self._uses[units] >= 2
 
 
-class PredictedReuse:
+class PredictedReuse(Unbounded):
     """Written if units like it were used again often enough.
 
     Alike: as many uses so far (1, 2, 3 or more) and as deep (by powers of two). Learnt online from
@@ -140,9 +147,7 @@ class Budgeted:
         self._inner.gone(units)
 
     def admit(self, units: Ids, now: int) -> Mask:
-        passed_ms = 0 if self._at is None else now - self._at
-        self._at = now
-        self._saved = min(self._most, self._saved + passed_ms * self._rate)
+        self._refill(now)
         wanted = self._inner.admit(units, now)
         may = int(self._saved // self._unit_bytes)
         over = np.flatnonzero(wanted)
@@ -152,6 +157,18 @@ class Budgeted:
         self.refused += len(over)
         self._saved -= self._unit_bytes * int(np.count_nonzero(wanted))
         return wanted
+
+    def ahead(self, now: int, *, last: bool) -> int | None:
+        """A second's worth at most, and until the last none of half of what may be saved up."""
+        self._refill(now)
+        reserve = 0.0 if last else min(self._most / 2, self._most - self._unit_bytes)
+        may = int((self._saved - reserve) // self._unit_bytes)
+        return max(0, min(may, max(1, int(self._rate * 1000) // self._unit_bytes)))
+
+    def _refill(self, now: int) -> None:
+        passed_ms = 0 if self._at is None else now - self._at
+        self._at = now
+        self._saved = min(self._most, self._saved + passed_ms * self._rate)
 
 
 RULES: dict[str, Callable[[], Admission]] = {

@@ -72,6 +72,13 @@ class Admission(Protocol):
     def admit(self, units: Ids, now: int) -> Mask:
         """bool[n]: which of these leaving units to write, most valuable last (as they leave)."""
 
+    def ahead(self, now: int, *, last: bool) -> int | None:
+        """Units that may be on their way to NVMe before they must leave; None: any number.
+
+        What leaves because it must is dropped where it is not admitted, so some is kept for it;
+        last: nothing will.
+        """
+
 
 class Retaining(Eviction, Protocol):
     """A policy around another that lets marked units leave later."""
