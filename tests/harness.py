@@ -69,8 +69,9 @@ class Harness:
         marks: Marks | None = None,
         seed: int = 0,
         attic: bool = False,
+        in_order: bool = False,
     ) -> None:
-        """regions: (pages, unit pages, tenant) each."""
+        """regions: (pages, unit pages, tenant) each. Plans are always carried out in order."""
         self.world = World(seed)
         self.table = PageTable()
         sizes = {Place.GPU: gpu, Place.HOST: host, Place.NVME: nvme}
@@ -90,6 +91,7 @@ class Harness:
             rankings,
             routes=self.routes,
             eager=eager,
+            in_order=in_order,
             marks={p: marks for p in TIERS} if marks else None,
         )
         self.executor = Executor(

@@ -59,14 +59,21 @@ class PagerMachine(RuleBasedStateMachine):
         shape=st.sampled_from(SHAPES),
         marks=st.sampled_from([Marks(1.0, 1.0), Marks(0.8, 0.5)]),
         filled=st.integers(2, 12),
+        in_order=st.booleans(),
     )
     def start(
-        self, seed: int, eager: bool, shape: tuple[int, int, int, int], marks: Marks, filled: int
+        self,
+        seed: int,
+        eager: bool,
+        shape: tuple[int, int, int, int],
+        marks: Marks,
+        filled: int,
+        in_order: bool,
     ) -> None:
         gpu, host, nvme, unit = shape
         self.h = Harness(
             gpu=gpu, host=host, nvme=nvme, regions=((12, unit, 0), (6, unit, 1)),
-            eager=eager, marks=marks, seed=seed, attic=self.attic,
+            eager=eager, marks=marks, seed=seed, attic=self.attic, in_order=in_order,
         )  # fmt: skip
         self.gpu_units = gpu // unit
         self.waiting: list[Work] = []

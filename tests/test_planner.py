@@ -282,6 +282,89 @@ def test_fresh_use_of_a_page_below_loads_nothing() -> None:
     h.check()
 
 
+def test_fresh_use_needs_not_wait_for_a_copy_that_still_reads_the_old_bytes() -> None:
+    h = Harness(gpu=2, host=1, nvme=4, eager=True)
+    written(h, 0)
+    down(h, HOST, 0)
+    h.planner.marks[HOST] = Marks(0.0, 0.0)
+    h.carry(h.planner.relieve(h.now))
+    assert (at(h, 0), to(h, 0)) == (HOST, NVME)
+    request = pinned(h, [0], "fresh")
+    assert h.table.flags[0] & STALE, "the copy reads the slot until it ends"
+    assert h.table.busy[0] == 1
+    h.check()
+    h.write_now(request)
+    h.leave(request, None)
+    h.planner.marks[HOST] = Marks(1.0, 1.0)
+    h.drain()
+    assert at(h, 0) == GPU
+    assert (h.planner.pools[HOST].used, h.planner.pools[NVME].used) == (0, 0)
+    assert h.use([0], "read"), "the new bytes are there"
+    h.check_idle()
+
+
+@pytest.mark.parametrize("in_order", [False, True], ids=["any-order", "in-order"])
+def test_in_order_a_page_is_shown_anew_before_its_hide_has_settled(in_order: bool) -> None:
+    h = Harness(gpu=2, host=4, nvme=0, in_order=in_order)
+    written(h, 0, 1)
+    down(h, HOST, 0, 1)
+    stealing = h.planner.allocate(h.rows([2]), h.now)
+    h.carry(stealing.plans)
+    (stolen,) = (s.pages for p in stealing.plans for s in p.steps if isinstance(s, Hide))
+    request = h.begin(stolen.tolist(), "read")
+    assert request.taken == in_order, "any executor might show it before it is hidden"
+    h.check()
+    h.alive.add(2)
+    h.vacant.remove(2)
+    h.drain()
+    h.check()
+    if in_order:
+        h.enter(request, "read")
+        h.leave(request, None)
+
+
+def test_room_is_made_by_clean_pages_at_once_and_by_copies_later() -> None:
+    h = Harness(gpu=4, host=8, nvme=0)
+    written(h, 0, 1, 2, 3)
+    down(h, HOST, 0, 1)
+    assert h.use([0, 1], "read")
+    assert h.planner.ready() == 0
+    plans = h.planner.make_room(3, h.now)
+    copied = sum(len(s.pages) for p in plans for s in p.steps if isinstance(s, Copy))
+    assert h.planner.ready() + copied == 3
+    h.carry(plans)
+    assert h.planner.make_room(3, h.now) == [], "what is on its way counts"
+    h.drain()
+    assert h.planner.ready() == 3
+    h.check_idle()
+
+
+def test_in_order_nothing_is_dropped_that_queued_work_may_touch() -> None:
+    h = Harness(gpu=2, host=0, nvme=0, in_order=True, marks=Marks(0.5, 0.5))
+    written(h, 0, 1)
+    request = pinned(h, [0, 1])
+    h.work(request, "read", 0)  # queued
+    h.leave(request, 0)
+    assert h.planner.relieve(h.now) == []
+    h.world.streams.advance(0, 1000)
+    h.observe()
+    (plan,) = h.planner.relieve(h.now)
+    assert isinstance(plan.steps[0], Drop)
+    h.carry([plan])
+    h.alive -= set(plan.steps[0].units.tolist())
+    h.settle_ready()
+    h.check()
+
+
+def test_a_renamed_unit_is_new_to_the_policy() -> None:
+    h = Harness(gpu=3, host=3)
+    written(h, 0, 1, 2)
+    h.planner.rename(h.rows([0]), h.rows([1]), np.array([5], np.int32), h.now)
+    assert (h.table.parent[0], h.table.depth[0]) == (1, 5)
+    demoted = h.planner.make_room(1, h.now)
+    assert [s.pages.tolist() for p in demoted for s in p.steps] == [[1]], "0 is the newest now"
+
+
 def test_a_freed_page_is_vacant_at_once_if_idle_and_its_frame_is_used_again(eager: bool) -> None:
     h = Harness(gpu=1, host=0, nvme=0, eager=eager)
     written(h, 0)

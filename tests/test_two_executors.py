@@ -51,12 +51,12 @@ def same_plans(left: list[Plan], right: list[Plan]) -> bool:
 class Ranks:
     """The first rank's planner directs; the second's is a shadow that must always agree."""
 
-    def __init__(self, seed: int, eager: bool, unit: int) -> None:
+    def __init__(self, seed: int, eager: bool, unit: int, in_order: bool = True) -> None:
         self.random = Random(seed)
         self.ranks = [
             Harness(
                 gpu=6, host=4, nvme=10, regions=((12, unit, 0), (6, unit, 1)), eager=eager,
-                marks=Marks(0.9, 0.6), seed=seed + other, attic=True,
+                marks=Marks(0.9, 0.6), seed=seed + other, attic=True, in_order=in_order,
             )
             for other in (0, 1000)
         ]  # fmt: skip
@@ -241,12 +241,13 @@ def act(ranks: Ranks, failing: bool) -> None:
 @pytest.mark.parametrize("unit", [1, 2], ids=["pages", "units-of-two"])
 @pytest.mark.parametrize("eager", [False, True], ids=["lazy", "eager"])
 @pytest.mark.parametrize("failing", [False, True], ids=["sound", "failing"])
+@pytest.mark.parametrize("in_order", [False, True], ids=["any-order", "in-order"])
 def test_two_ranks_with_different_delays_end_in_the_same_table(
-    eager: bool, failing: bool, unit: int
+    eager: bool, failing: bool, unit: int, in_order: bool
 ) -> None:
     moved = saved = 0
     for seed in range(12):
-        ranks = Ranks(seed, eager, unit)
+        ranks = Ranks(seed, eager, unit, in_order)
         for _ in range(60):
             act(ranks, failing)
             ranks.check()

@@ -21,6 +21,7 @@ from tiermem.ranking import Ranking
 from tiermem.table import (
     DOOMED,
     IS_HIDING,
+    IS_NOTHING,
     IS_RETIRED,
     LABELLED,
     ORDERED,
@@ -62,9 +63,13 @@ class Books:
         routes: Iterable[tuple[Place, Place]],
         marks: Mapping[Place, Marks] | None = None,
         eager: bool = False,
+        in_order: bool = False,
         batch: int = 512,
     ) -> None:
         """pools and rankings for all three tiers (capacity 0 = off).
+
+        in_order: whoever carries plans out starts them in the order in which they were made, so
+        an address whose hide has been planned may be shown anew at once.
 
         routes: which (source, destination) pairs can be copied. batch: pages in flight downward
         per tier at most, for work that nobody waits for.
@@ -75,6 +80,7 @@ class Books:
         self.routes = set(routes)
         self.marks = {p: Marks(1.0, 1.0) for p in pools} | dict(marks or {})
         self.eager = eager
+        self.in_order = in_order
         self.batch = batch
         self.counts: Counter[str] = Counter()
         self.failed_tiers: set[Place] = set()
@@ -124,7 +130,7 @@ class Books:
                     np.add.at(busy, step.pages, 1)
                     held[step.dst] += len(step.pages)
                 elif isinstance(step, Hide):
-                    np.add.at(busy, step.pages, 1)
+                    np.add.at(busy, step.pages, int(not self.in_order))
                     held[GPU] += len(step.frees)
                 elif isinstance(step, Show) and not copies(opened.plan):
                     np.add.at(busy, step.pages, 1)
@@ -194,8 +200,11 @@ class Books:
         """These pages stop showing their frame, which is theirs no more."""
         table = self.table
         table.slot(GPU)[rows] = -1
-        table.shown[rows] = IS_HIDING
-        table.busy[rows] += 1
+        if self.in_order:
+            table.shown[rows] = IS_NOTHING
+        else:
+            table.shown[rows] = IS_HIDING
+            table.busy[rows] += 1
         return Hide(rows, frees)
 
     def _hide_unowned(self, rows: Rows, frames: Slots) -> Hide:

@@ -114,10 +114,16 @@ class Descent(Books):
             short = len(rest) + len(refused) - self._leaving(HOST)
             return plans + (self._push_down(HOST, short, now) if short > 0 else [])
         if may_drop:
-            plans += self._drop(refused, now, "not-admitted")
+            plans += self._drop(self._droppable(refused), now, "not-admitted")
             if not self._usable(NVME, GPU):
-                plans += self._drop(rest, now, "evicted")
+                plans += self._drop(self._droppable(rest), now, "evicted")
         return plans
+
+    def _droppable(self, rows: Rows) -> Rows:
+        """In order, a page that is dropped is vacant at once: its owner may give it out again."""
+        if not self.in_order:
+            return rows
+        return rows[self.table.fences.is_passed(self.table.fence[rows])]
 
     def _leave_host(self, rows: Rows, now: int) -> list[Plan]:
         table = self.table
@@ -338,12 +344,13 @@ class Descent(Books):
         plans: list[Plan] = []
         shown = rows[table.shown[rows] == IS_FRAME]
         if self.eager and len(shown):
-            table.at[shown] = AT_LOST
-            table.flags[shown] = DOOMED
             hide = self._hide_unowned(shown, table.slot(GPU)[shown])
             plans.append(self._begin([hide]))
-            self._doomed = np.concatenate([self._doomed, shown])
-            rows = rows[table.shown[rows] != IS_HIDING]
+            if not self.in_order:
+                table.at[shown] = AT_LOST
+                table.flags[shown] = DOOMED
+                self._doomed = np.concatenate([self._doomed, shown])
+                rows = rows[table.shown[rows] != IS_HIDING]
         self._vacate(rows)
         return plans
 
@@ -377,10 +384,11 @@ class Descent(Books):
         return bool(idle.all())
 
     def _settle_hide(self, step: Hide, bad: Mask | None) -> None:
-        table = self.table
-        table.busy[step.pages] -= 1
-        table.shown[step.pages] = IS_NOTHING
-        self._release_stale(step.pages)
+        if not self.in_order:
+            table = self.table
+            table.busy[step.pages] -= 1
+            table.shown[step.pages] = IS_NOTHING
+            self._release_stale(step.pages)
         if len(step.frees):
             self.pools[GPU].release(step.frees)
         if bad is not None and bad.any():

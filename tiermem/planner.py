@@ -131,8 +131,6 @@ class Planner(Backup):
         below = (at != AT_GPU) & (to != AT_GPU)
         away = rows if below.all() else rows[below]
         if len(away):
-            if access == "fresh" and self._busy(away, request):
-                return request
             if moving:
                 self._cancel(away[table.at[away] == AT_HOST])
             if self._blocked(away, request):
@@ -151,6 +149,18 @@ class Planner(Backup):
         else:
             table.pins[rows] += 1
         return request
+
+    def rename(self, units: Rows, parents: Rows, depths: Rows, now: int) -> None:
+        """These units get other content, at other places of their chains (`fault` fresh follows).
+
+        parents, depths: one a unit. The policy of the GPU hears of those there anew.
+        """
+        table = self.table
+        table.parent[units] = parents
+        table.depth[units] = depths
+        here = units[table.at[units] == AT_GPU]
+        self._leave_tier(GPU, here, now)
+        self._entered(GPU, here, now)
 
     def pin_one(self, row: int, write: bool, now: int) -> bool:
         """The fast path of `fault` and `touch` for one page that rests on the GPU."""
@@ -336,6 +346,15 @@ class Planner(Backup):
         """Frames that may be used: those that there are, up to the limit."""
         return self._allowed(GPU)
 
+    def ready(self) -> int:
+        """Pages that could get frames now, without waiting for anything."""
+        return self._available(_NO_ROWS)
+
+    def make_room(self, n: int, now: int) -> list[Plan]:
+        """Let `ready` come to n pages: clean ones step down at once, the others are copied down."""
+        short = n - self.ready() - self._coming()
+        return self._push_down(GPU, short, now) if short > 0 else []
+
     def is_doomed(self, rows: Rows) -> Mask:
         return np.asarray((self.table.flags[rows] & DOOMED) != 0)
 
@@ -422,11 +441,12 @@ class Planner(Backup):
             self._moved(back, GPU, now)
         if access == "fresh":
             blank = away[table.at[away] != AT_GPU]
+            busy = table.busy[blank] > 0  # a cancelled copy still reads or writes slots of theirs
             for place in (HOST, NVME):
                 self._leave_tier(place, blank[table.at[blank] == int(place)], now)
-                self._release_slots(blank[table.slot(place)[blank] >= 0], place)
+                self._release_slots(blank[(table.slot(place)[blank] >= 0) & ~busy], place)
             table.at[blank] = AT_LOST
-            table.flags[blank] = 0
+            table.flags[blank] = np.where(busy, STALE, np.uint8(0))
             if len(blank):
                 self.rankings[GPU].inserted(table.heads(blank), None, now)
             self._blank(blank, request)
@@ -577,11 +597,12 @@ class Planner(Backup):
         table.flags[landed] |= DIRTY
         table.pins[landed] += table.waiters[landed]
         table.waiters[rows[live]] = 0
+        self._release_stale(rows)
         if good.all():
             return []
         broken = rows[live & ~good]
         failed.update(broken.tolist())
-        table.flags[broken] = 0
+        table.flags[broken] &= STALE
         self._leave_tier(GPU, broken, now)
         return self._unshow(rows[~good], step.frames[~good], unshown)
 
@@ -697,10 +718,6 @@ class Planner(Backup):
         table = self.table
         stuck = rows[(table.shown[rows] == IS_HIDING) | (table.to[rows] == AT_HOST)]
         return bool(len(stuck)) and self._await(stuck, request)
-
-    def _busy(self, rows: Rows, request: Request) -> bool:
-        busy = rows[self.table.busy[rows] > 0]
-        return bool(len(busy)) and self._await(busy, request)
 
     def _await(self, rows: Rows, request: Request) -> bool:
         for plan_id, opened in self._open.items():

@@ -24,6 +24,7 @@ One row a page, numpy columns, no I/O and no lock. Only `planner.py` writes it.
 
 What an address shows (`shown`): NOTHING ─ _load, allocate ▶ FRAME ─ _land_down ▶ RETIRED (lazy) or
 HIDING (eager); RETIRED ─ stolen ▶ HIDING ─ settle ▶ NOTHING; RETIRED ─ _take_back ▶ FRAME.
+Where plans are carried out in order, a hide takes effect when it is planned: HIDING is skipped.
 
 A page is claimed while `move` names an open plan; a cancelled transfer lets go of the claim and
 lives on only in `busy`, until it settles; a copy by `back_up` never claims. Pages of one unit are
@@ -238,7 +239,7 @@ class PageTable:
             self._check_slots(place, slot, pools)
         for place in (HOST, NVME):
             copy = self.slot(place) >= 0
-            assert not (copy & ((at == AT_NONE) | (at == AT_LOST)) & ~doomed).any(), (
+            assert not (copy & ((at == AT_NONE) | (at == AT_LOST)) & ~doomed & ~stale).any(), (
                 f"5: a page without bytes owns a {place.name} slot"
             )
         assert (~dirty | (at == AT_GPU)).all(), "6: dirty away from the GPU"
