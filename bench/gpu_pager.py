@@ -14,7 +14,8 @@ import statistics
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -22,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import numpy as np
 
 from tiermem.bench import paging
-from tiermem.bench.paging import Shape
+from tiermem.bench.rig import AHEAD, Lap, Rig, Shape, rig
 from tiermem.config import Config, Gpu, Host
 from tiermem.space import Space
 
@@ -37,45 +38,65 @@ def shapes(device: str) -> dict[str, Shape]:
     return {"2MiB": Shape(device, 2 * MIB, 4096), "8MiB": Shape(device, 8 * MIB, 2048)}
 
 
-def gbps(laps: list[paging.Lap]) -> list[float]:
+def gbps(laps: list[Lap]) -> list[float]:
     return [lap.gbps for lap in laps]
+
+
+SCENES: dict[str, paging.Scene] = {
+    "evict": paging.evict,
+    "load": paging.load,
+    "steal": paging.steal,
+    "swap": paging.swap,
+    "load_ahead": paging.load_ahead,
+    "steal_ahead": paging.steal_ahead,
+}
+
+
+@contextmanager
+def rig_for(name: str, shape: Shape) -> Iterator[Rig]:
+    """A space of its own for each scene."""
+    hide = "eager" if name.startswith("load") else "lazy"
+    with rig(shape, hide, AHEAD if name == "swap" else 0) as r:  # type: ignore[arg-type]
+        yield r
 
 
 def streams(device: str) -> dict[str, object]:
     """Evict, load, steal and swap, quiet and beside one thread of pure Python (GB/s)."""
     found: dict[str, object] = {}
     for name, shape in shapes(device).items():
-        for work in (paging.evict, paging.load, paging.steal, paging.swap):
-            key = f"{work.__name__}_{name}_gbps"
-            found[key] = gbps(work(shape, ROUNDS))
-        for work in (paging.load, paging.steal):
-            key = f"{work.__name__}_ahead_{name}_gbps"
-            found[key] = gbps(work(shape, ROUNDS, paging.AHEAD))
+        for work, scene in SCENES.items():
+            with rig_for(work, shape) as r:
+                found[f"{work}_{name}_gbps"] = gbps(paging.take(scene(r), ROUNDS))
     return found
 
 
 def busy(device: str) -> dict[str, object]:
     found: dict[str, object] = {}
+    alone = paging.alone_per_s(1.0)
     for name, shape in shapes(device).items():
-        for work in (paging.evict, paging.load, paging.steal, paging.swap):
-            laps, lost = paging.beside_python(lambda w=work, s=shape: w(s, ROUNDS))
-            found[f"{work.__name__}_{name}_gbps"] = gbps(laps)
-            found[f"{work.__name__}_{name}_thread_lost_percent"] = [lost]
+        for work in ("evict", "load", "steal", "swap"):
+            with rig_for(work, shape) as r, paging.BusyThread() as thread:
+                found[f"{work}_{name}_gbps"] = gbps(paging.take(SCENES[work](r), ROUNDS))
+            lost = 100.0 * (1.0 - thread.per_s / alone)
+            found[f"{work}_{name}_thread_lost_percent"] = [lost]
     return found
 
 
 def fault(device: str) -> dict[str, object]:
     found: dict[str, object] = {}
     for name, shape in shapes(device).items():
-        found[f"fault_{name}_us"] = paging.fault_us(shape, 500, stealing=False)
-        found[f"fault_stealing_{name}_us"] = paging.fault_us(shape, 500, stealing=True)
+        with rig(shape, "eager") as r:
+            found[f"fault_{name}_us"] = paging.fault_us(r, 500, stealing=False)
+        with rig(shape) as r:
+            found[f"fault_stealing_{name}_us"] = paging.fault_us(r, 500, stealing=True)
     return found
 
 
 def window(device: str) -> dict[str, object]:
     found: dict[str, object] = {}
     for name, shape in shapes(device).items():
-        shows, hides = paging.window_us(shape, 4 * ROUNDS)
+        with rig(shape) as r:
+            shows, hides = paging.window_us(r, 4 * ROUNDS)
         found |= {f"show_{name}_us": shows, f"hide_{name}_us": hides}
     return found
 
@@ -86,7 +107,8 @@ def allocate(device: str) -> dict[str, object]:
     shape = Shape(shape.device, shape.page_bytes, 4096)
     for hide, sizes in (("eager", (1, 64, 512)), ("lazy", (1, 512, 4096))):
         for n in sizes:
-            a, b = paging.allocate_us(shape, n, 50 if n < 4096 else 20, hide)
+            with rig(shape, hide) as r:  # type: ignore[arg-type]
+                a, b = paging.allocate_us(r, n, 50 if n < 4096 else 20)
             found |= {f"allocate_{hide}_{n}_us": a, f"free_{hide}_{n}_us": b}
     return found
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
 import io
+import os
 import re
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -16,14 +20,17 @@ import pytest
 from rich.console import Console
 
 from tests.bench.fixtures.results import row
-from tiermem.bench import offload, paging, report, result
+from tiermem.bench import fio, offload, offload_direct, offload_numa, paging, report, result
 from tiermem.bench.compare import compare
 from tiermem.bench.offload_run import Interrupted, Run, Section, Settings, drive_of
 from tiermem.bench.offload_show import Watcher, ceilings_of, picture, show
-from tiermem.bench.paging import Lap
+from tiermem.bench.offload_verify import check_routes
+from tiermem.bench.paging import Laps
 from tiermem.bench.result import Figure, Result, Row, key
+from tiermem.bench.rig import Lap, Rig
 from tiermem.bench.survey import survey
-from tiermem.errors import ConfigError, DriverError, TierFull
+from tiermem.errors import ConfigError, DriverError, TierFailed, TierFull
+from tiermem.host.numa import node_of_memory, nodes
 
 PAGE = 64 << 10
 DOCS = Path(__file__).parents[2] / "docs" / "benchmarks.md"
@@ -69,7 +76,8 @@ def test_a_run_has_every_route_alone_and_through_the_pager(run: Result) -> None:
 def test_its_rows_have_names_of_their_own_and_figures_that_can_be(run: Result) -> None:
     assert len({key(row) for row in run.rows}) == len(run.rows)
     for one in run.rows:
-        assert one.gbps.n == (4 if one.work.startswith("steal") else 2)  # both regions in turn
+        # A drive's evictions are taken beside both kinds of loads from it.
+        assert one.gbps.n == (4 if (one.route, one.work) == ("gpu-nvme", "evict") else 2)
         assert 0 < one.gbps.median < 1000
         assert one.path, f"no path: {key(one)}"
         assert (one.cpu_s_per_gib is None) == bool(one.beside)
@@ -102,7 +110,7 @@ def test_its_file_is_read_by_report_picture_and_compare(run: Result, tmp_path: P
     again = result.read(tmp_path / "a.json")
     assert again == run
     page = report.html(again)
-    assert page.count("<tr>") == 2 + len(run.rows) + len(run.figures)
+    assert page.count("<tr>") == 3 + len(run.rows) + len(run.figures) + len(run.checks)
     ElementTree.fromstring(picture(run))
     other = measured(None)
     compared = compare(run, other)
@@ -110,6 +118,175 @@ def test_its_file_is_read_by_report_picture_and_compare(run: Result, tmp_path: P
     told = io.StringIO()
     show(run, Console(file=told, width=150))
     assert "pager: steal" in told.getvalue()
+    assert "Beside independent tools" in told.getvalue()
+
+
+def test_its_figures_stand_beside_those_of_independent_tools(run: Result) -> None:
+    copies = [check for check in run.checks if "numpy" in check.tool]
+    assert len(copies) == 3  # down, up and both
+    disk = [check for check in run.checks if check.tool.startswith("fio")]
+    if fio.version() is None:
+        assert disk == []
+        assert any("fio is not installed" in note for note in run.notes)
+    else:
+        names = [f"disk {way}s 2MiB x 8, {more} checksums" for way in ("read", "write")
+                 for more in ("without", "with")]  # fmt: skip
+        assert [check.what for check in disk] == names
+    for check in run.checks:
+        assert check.n == 2
+        assert check.ratio == pytest.approx(check.ours_gbps / check.theirs_gbps)
+        assert check.agrees == (0.95 <= check.ratio <= 1.05)
+
+
+def test_without_verification_nothing_is_compared() -> None:
+    found, _ = offload.measure(replace(settings(None), verify=False), Console(file=io.StringIO()))
+    assert found.complete
+    assert found.checks == ()
+
+
+def test_the_best_route_each_way_stands_beside_the_copies_of_its_own_way() -> None:
+    run = Run(settings(None), survey(Path("/nonexistent")), Nobody())
+    run.rows = [
+        row("gpu-host", "gpu:0", "host", [40.0], group=16),
+        row("gpu-host", "gpu:0", "host", [54.0], group=64),
+        row("gpu-host", "gpu:0", "host", [99.0], direction="both"),
+        row("host-gpu", "host", "gpu:0", [50.0]),
+        row("host-gpu", "host", "gpu:0", [90.0], beside="disk"),
+    ]
+    run.theirs = {
+        ("gpu:0", "host"): ("torch", (55.0, 54.0, 56.0)),
+        ("host", "gpu:0"): ("torch", (55.5,)),
+        ("gpu:1", "host"): ("torch", (55.5,)),
+    }
+    check_routes(run)
+    down, up = run.checks
+    assert (down.ours_gbps, down.theirs_gbps, down.n, down.agrees) == (54.0, 55.0, 3, True)
+    assert (up.ours_gbps, up.agrees) == (50.0, False)
+    assert "x 64" in down.what
+
+
+def test_rounds_go_on_while_they_lie_apart_and_end_once_they_agree() -> None:
+    run = Run(replace(settings(None), rounds=6), survey(Path("/nonexistent")), Nobody())
+    closed = []
+
+    def laps(*gbps: float) -> Laps:
+        try:
+            for rate in gbps:
+                yield Lap(int(rate * 1e9), 1.0, 0.0)
+        finally:
+            closed.append(True)
+
+    def rates(found: list[Lap]) -> list[float]:
+        return [lap.gbps for lap in found]
+
+    assert rates(run.take(laps(1, 50, 50.5, 50.2, 50, 50))) == [50, 50.5, 50.2]
+    assert rates(run.take(laps(1, 50, 52, 50, 50, 50, 50, 50))) == [50, 52, 50, 50, 50, 50]
+    assert rates(run.take(laps(50, 48, 50, 50.1, 50.1, 50.1, 50.1, 9))) == [
+        48, 50, 50.1, 50.1, 50.1, 50.1
+    ]  # fmt: skip
+    assert closed == [True, True, True]
+
+
+def test_every_part_says_how_long_it_took(run: Result) -> None:
+    assert {"ceilings", "routes 64KiB", "pager eager 64KiB", "opening"} <= set(run.sections)
+    assert sum(run.sections.values()) <= run.took_s
+
+
+def test_memory_of_a_node_is_measured_only_where_it_really_is(tmp_path: Path) -> None:
+    """Two nodes by a made sysfs, of which this machine has the first."""
+    base = tmp_path / "sys/devices/system/node"
+    real = node_of_memory(ctypes.addressof(ctypes.c_int(1)))
+    if real is None:
+        pytest.skip("the kernel does not say where memory is")
+    for node in (0, 1):
+        (base / f"node{node}").mkdir(parents=True)
+        cpus = ",".join(map(str, sorted(os.sched_getaffinity(0)))) if node == 0 else ""
+        (base / f"node{node}/cpulist").write_text(cpus)
+    (base / "has_memory").write_text("0-1\n")
+    told = Everything()
+    run = Run(settings(None), survey(Path("/nonexistent")), told)
+    offload_numa.numa(run, PAGE, tmp_path)
+    assert [(one.src, one.dst) for one in run.rows] == [
+        ("gpu", "host:node0"),
+        ("host:node0", "gpu"),
+    ]
+    assert all(one.gbps.median > 0 for one in run.rows)
+    assert len(told.titles) == 2
+    assert "memory of node 1 left out: the kernel gave memory of node 0" in run.notes[0]
+    assert offload_numa.steps(tmp_path) == 4
+
+
+def test_one_node_is_said_to_be_one(run: Result) -> None:
+    if len(nodes()) == 1:
+        assert "one NUMA node: there is no remote memory to measure" in run.notes
+
+
+class Everything:
+    """Is told, and keeps, what is measured."""
+
+    def __init__(self) -> None:
+        self.titles: list[str] = []
+
+    def begin(self, title: str) -> None:
+        self.titles.append(title)
+
+    def measured(self, row: Row) -> None: ...
+
+
+class CountingFile:
+    """Stands for kvikio: counts what is in flight."""
+
+    def __init__(self, moves: int) -> None:
+        self.moves = moves
+        self.flying = self.most = 0
+        self.writes: set[tuple[int, int]] = set()
+        self.reads: set[tuple[int, int]] = set()
+
+    def pread(self, address: int, nbytes: int, offset: int) -> CountingFile:
+        self.reads.add((address, offset))
+        return self._begin()
+
+    def pwrite(self, address: int, nbytes: int, offset: int) -> CountingFile:
+        self.writes.add((address, offset))
+        return self._begin()
+
+    def _begin(self) -> CountingFile:
+        self.flying += 1
+        self.most = max(self.most, self.flying)
+        return self
+
+    def get(self) -> int:
+        self.flying -= 1
+        return self.moves
+
+    def close(self) -> None: ...
+
+
+def test_kvikio_is_given_each_page_at_its_own_offset_and_no_more_than_the_depth() -> None:
+    told, file = Everything(), CountingFile(PAGE)
+    run = Run(replace(settings(Path("/")), nvme=None), survey(Path("/nonexistent")), told)
+    frames, offsets = [100 * i for i in range(40)], [7 + 1000 * i for i in range(40)]
+    offload_direct.rows(run, file, frames, offsets, PAGE, "kvikio made")
+    assert [(one.route, one.group, one.work) for one in run.rows] == [
+        ("gpu-nvme", 8, "kvikio"), ("gpu-nvme", 32, "kvikio"),
+        ("nvme-gpu", 8, "kvikio"), ("nvme-gpu", 32, "kvikio"),
+    ]  # fmt: skip
+    pairs = set(zip(frames, offsets, strict=True))
+    assert file.writes == file.reads == pairs
+    assert (file.most, file.flying) == (32, 0)
+    assert run.written > 0
+    with pytest.raises(TierFailed, match=f"moved 5 of {PAGE}"):
+        offload_direct.rows(run, CountingFile(5), frames, offsets, PAGE, "kvikio made")
+
+
+def test_without_kvikio_the_direct_way_is_left_out_and_said(tmp_path: Path) -> None:
+    if find_spec("kvikio") and find_spec("cupy"):
+        pytest.skip("kvikio is here")
+    run = Run(settings(tmp_path), survey(Path("/nonexistent")), Everything())
+    offload_direct.direct(run, PAGE)
+    assert run.rows == []
+    assert "kvikio" in run.notes[0]
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_without_a_drive_the_rest_is_measured() -> None:
@@ -146,20 +323,20 @@ def test_ctrl_c_leaves_a_partial_result_and_no_files(tmp_path: Path, before: str
 def test_what_fails_for_a_known_reason_is_left_out_and_said(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def full(shape: paging.Shape, n: int, stealing: bool) -> list[float]:
+    def full(r: Rig, n: int, stealing: bool) -> list[float]:
         raise TierFull("host: no room for this")
 
     monkeypatch.setattr(paging, "fault_us", full)
     found = measured(None)
     assert found.complete
-    assert "faults 64KiB left out: host: no room for this" in found.notes
+    assert "fault-stealing 64KiB left out: host: no room for this" in found.notes
     assert "allocate-new.1" in found.figures
 
 
 def test_what_fails_by_a_bug_keeps_the_rows_and_is_raised(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    def broken(shape: paging.Shape, n: int, stealing: bool) -> list[float]:
+    def broken(r: Rig, n: int, stealing: bool) -> list[float]:
         raise AssertionError("a bug")
 
     monkeypatch.setattr(paging, "fault_us", broken)

@@ -6,12 +6,15 @@ import json
 import os
 import shutil
 import subprocess
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from tiermem.errors import TierMemError
 
 ENGINES = ("io_uring", "libaio", "psync")
+THREADS = ("psync",)
+"""As our own route does it: a thread for each read or write in flight."""
 HUGE = "glibc.malloc.hugetlb=1"
 """fio takes its buffers from malloc; with this, and aligned to 2 MiB, they are huge pages."""
 
@@ -39,11 +42,25 @@ def version() -> str | None:
 
 
 def measure(
-    file: Path, offset: int, nbytes: int, block: int, depth: int, *, write: bool, seconds: float
+    file: Path,
+    offset: int,
+    nbytes: int,
+    block: int,
+    depth: int,
+    *,
+    write: bool,
+    seconds: float,
+    engines: Sequence[str] = ENGINES,
 ) -> FioRate:
-    """Random whole blocks of [offset, offset + nbytes), O_DIRECT, `depth` in flight."""
+    """Random whole blocks of [offset, offset + nbytes), O_DIRECT, `depth` in flight.
+
+    By the first of `engines` that works here.
+    """
     said = ""
-    for engine in ENGINES:
+    for engine in engines:
+        in_flight = [f"--iodepth={depth}"]
+        if engine in THREADS:
+            in_flight = [f"--numjobs={depth}", "--thread", "--group_reporting"]
         command = [
             "fio",
             "--name=tiermem",
@@ -53,11 +70,11 @@ def measure(
             f"--bs={block}",
             f"--rw={'randwrite' if write else 'randread'}",
             f"--ioengine={engine}",
-            f"--iodepth={depth}",
+            *in_flight,
             "--direct=1",
             f"--iomem_align={2 << 20}",
             "--time_based=1",
-            f"--runtime={seconds:.3f}",
+            f"--runtime={round(seconds * 1000)}ms",  # a fraction of a second would be cut to 0
             "--allow_file_create=0",
             "--random_generator=tausworthe64",
             "--output-format=json",

@@ -119,7 +119,10 @@ class _Few:
 class _Bench:
     """The file, the buffers and the settings of one run."""
 
-    def __init__(self, where: Path, page: int, nbytes: int, seconds: float) -> None:
+    def __init__(
+        self, where: Path, page: int, nbytes: int, seconds: float, engines: Sequence[str]
+    ) -> None:
+        self.engines = engines
         self.pages = max(1, nbytes // page)
         self.page = page
         self.seconds = seconds
@@ -138,7 +141,14 @@ class _Bench:
         """(GB/s, CPU us a page)."""
         start, size = self.slab.offset(0), self.pages * self.page
         found = fio.measure(
-            self.file, start, size, self.page, depth, write=write, seconds=self.seconds
+            self.file,
+            start,
+            size,
+            self.page,
+            depth,
+            write=write,
+            seconds=self.seconds,
+            engines=self.engines,
         )
         return found.bytes_per_s / 1e9, found.cpu_us
 
@@ -208,13 +218,14 @@ def run(
     depths: Sequence[int] = DEPTHS,
     seconds: float = 1.0,
     rounds: int = 5,
+    engines: Sequence[str] = fio.ENGINES,
     told: Callable[[str], None] = lambda text: None,
 ) -> Result:
     """Measure in a new directory under `where`, which is removed again.
 
     page: bytes of a slot; nbytes: size of the file and of the host memory used; seconds: of one
-    measurement, of which a round has three in each direction at each depth, in turns; told:
-    progress.
+    measurement, of which a round has three in each direction at each depth, in turns;
+    engines: of fio, the first that works; told: progress.
     Raises ConfigError without native calls, for the plain way would measure the interpreter.
     """
     if native_calls() is None:
@@ -223,7 +234,7 @@ def run(
     where.mkdir(mode=0o700, parents=True, exist_ok=True)
     place = Path(tempfile.mkdtemp(prefix="tiermem-bench-", dir=where))
     try:
-        bench = _Bench(place, page, nbytes, seconds)
+        bench = _Bench(place, page, nbytes, seconds, engines)
         try:
             if not bench.slab.direct:
                 notes.append("this file system has no O_DIRECT: figures show the page cache")

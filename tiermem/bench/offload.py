@@ -25,8 +25,11 @@ from rich.console import Console
 from tiermem import units
 from tiermem.bench import offload_ceilings as ceilings
 from tiermem.bench import offload_cuda as cuda
+from tiermem.bench import offload_direct as direct
+from tiermem.bench import offload_numa as nodes
 from tiermem.bench import offload_pager as pager
 from tiermem.bench import offload_routes as routes
+from tiermem.bench import offload_verify as others
 from tiermem.bench import output, report
 from tiermem.bench.offload_run import Interrupted, Run, Section, Settings, gpus
 from tiermem.bench.offload_show import Watcher, picture, show
@@ -42,53 +45,68 @@ WIDTH = 150
 
 CUDA_PAGES = (2 << 20, 8 << 20)
 CPU_PAGES = (64 << 10, 2 << 20)
+DRIVE_BPS = 3e9  # for the estimate, until the run has shown what is true here
 IN_PLACE_PAGES = (2 << 20, 8 << 20, 32 << 20)
 
 
 def plan(settings: Settings) -> list[Section]:
     """The sections of a run, what tells most first; the seconds are guesses for the bar."""
-    cell = settings.seconds * (settings.rounds + 1)
+    cell = settings.cell_s
     found = [Section("ceilings", 3, 3 * cell + 0.5, ceilings.ceilings)]
     if settings.cuda:
         floors = partial(ceilings.driver_floors, page=CUDA_PAGES[0])
         found.append(Section("driver floors", 1, 0.2, floors))
     for page in settings.pages:
         found += _of_page(settings, page, cell)
-    first = settings.pages[0]
-    calls = pager.allocations(settings, first)
-    found += [
-        Section("allocations", calls, 2.0, partial(pager.allocate_figures, page=first)),
-        Section("opening", 1, 3.0, partial(pager.opening_figures, page=first)),
-    ]
+    memory = partial(nodes.numa, page=settings.pages[0])
+    n = nodes.steps()
+    found.append(Section("NUMA nodes", n, n * cell + 0.5 * n, memory))
+    opening = partial(pager.opening_figures, page=settings.pages[0])
+    found.append(Section("opening", 1, 3.0, opening))
     if settings.cuda:
         found += _of_cuda(settings, cell)
+    if settings.verify:
+        found += _of_others(settings)
     return found
 
 
 def _of_page(settings: Settings, page: int, cell: float) -> Iterator[Section]:
     name = units.format_exactly(page)
     n = routes.steps(settings, page)
-    scene = 0.3 + 0.15 * settings.rounds
     yield Section(f"routes {name}", n, n * cell + 1.0, partial(routes.routes, page=page))
-    yield Section(f"pager {name}", 6, 6 * scene, partial(pager.host_rows, page=page))
-    yield Section(f"faults {name}", 3, 3 * scene, partial(pager.fault_figures, page=page))
+    spaces = (
+        ("lazy", pager.lazy, pager.lazy_steps(settings, page)),
+        ("eager", pager.eager, pager.eager_steps(settings, page)),
+        ("spare", pager.spare, pager.spare_steps(settings)),
+    )
+    for kind, work, n in spaces:
+        yield Section(f"pager {kind} {name}", n, 1.0 + 0.5 * n, partial(work, page=page))
     if settings.nvme is not None:
-        on_disk = partial(pager.disk_rows, page=page)
-        yield Section(f"pager with NVMe {name}", 3, 6 * scene, on_disk)
-    if not settings.quick:
-        busy = partial(pager.busy_rows, page=page)
-        yield Section(f"pager beside Python {name}", 4, 4 * (scene + 1.0), busy)
+        each = 2.5 * settings.count(page) * page / DRIVE_BPS
+        on_disk = partial(pager.disk, page=page)
+        yield Section(f"pager with NVMe {name}", 2, 2 + 8 * each, on_disk)
 
 
 def _of_cuda(settings: Settings, cell: float) -> Iterator[Section]:
     for page in settings.pages if settings.quick else IN_PLACE_PAGES:
         name = f"in place {units.format_exactly(page)}"
         yield Section(name, 1, cell + 0.5, partial(cuda.in_place, page=page))
+    if settings.nvme is not None:
+        by_kvikio = partial(direct.direct, page=settings.pages[0])
+        n = direct.steps()
+        yield Section("GPU to NVMe by kvikio", n, 3.0 + n * cell, by_kvikio)
     count = gpus()
     if count > 1:
         several = partial(cuda.together, page=settings.pages[0], count=count)
         yield Section("several GPUs", 2, 2 * cell + count, several)
         yield Section("gpu to gpu", 2, 2 * cell + 5, cuda.peers)
+
+
+def _of_others(settings: Settings) -> Iterator[Section]:
+    yield Section("routes beside other tools", 0, 0.0, others.check_routes)
+    if settings.nvme is not None:
+        n = others.disk_steps(settings)
+        yield Section("drive beside fio", n, 2.0 + 1.8 * n, others.disk)
 
 
 def measure(
@@ -101,7 +119,7 @@ def measure(
     started, began_s = datetime.now(UTC), time.perf_counter()
     sections = plan(settings)
     complete, failure = False, None
-    with Watcher(sections, console) as watcher:
+    with Watcher(sections, console) as watcher, cuda.context_kept(settings):
         run = Run(settings, survey(), watcher, notes=list(notes))
         try:
             with _interruptible(watcher, console):
@@ -191,17 +209,23 @@ def _page(text: str) -> int:
 
 
 def _settings(
-    device: str, pages: tuple[int, ...], rounds: int | None, quick: bool, nvme: Path | None
+    device: str,
+    pages: tuple[int, ...],
+    rounds: int | None,
+    quick: bool,
+    nvme: Path | None,
+    verify: bool,
 ) -> Settings:
     work = (16 << 20 if quick else 128 << 20) if device == "cpu" else (1 << 30)
     return Settings(
         device=device,
         pages=pages,
-        rounds=rounds or (3 if quick else 5),
+        rounds=rounds or (3 if quick else 5),  # at most; LEAST where they agree
         seconds=0.03 if quick else 0.15,
         work_bytes=work // 4 if quick and device != "cpu" else work,
         nvme=nvme,
         quick=quick,
+        verify=verify,
     )
 
 
@@ -214,7 +238,12 @@ def command(
     nvme_path: Annotated[
         str, typer.Option(help="Directory on the drive to measure, or off.")
     ] = ".",
-    rounds: Annotated[int | None, typer.Option(min=1, help="Rounds that count.")] = None,
+    rounds: Annotated[
+        int | None, typer.Option(min=1, help="Most rounds; fewer where they agree.")
+    ] = None,
+    verify: Annotated[
+        bool, typer.Option(help="Compare with independent copies, and with fio where it is.")
+    ] = True,
     json: Annotated[str | None, typer.Option(help="Write JSON to this path, or to - .")] = None,
     html: Annotated[Path | None, typer.Option(help="Write an HTML report to this path.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Write the charts as SVG.")] = None,
@@ -226,7 +255,7 @@ def command(
     if quick and device == "cpu":
         notes.append("quick: working sets of 16 MiB, which a processor's cache may hold")
     with our_directory(nvme_path, notes) as ours:
-        settings = _settings(device, pages, rounds, quick, ours)
+        settings = _settings(device, pages, rounds, quick, ours, verify)
         found, failure = measure(settings, Console(stderr=True), tuple(notes))
     if html is not None:
         output.save(html, report.html(found))

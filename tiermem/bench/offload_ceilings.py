@@ -1,6 +1,7 @@
 """What there is to reach: one large copy each way and both, and what the driver's calls cost.
 
-Nothing here goes through our routes, so these figures judge them.
+Nothing here goes through our routes, so these figures judge them. They are judged in turn: after
+each round another tool copies as much, in code that is not ours (`offload_verify`).
 """
 
 from __future__ import annotations
@@ -12,9 +13,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
+from tiermem.bench import offload_verify as verify
 from tiermem.bench.offload_run import Run
-from tiermem.bench.paging import Lap, Watch
 from tiermem.bench.result import Direction
+from tiermem.bench.rig import Lap, Watch
 from tiermem.host.pinned import HostPool, Register
 from tiermem.tier import GPU, HOST, Place
 
@@ -36,21 +38,35 @@ def ceilings(run: Run) -> None:
 
 def _measure(run: Run, path: str, nbytes: int, copy: Callable[[tuple[bool, ...]], None]) -> None:
     """copy: moves `nbytes` in each of the given directions (True: to the GPU) and waits."""
+    other = verify.copies(run)
     for ways in WAYS:
         ends = ways[0]
         directions = tuple(dst is GPU for _, dst in ways)
         both = len(ways) > 1
         names = (run.end_name(ends[0]), run.end_name(ends[1]))
         run.told.begin(f"ceiling: {names[0]} to {names[1]}{', both ways' if both else ''}")
-        laps: list[Lap] = []
-        for _ in range(run.settings.rounds + 1):
-            watch, until, n = Watch(), time.perf_counter() + run.settings.seconds, 0
+
+        theirs: list[float] = []
+
+        def lap(
+            seconds: float,
+            directions: tuple[bool, ...] = directions,
+            theirs: list[float] = theirs,
+        ) -> Lap:
+            watch, until, n = Watch(), time.perf_counter() + seconds, 0
             while not n or time.perf_counter() < until:
                 copy(directions)
-                n += len(ways)
-            laps.append(watch.lap(n * nbytes))
+                n += len(directions)
+            ours = watch.lap(n * nbytes)
+            if other is not None:
+                theirs.append(other.gbps(directions, seconds))
+            return ours
+
         direction: Direction = "both" if both else "one-way"
-        run.add(names, nbytes, 1, laps[1:], path, direction=direction, work="ceiling")
+        laps = run.for_a_while(lap)
+        run.add(names, nbytes, 1, laps, path, direction=direction, work="ceiling")
+        if other is not None:
+            verify.check_copies(run, run.rows[-1], other.tool, theirs[1:])
 
 
 def _memory_ceilings(run: Run) -> None:

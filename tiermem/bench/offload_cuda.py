@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import importlib.util
 import time
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from tiermem.bench.offload_routes import IN_FLIGHT, MAIN_GROUP, bare
-from tiermem.bench.offload_run import Run
+from tiermem.bench.offload_run import Run, Settings
 from tiermem.bench.offload_stream import end, stream
-from tiermem.bench.paging import Lap, Watch
 from tiermem.bench.result import Direction
+from tiermem.bench.rig import Lap, Watch
 from tiermem.tier import GPU, HOST, PASSED
 from tiermem.units import format_exactly
 
@@ -24,6 +26,22 @@ IN_PLACE_BYTES = 128 << 20
 PEER_BYTES = 256 << 20
 KERNEL_ONLY = 1 << 30
 """Bytes below which pieces go through the gather kernel: all of them."""
+
+
+@contextmanager
+def context_kept(settings: Settings) -> Iterator[None]:
+    """Keep the primary context while parts of a run open and close the device: otherwise each of
+    them makes it anew. Nothing without CUDA."""
+    if not settings.cuda:
+        yield
+        return
+    from tiermem.gpu.driver import Context, load
+
+    context = Context(load(), int(settings.device.partition(":")[2] or 0))
+    try:
+        yield
+    finally:
+        context.close()
 
 
 def in_place(run: Run, page: int) -> None:
@@ -55,24 +73,27 @@ def _in_place(run: Run, device: CudaDevice, page: int, n: int) -> None:
     slots = np.arange(n, dtype=np.int32)
     into, sizes = device.frames.addresses(slots), np.full(n, page, np.uint64)
     kernel = device.routes(host)[1]
-    laps: list[Lap] = []
     shows: list[float] = []
     hides: list[float] = []
-    for _ in range(run.settings.rounds + 1):
+
+    def lap(seconds: float) -> Lap:
         began = time.perf_counter()
         end([window.show_in_place(at, slots, host.arena)])
         shows.append((time.perf_counter() - began) / n * 1e6)
-        watch, until, reads = Watch(), time.perf_counter() + run.settings.seconds, 0
+        watch, until, reads = Watch(), time.perf_counter() + seconds, 0
         while not reads or time.perf_counter() < until:
             end([kernel.submit_pieces(at, into, sizes, PASSED)])
             reads += 1
-        laps.append(watch.lap(reads * n * page))
+        read = watch.lap(reads * n * page)
         began = time.perf_counter()
         end([window.hide(at)])
         hides.append((time.perf_counter() - began) / n * 1e6)
+        return read
+
+    laps = run.for_a_while(lap)
     device.release(start, n * page)
     ends = (run.end_name(HOST), run.end_name(GPU, device.context.index))
-    run.add(ends, page, n, laps[1:], "kernel at the page's address", route="in-place")
+    run.add(ends, page, n, laps, "kernel at the page's address", route="in-place")
     run.figure(f"in-place.show.{name}", "us/page", shows[1:])
     run.figure(f"in-place.hide.{name}", "us/page", hides[1:])
 
@@ -86,12 +107,9 @@ def together(run: Run, page: int, count: int) -> None:
             run.told.begin(f"{src} to {dst}, {count} GPUs at once")
             lanes = [rig.lane(ends) for rig in rigs]
             group = min(MAIN_GROUP, min(rig.n for rig in rigs) // 2)
-            laps = [
-                stream(lanes, group, IN_FLIGHT, page, run.settings.seconds)
-                for _ in range(run.settings.rounds + 1)
-            ]
+            laps = run.for_a_while(partial(stream, lanes, group, IN_FLIGHT, page))
             names = (run.end_name(ends[0]), run.end_name(ends[1]))
-            run.add(names, page, group, laps[1:], rigs[0].parts.paths[ends], gpus=count)
+            run.add(names, page, group, laps, rigs[0].parts.paths[ends], gpus=count)
 
 
 def peers(run: Run) -> None:
@@ -109,16 +127,18 @@ def peers(run: Run) -> None:
     path = "peer copy" if torch.cuda.can_device_access_peer(0, 1) else "copy through the host"
     for ways in (1, 2):
         run.told.begin(f"gpu 0 to gpu 1{', both ways' if ways == 2 else ''}")
-        laps = []
-        for _ in range(run.settings.rounds + 1):
-            watch, until, n = Watch(), time.perf_counter() + run.settings.seconds, 0
+
+        def lap(seconds: float, ways: int = ways) -> Lap:
+            watch, until, n = Watch(), time.perf_counter() + seconds, 0
             while not n or time.perf_counter() < until:
                 for src, dst in pairs[:ways]:
                     dst.copy_(src, non_blocking=True)
                 torch.cuda.synchronize(0)
                 torch.cuda.synchronize(1)
                 n += ways
-            laps.append(watch.lap(n * PEER_BYTES))
+            return watch.lap(n * PEER_BYTES)
+
+        laps = run.for_a_while(lap)
         names = (run.end_name(GPU, 0), run.end_name(GPU, 1))
         direction: Direction = "both" if ways == 2 else "one-way"
-        run.add(names, PEER_BYTES, 1, laps[1:], path, direction=direction, work="ceiling")
+        run.add(names, PEER_BYTES, 1, laps, path, direction=direction, work="ceiling")

@@ -1,15 +1,21 @@
-"""Rows and figures of work through the whole pager: `paging` does the work, this names it."""
+"""Rows and figures of work through the whole pager: `paging` does the work, this names it.
+
+For each page size three spaces are opened, one after another, and every scene that fits one runs
+on it: one that hides lazily, one that hides at once, one with frames to spare. Opening a space
+pins its pool and costs more than most scenes.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from contextlib import closing
 from dataclasses import replace
 
 from tiermem.bench import paging
 from tiermem.bench.offload_run import Run, Settings
-from tiermem.bench.paging import AHEAD, Hide, Lap, Shape
+from tiermem.bench.paging import Laps, Scene
 from tiermem.bench.result import Work
+from tiermem.bench.rig import AHEAD, Hide, Lap, Rig, Shape, rig
 from tiermem.config import Config, Gpu, Host
 from tiermem.host import limits
 from tiermem.space import Space
@@ -20,21 +26,18 @@ GROUP = 64
 FAULTS = 200
 POOL_BYTES = 8 << 30
 POOL_S = 20.0
-ALLOCATIONS: tuple[tuple[str, Hide, tuple[int, ...]], ...] = (
-    ("new", "eager", (1, 64, 512)),
-    ("shown", "lazy", (1, 512, 4096)),
-)
-
-Scenario = Callable[[Shape, int], list[Lap]]
-HOST_WORK: dict[Work, Scenario] = {
-    "evict": paging.evict,
-    "load": paging.load,
-    "load-ahead": lambda shape, rounds: paging.load(shape, rounds, AHEAD),
-    "steal": paging.steal,
-    "steal-ahead": lambda shape, rounds: paging.steal(shape, rounds, AHEAD),
-    "swap": paging.swap,
+ALLOCATIONS: dict[Hide, tuple[str, tuple[int, ...]]] = {
+    "eager": ("new", (1, 64, 512)),
+    "lazy": ("shown", (1, 512, 4096)),
 }
-DISK_WORK: tuple[Work, ...] = ("evict", "load", "load-ahead")
+LAZY: dict[Work, Scene] = {
+    "evict": paging.evict,
+    "steal": paging.steal,
+    "steal-ahead": paging.steal_ahead,
+}
+EAGER: dict[Work, Scene] = {"load": paging.load, "load-ahead": paging.load_ahead}
+SPARE: dict[Work, Scene] = {"swap": paging.swap}
+DISK_WORK: dict[Work, int] = {"load": 0, "load-ahead": AHEAD}
 BUSY_WORK: tuple[Work, ...] = ("evict", "load", "steal", "swap")
 
 
@@ -45,35 +48,89 @@ def shape_of(settings: Settings, page: int) -> Shape:
     return Shape(settings.device, page, pages // group * group, group=group)
 
 
-def host_rows(run: Run, page: int) -> None:
-    """Evict, load, steal and swap between GPU and host."""
-    shape = shape_of(run.settings, page)
-    for work, scenario in HOST_WORK.items():
-        run.told.begin(f"pager: {work}, {format_exactly(page)} pages")
-        _add(run, shape, work, scenario(shape, run.settings.rounds))
+def lazy(run: Run, page: int) -> None:
+    """Evict and steal, a fault that steals, the window; frames that have left stay shown."""
+    with rig(shape_of(run.settings, page), "lazy") as r:
+        with run.leaving_out(f"window {format_exactly(page)}"):
+            _window(run, r)
+        _scenes(run, r, LAZY)
+        _faults(run, r, stealing=True)
+        _allocations(run, r)
 
 
-def busy_rows(run: Run, page: int) -> None:
-    """The same beside one thread that runs pure Python, and what that thread lost."""
-    shape = shape_of(run.settings, page)
-    for work in BUSY_WORK:
-        run.told.begin(f"pager: {work}, {format_exactly(page)} pages, beside a Python thread")
-        scenario = HOST_WORK[work]
-        laps, lost = paging.beside_python(
-            lambda scenario=scenario: scenario(shape, run.settings.rounds)  # type: ignore[misc]
-        )
-        _add(run, shape, work, laps, beside=True)
-        run.figure(f"busy-thread-loss.{work}.{format_exactly(page)}", "percent", [lost])
+def eager(run: Run, page: int) -> None:
+    """Loads and a fault into free frames; what leaves is hidden at once."""
+    with rig(shape_of(run.settings, page), "eager") as r:
+        _scenes(run, r, EAGER)
+        _faults(run, r, stealing=False)
+        _allocations(run, r)
 
 
-def disk_rows(run: Run, page: int) -> None:
-    """Evict and load with a drive below the GPU."""
+def spare(run: Run, page: int) -> None:
+    """Both ways at once, with frames to spare."""
+    with rig(shape_of(run.settings, page), "lazy", AHEAD) as r:
+        _scenes(run, r, SPARE)
+
+
+def lazy_steps(settings: Settings, page: int) -> int:
+    """How many measurements `lazy` announces."""
+    return _scene_steps(settings, LAZY) + 2 + _allocation_steps(settings, page, "lazy")
+
+
+def eager_steps(settings: Settings, page: int) -> int:
+    return _scene_steps(settings, EAGER) + 1 + _allocation_steps(settings, page, "eager")
+
+
+def spare_steps(settings: Settings) -> int:
+    return _scene_steps(settings, SPARE)
+
+
+def _scene_steps(settings: Settings, scenes: dict[Work, Scene]) -> int:
+    return len(scenes) + sum(not settings.quick and work in BUSY_WORK for work in scenes)
+
+
+def _scenes(run: Run, r: Rig, scenes: dict[Work, Scene]) -> None:
+    """Alone, and some beside one thread that runs pure Python: what that thread lost too."""
+    name = format_exactly(r.shape.page_bytes)
+    for work, scene in scenes.items():
+        run.told.begin(f"pager: {work}, {name} pages")
+        with run.leaving_out(f"{work} {name}"):
+            _add(run, r.shape, work, run.take(scene(r)))
+    for work in BUSY_WORK if not run.settings.quick else ():
+        if work not in scenes:
+            continue
+        run.told.begin(f"pager: {work}, {name} pages, beside a Python thread")
+        alone = run.alone_per_s
+        with run.leaving_out(f"{work} {name} beside Python"):
+            with paging.BusyThread() as thread:
+                laps = run.take(scenes[work](r))
+            _add(run, r.shape, work, laps, beside=True)
+            lost = 100.0 * (1.0 - thread.per_s / alone)
+            run.figure(f"busy-thread-loss.{work}.{name}", "percent", [lost])
+
+
+def disk(run: Run, page: int) -> None:
+    """Evict and load with a drive below the GPU: each round down and up again."""
     shape = replace(shape_of(run.settings, page), nvme=run.settings.nvme)
-    for work in DISK_WORK:
-        run.told.begin(f"pager: {work} with the drive, {format_exactly(page)} pages")
-        laps = HOST_WORK[work](shape, run.settings.rounds)
-        run.written += shape.nbytes * (run.settings.rounds + 1)
-        _add(run, shape, work, laps, below=NVME)
+    name = format_exactly(page)
+    with rig(shape, "eager") as r:
+        left: list[Lap] = []
+        for work, ahead in DISK_WORK.items():
+            run.told.begin(f"pager: evict and {work} with the drive, {name} pages")
+            downs: list[Lap] = []
+            laps = run.take(_ups(run, r, ahead, downs))
+            left += downs[1:]
+            _add(run, shape, work, laps, below=NVME)
+        _add(run, shape, "evict", left, below=NVME)
+
+
+def _ups(run: Run, r: Rig, ahead: int, downs: list[Lap]) -> Laps:
+    """The loads of each round; `downs` is given the evictions before them."""
+    with closing(paging.down_and_up(r, ahead)) as rounds:
+        for down, up in rounds:
+            downs.append(down)
+            run.written += down.nbytes
+            yield up
 
 
 def _add(
@@ -98,35 +155,41 @@ def _add(
     )
 
 
-def fault_figures(run: Run, page: int) -> None:
-    """One page faulted in, and the window's show and hide."""
-    shape, name = shape_of(run.settings, page), format_exactly(page)
-    n = min(FAULTS // 4 if run.settings.quick else FAULTS, shape.pages)
-    for kind, stealing in (("fault", False), ("fault-stealing", True)):
-        run.told.begin(f"pager: {kind} of one page of {name}")
-        run.figure(f"{kind}.{name}", "us", paging.fault_us(shape, n, stealing))
+def _faults(run: Run, r: Rig, *, stealing: bool) -> None:
+    """One page faulted in."""
+    name = format_exactly(r.shape.page_bytes)
+    n = min(FAULTS // 4 if run.settings.quick else FAULTS, r.shape.pages)
+    kind = "fault-stealing" if stealing else "fault"
+    run.told.begin(f"pager: {kind} of one page of {name}")
+    with run.leaving_out(f"{kind} {name}"):
+        run.figure(f"{kind}.{name}", "us", paging.fault_us(r, n, stealing))
+
+
+def _window(run: Run, r: Rig) -> None:
+    name = format_exactly(r.shape.page_bytes)
     run.told.begin(f"window: show and hide pages of {name}")
-    shows, hides = paging.window_us(shape, 4 * run.settings.rounds)
+    shows, hides = paging.window_us(r, 4 * run.settings.rounds)
     run.figure(f"show.{name}", "us/page", shows)
     run.figure(f"hide.{name}", "us/page", hides)
 
 
-def allocate_figures(run: Run, page: int) -> None:
-    """Allocating and freeing n pages: new ones (shown and hidden), and already shown ones."""
-    shape = shape_of(run.settings, page)
-    for kind, hide, sizes in ALLOCATIONS:
-        for n in (n for n in sizes if n <= shape.pages):
-            run.told.begin(f"pager: allocate and free {n} {kind} pages")
-            rounds = 20 if n > 512 or run.settings.quick else 50
-            took, gave = paging.allocate_us(shape, n, rounds, hide)
+def _allocations(run: Run, r: Rig) -> None:
+    """Allocating and freeing n pages, of the first page size only: it counts pages, not bytes."""
+    if r.shape.page_bytes != run.settings.pages[0]:
+        return
+    kind, sizes = ALLOCATIONS[r.hide]
+    for n in (n for n in sizes if n <= r.shape.pages):
+        run.told.begin(f"pager: allocate and free {n} {kind} pages")
+        rounds = 20 if n > 512 or run.settings.quick else 50
+        with run.leaving_out(f"allocate {n} {kind}"):
+            took, gave = paging.allocate_us(r, n, rounds)
             run.figure(f"allocate-{kind}.{n}", "us", took)
             run.figure(f"free-{kind}.{n}", "us", gave)
 
 
-def allocations(settings: Settings, page: int) -> int:
-    """How many measurements `allocate_figures` announces."""
+def _allocation_steps(settings: Settings, page: int, hide: Hide) -> int:
     pages = shape_of(settings, page).pages
-    return sum(n <= pages for _, _, sizes in ALLOCATIONS for n in sizes)
+    return sum(n <= pages for n in ALLOCATIONS[hide][1]) if page == settings.pages[0] else 0
 
 
 def opening_figures(run: Run, page: int) -> None:

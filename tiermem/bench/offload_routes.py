@@ -14,8 +14,9 @@ import numpy as np
 from tiermem.assemble import Parts, assemble
 from tiermem.bench.offload_run import Run, Settings
 from tiermem.bench.offload_stream import DiskLoad, Lane, end, one_by_one, stream
-from tiermem.bench.paging import BusyThread, Lap
+from tiermem.bench.paging import BusyThread
 from tiermem.bench.result import Beside, Direction, PageTime
+from tiermem.bench.rig import Lap
 from tiermem.config import Config, Gpu, Host, Nvme
 from tiermem.errors import TierFull
 from tiermem.tier import GPU, HOST, NVME, PASSED, Place
@@ -139,13 +140,16 @@ class _Cells:
         if group > 1:
             self._add(ends, group, self._laps([lane], group))
             return
-        laps, times = [], []
-        for _ in range(self.run.settings.rounds + 1):
-            lap, took = one_by_one(lane, self.b.page, self.run.settings.seconds)
-            laps.append(lap)
+        times: list[list[float]] = []
+
+        def one(seconds: float) -> Lap:
+            lap, took = one_by_one(lane, self.b.page, seconds)
             times.append(took)
+            return lap
+
+        laps = self.run.for_a_while(one)
         p50, p99 = np.percentile(np.concatenate(times[1:]), (50, 99))
-        self._add(ends, 1, laps[1:], page_us=PageTime(float(p50), float(p99)))
+        self._add(ends, 1, laps, page_us=PageTime(float(p50), float(p99)))
 
     def both_ways(self, ends: Ends, group: int) -> None:
         """`ends` names the row; the other direction moves the other half of the slots."""
@@ -179,20 +183,20 @@ class _Cells:
         self.run.told.begin(f"{src} to {dst}, {self.b.page >> 10} KiB x {group} {more}".rstrip())
 
     def _laps(self, lanes: Sequence[Lane], group: int) -> list[Lap]:
-        settings = self.run.settings
         if any(NVME in (lane.route.src, lane.route.dst) for lane in lanes):
             # Operations in flight: a few calls, so that one can end while the next is prepared.
             size = max(1, group // 4)
             in_flight = group // size
         else:
             size, in_flight = group, IN_FLIGHT
-        laps = [
-            stream(lanes, size, in_flight, self.b.page, settings.seconds)
-            for _ in range(settings.rounds + 1)
-        ]
         stores = sum(lane.route.dst is NVME for lane in lanes)
-        self.run.written += sum(lap.nbytes for lap in laps) * stores // len(lanes)
-        return laps[1:]
+
+        def lap(seconds: float) -> Lap:
+            moved = stream(lanes, size, in_flight, self.b.page, seconds)
+            self.run.written += moved.nbytes * stores // len(lanes)
+            return moved
+
+        return self.run.for_a_while(lap)
 
     def _add(
         self,

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
@@ -16,11 +18,30 @@ import msgspec
 from tiermem.bench import ends
 from tiermem.bench.doctor_disk import mount_of
 from tiermem.bench.machine import Machine, machine
-from tiermem.bench.paging import Lap
-from tiermem.bench.result import Beside, Direction, Figure, PageTime, Result, Row, Spread, Work
+from tiermem.bench.paging import Laps, alone_per_s
+from tiermem.bench.result import (
+    Beside,
+    Check,
+    Direction,
+    Figure,
+    PageTime,
+    Result,
+    Row,
+    Spread,
+    Work,
+)
+from tiermem.bench.rig import Lap
 from tiermem.bench.survey import Topology
 from tiermem.errors import DriverError, TierMemError
 from tiermem.tier import Place
+
+LEAST = 3
+"""Rounds that are always measured: `compare` gives no interval for fewer."""
+STEADY = 0.02
+"""Rounds that lie this close together are enough. Of two made runs with a spread of 2 % a round,
+2 of 100 rows are then called different, as with a fixed count; at 0.03 it is 3 (`compare`)."""
+WARM_UP = 0.3
+"""Length of the round that does not count, as a part of one that does."""
 
 
 def gpus() -> int:
@@ -46,12 +67,15 @@ class Settings:
     device: str
     pages: tuple[int, ...]
     rounds: int
+    """At most; see `Run.take`."""
     seconds: float
     """Of one round of a bare route; rounds of the pager move a working set, however long."""
     work_bytes: int
     """Of the working set, per page size at most; at least 128 pages are used."""
     nvme: Path | None
     quick: bool = False
+    verify: bool = True
+    """Compare with independent tools."""
 
     @property
     def cuda(self) -> bool:
@@ -60,6 +84,11 @@ class Settings:
     def count(self, page: int) -> int:
         """Pages of the working set."""
         return max(128, self.work_bytes // page)
+
+    @property
+    def cell_s(self) -> float:
+        """How long a bare route takes as a rule: steady, as links are when nobody else is there."""
+        return self.seconds * (WARM_UP + min(LEAST, self.rounds))
 
 
 class Told(Protocol):
@@ -71,9 +100,9 @@ class Told(Protocol):
     def measured(self, row: Row) -> None: ...
 
 
-@dataclass(slots=True)
+@dataclass
 class Run:
-    """Collects rows, figures and notes."""
+    """Collects rows, figures, checks and notes."""
 
     settings: Settings
     topology: Topology
@@ -81,6 +110,10 @@ class Run:
     rows: list[Row] = field(default_factory=list)
     figures: dict[str, Figure] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    checks: list[Check] = field(default_factory=list)
+    theirs: dict[tuple[str, str], tuple[str, tuple[float, ...]]] = field(default_factory=dict)
+    """By ends: who else copied large pieces one way, and at what rates."""
+    sections: dict[str, float] = field(default_factory=dict)
     written: int = 0
     """Bytes that went to the drive."""
 
@@ -91,6 +124,31 @@ class Run:
     def figure(self, name: str, unit: str, samples: Sequence[float]) -> None:
         if samples:
             self.figures[name] = Figure.of(unit, samples)
+
+    @cached_property
+    def alone_per_s(self) -> float:
+        """What a thread of pure Python gets done here in a second, measured once."""
+        return alone_per_s()
+
+    def take(self, laps: Laps) -> list[Lap]:
+        """A round of warm-up, then rounds until they agree, at least LEAST and at most `rounds`."""
+        most = self.settings.rounds
+        with closing(laps):
+            next(laps)
+            found: list[Lap] = []
+            while len(found) < min(LEAST, most) or (len(found) < most and not _steady(found)):
+                found.append(next(laps))
+        return found
+
+    def for_a_while(self, lap: Callable[[float], Lap]) -> list[Lap]:
+        """Rounds of something that can be done for any number of seconds."""
+
+        def laps() -> Laps:
+            yield lap(WARM_UP * self.settings.seconds)
+            while True:
+                yield lap(self.settings.seconds)
+
+        return self.take(laps())
 
     def end_name(self, place: Place, gpu: int = 0) -> str:
         """How a result file writes an end; the CPU device's frames are "gpu" without a number."""
@@ -151,6 +209,16 @@ class Run:
 
     @contextmanager
     def section(self, name: str) -> Iterator[None]:
+        """A part of the run that may be left out, and how long it took."""
+        began = time.perf_counter()
+        try:
+            with self.leaving_out(name):
+                yield
+        finally:
+            self.sections[name] = time.perf_counter() - began
+
+    @contextmanager
+    def leaving_out(self, name: str) -> Iterator[None]:
         """What fails for a reason that we know becomes a note, and the run goes on."""
         try:
             yield
@@ -169,6 +237,8 @@ class Run:
             rows=tuple(self.rows),
             notes=tuple(self.notes),
             figures=self.figures,
+            checks=tuple(self.checks),
+            sections=self.sections,
         )
 
     def _machine(self) -> Machine:
@@ -185,6 +255,11 @@ class Run:
             names.append(context.name)
             context.close()
         return msgspec.structs.replace(found, gpus=tuple(names), cuda=driver.version_text)
+
+
+def _steady(laps: Sequence[Lap]) -> bool:
+    rates = [lap.gbps for lap in laps]
+    return max(rates) - min(rates) <= STEADY * statistics.median(rates)
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from tiermem.bench import report, svg, words
 from tiermem.bench.offload_run import Interrupted, Section
-from tiermem.bench.result import Result, Row
+from tiermem.bench.result import AGREE, Result, Row
 
 WIDE = 120
 """Columns of a terminal from which on paths are shown; they are in the JSON always."""
@@ -115,6 +115,7 @@ def show(found: Result, console: Console) -> None:
         )
     console.print(table)
     _show_figures(found, console)
+    _show_checks(found, console)
     for note in found.notes:
         console.print(f"note: {note}", style="yellow", highlight=False, markup=False)
 
@@ -131,6 +132,23 @@ def _show_figures(found: Result, console: Console) -> None:
     for name, figure in found.figures.items():
         p99 = f"{figure.p99:,.2f}" if figure.n > 1 else ""
         table.add_row(name, f"{figure.median:,.2f}", p99, str(figure.n), figure.unit)
+    console.print(table)
+
+
+def _show_checks(found: Result, console: Console) -> None:
+    if not found.checks:
+        return
+    title = f"Beside independent tools (agree: within {AGREE:.0%})"
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    for name in ("what", "tool"):
+        table.add_column(name)
+    for name in ("ours GB/s", "theirs", "ratio", "n"):
+        table.add_column(name, justify="right")
+    table.add_column("")
+    for check in found.checks:
+        rates = (f"{check.ours_gbps:.2f}", f"{check.theirs_gbps:.2f}", f"{check.ratio:.3f}")
+        agrees = "agree" if check.agrees else "[yellow]differ[/]"
+        table.add_row(check.what, check.tool, *rates, str(check.n), agrees)
     console.print(table)
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tiermem.bench.paging import Lap, Watch
+from tiermem.bench.rig import Lap, Watch
 from tiermem.tier import PASSED, Done, Route, Slots
 
 

@@ -15,7 +15,7 @@ from typing import Annotated
 import typer
 
 from tiermem.bench import chart, output, result, words
-from tiermem.bench.result import Result, Row
+from tiermem.bench.result import AGREE, Result, Row
 from tiermem.units import format_bytes, format_exactly
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
@@ -62,6 +62,7 @@ def html(found: Result, title: str = "Offload benchmark") -> str:
             "<h2>Every measurement</h2>",
             _table(found.rows),
             *_figures(found),
+            *_checks(found),
         ]
     )
     return (
@@ -255,6 +256,25 @@ def _figures(found: Result) -> Iterator[str]:
         '<div class="wide"><table><thead><tr><th>what</th><th class="n">median</th>'
         '<th class="n">p99</th><th>unit</th><th class="n">n</th></tr></thead>'
         f"<tbody>{''.join(lines)}</tbody></table></div>"
+    )
+
+
+def _checks(found: Result) -> Iterator[str]:
+    """Our figures beside those of tools that share no code with us."""
+    if not found.checks:
+        return
+    lines = (
+        f"<tr><td>{escape(check.what)}</td><td>{escape(check.tool)}</td>"
+        f'<td class="n">{check.ours_gbps:.2f}</td><td class="n">{check.theirs_gbps:.2f}</td>'
+        f'<td class="n">{check.ratio:.3f}</td><td class="n">{check.n}</td>'
+        f"<td>{'agree' if check.agrees else 'differ'}</td></tr>"
+        for check in found.checks
+    )
+    yield f"<h2>Beside independent tools (agree: within {AGREE:.0%})</h2>"
+    yield (
+        '<div class="wide"><table><thead><tr><th>what</th><th>tool</th><th class="n">ours GB/s</th>'
+        '<th class="n">theirs</th><th class="n">ratio</th><th class="n">n</th><th></th></tr>'
+        f"</thead><tbody>{''.join(lines)}</tbody></table></div>"
     )
 
 

@@ -17,8 +17,10 @@ from tiermem.bench.machine import Machine, machine
 from tiermem.errors import TierMemError
 
 __all__ = [
+    "AGREE",
     "SCHEMA",
     "BadResult",
+    "Check",
     "Figure",
     "Machine",
     "PageTime",
@@ -32,9 +34,16 @@ __all__ = [
 
 SCHEMA = "tiermem.offload.v1"
 
+AGREE = 0.05
+"""How far from an independent tool a figure may lie and still agree with it."""
+
 Direction = Literal["one-way", "both"]
 Beside = Literal["", "python-thread", "disk"]
-Work = Literal["", "ceiling", "evict", "load", "load-ahead", "steal", "steal-ahead", "swap"]
+Work = Literal[
+    "", "ceiling", "kvikio", "evict", "load", "load-ahead", "steal", "steal-ahead", "swap"
+]
+NO_TIER: tuple[Work, ...] = ("ceiling", "kvikio")
+"""Work that no space does: what there is to reach, and what nothing verifies."""
 
 
 class BadResult(TierMemError):
@@ -105,7 +114,8 @@ class Row(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True)
     beside: Beside = ""
     """What else runs meanwhile: a busy Python thread, or the disk."""
     work: Work = ""
-    """Nothing: the route alone. ceiling: one large copy. Else work through the whole pager."""
+    """Nothing: the route alone. ceiling: one large copy. kvikio: by kvikio, unchecked. Else work
+    through the whole pager."""
     gbps: Spread
     page_us: PageTime | None = None
     cpu_s_per_gib: float | None = None
@@ -116,6 +126,39 @@ class Row(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True)
     """PIX, PXB, PHB, NODE, SYS or NVLink between the two ends (`tiermem topo`)."""
     path: str = ""
     """What really carried the bytes: copy-engine, gather-kernel, gds, posix O_DIRECT, ..."""
+
+
+class Check(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """One of our figures beside that of a tool that shares no code with us, of the same run."""
+
+    what: str
+    tool: str
+    n: int
+    """Rounds of the tool."""
+    ours_gbps: float
+    theirs_gbps: float
+    """Medians."""
+    ratio: float
+    """Ours over theirs."""
+    agrees: bool
+    """Whether the ratio lies within AGREE of 1."""
+
+    @classmethod
+    def of(
+        cls, what: str, tool: str, ours_gbps: Sequence[float], theirs_gbps: Sequence[float]
+    ) -> Check:
+        """Compare the medians of rounds; at least one each."""
+        ours, theirs = (float(np.median(rates)) for rates in (ours_gbps, theirs_gbps))
+        ratio = ours / theirs
+        return cls(
+            what=what,
+            tool=tool,
+            n=len(theirs_gbps),
+            ours_gbps=ours,
+            theirs_gbps=theirs,
+            ratio=ratio,
+            agrees=abs(ratio - 1) <= AGREE,
+        )
 
 
 class Result(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -134,6 +177,9 @@ class Result(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     notes: tuple[str, ...] = ()
     figures: dict[str, Figure] = {}
     """By name, what is no row; docs/benchmarks.md lists the names."""
+    checks: tuple[Check, ...] = ()
+    sections: dict[str, float] = {}
+    """Seconds that each part of the run took, set-up included."""
 
 
 def read(path: Path) -> Result:

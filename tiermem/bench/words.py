@@ -31,7 +31,8 @@ def conditions(row: Row) -> str:
     if row.direction == "both":
         parts.append("both ways")
     if row.work:
-        parts.append("one large copy" if row.work == "ceiling" else f"pager: {row.work}")
+        named = {"ceiling": "one large copy", "kvikio": "by kvikio, unchecked"}
+        parts.append(named.get(row.work, f"pager: {row.work}"))
     if row.gpus > 1:
         parts.append(f"{row.gpus} GPUs")
     if row.beside:

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import platform
 from collections.abc import Collection
 from pathlib import Path
+
+_GET_MEMPOLICY = {"x86_64": 239, "aarch64": 236}
+_NODE_OF_ADDRESS = 1 | 2
+"""MPOL_F_NODE | MPOL_F_ADDR"""
 
 
 def parse_cpulist(text: str) -> tuple[int, ...]:
@@ -40,6 +46,29 @@ def cpus_of_node(node: int, root: str | os.PathLike[str] = "/") -> tuple[int, ..
         return parse_cpulist(path.read_text())
     except (OSError, ValueError):
         return ()
+
+
+def nodes(root: str | os.PathLike[str] = "/") -> tuple[int, ...]:
+    """The nodes that have memory, as sysfs numbers them; () where it does not say."""
+    base = Path(root) / "sys/devices/system/node"
+    try:
+        return parse_cpulist((base / "has_memory").read_text())
+    except (OSError, ValueError):
+        return ()
+
+
+def node_of_memory(address: int) -> int | None:
+    """The node that holds the page at `address`; None where the kernel does not say."""
+    number = _GET_MEMPOLICY.get(platform.machine())
+    if number is None:
+        return None
+    node, none = ctypes.c_int(-1), ctypes.c_void_p(None)
+    libc = ctypes.CDLL(None, use_errno=True)
+    refused = libc.syscall(
+        ctypes.c_long(number), ctypes.byref(node), none, ctypes.c_ulong(0),
+        ctypes.c_void_p(address), ctypes.c_ulong(_NODE_OF_ADDRESS),
+    )  # fmt: skip
+    return node.value if refused == 0 else None
 
 
 def stay_on(cpus: Collection[int]) -> bool:
