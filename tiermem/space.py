@@ -375,7 +375,7 @@ class Space:
     # ---------------------------------------------------------------- parts
 
     def _turn(self) -> bool:
-        """One round of the mover; True while the host pool or the slab still grows."""
+        """One round of the mover; True while a tier still grows, or holds more than its limit."""
         self.pager.settle_ready()
         self._record()
         self.route_speeds()
@@ -386,7 +386,7 @@ class Space:
         self._obey_limit()
         if self._watched is not None and self._watched.rewritten():
             self._follow_file()
-        return growing
+        return growing or self._planner.short_of_limit(Place.GPU) < 0
 
     def _upkeep(self) -> list[Plan]:
         now = self.now()

@@ -131,6 +131,29 @@ def test_a_limit_below_what_is_pinned_says_what_is_held(
         until(lambda: held(space) <= 10)
 
 
+def test_a_limit_below_what_is_pinned_says_how_soon_the_rest_was_gone(printed: Printed) -> None:
+    with engine(config("chat")) as (_, region):
+        pages = fill(region, 40)
+        with region.use(pages[:20]):
+            run("limit", "chat", "--cap", f"{PAGE}", "--wait", "1", "--json", "-", code=1)
+            result = printed()
+        assert not result["reached"]
+        assert result["engine"]["held"] == result["engine"]["pinned"] == 20 * PAGE
+        assert 0 < result["pinned_s"] <= result["took_s"]
+
+
+def test_pages_above_a_limit_come_down_when_they_are_let_go_also_if_nobody_wakes_the_mover(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("tiermem.mover.IDLE_S", 3600.0)
+    with engine(config("chat")) as (space, region):
+        pages = fill(region, 40)
+        with region.use(pages[:20]):
+            run("limit", "chat", "--cap", f"{PAGE}", "--wait", "0.5", code=1)
+            assert held(space) == 20
+        until(lambda: held(space) == 1)
+
+
 def test_a_floor_and_a_part_of_the_card_can_be_given(printed: Printed) -> None:
     with engine(config("chat")):
         run("limit", "chat", "--floor", "25%", "--json", "-")

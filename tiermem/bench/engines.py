@@ -12,7 +12,7 @@ from tiermem import units
 from tiermem.errors import TierMemError
 from tiermem.ledger import Kind, Ledger, Member, Snapshot
 
-LOOK_EVERY_S = 0.02
+LOOK_EVERY_S = 0.002
 
 
 class NoEngine(TierMemError):

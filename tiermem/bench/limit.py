@@ -13,11 +13,17 @@ from tiermem.errors import ConfigError
 
 
 class Limited(msgspec.Struct, frozen=True, kw_only=True):
-    """JSON schema tiermem.limit.v1. reached: it holds no more than its cap now."""
+    """JSON schema tiermem.limit.v1. reached: it holds no more than its cap now.
+
+    pinned_s: seconds until it held no more than its cap or, if that is more, what is pinned; null
+    if it did not come so far in time. took_s: until it held no more than its cap, or until the
+    command no longer waited.
+    """
 
     schema: Literal["tiermem.limit.v1"] = "tiermem.limit.v1"
     engine: engines.EngineRow
     held_before: int
+    pinned_s: float | None
     took_s: float
     reached: bool
 
@@ -47,11 +53,21 @@ def command(
             floor=None if floor is None else engines.size_of(floor, ledger.budget),
             weight=weight,
         )
-        after, took_s, reached = engines.wait_for(
-            ledger, member, lambda now: now.held <= max(now.cap, now.page_bytes), wait_s
+        after, pinned_s, down = engines.wait_for(
+            ledger, member, lambda now: now.held <= max(now.cap, now.page_bytes, now.pinned), wait_s
+        )
+        after, more_s, reached = engines.wait_for(
+            ledger, after, lambda now: now.held <= max(now.cap, now.page_bytes), wait_s - pinned_s
         )
         row = engines.row(after, ledger.budget)
-    result = Limited(engine=row, held_before=member.held, took_s=took_s, reached=reached)
+    took_s = pinned_s + more_s
+    result = Limited(
+        engine=row,
+        held_before=member.held,
+        pinned_s=pinned_s if down else None,
+        took_s=took_s,
+        reached=reached,
+    )
     if not output.emit(result, json):
         now_cap = "none" if row.cap is None else size(row.cap)
         typer.echo(
@@ -60,6 +76,9 @@ def command(
             f"weight {row.weight:g}"
         )
         if not reached:
-            typer.echo("it holds more than its cap: pages in use come down when they are let go")
+            so_far = f"; down to those after {pinned_s * 1e3:.0f} ms" if down else ""
+            typer.echo(
+                f"it holds more than its cap: pages in use come down when they are let go{so_far}"
+            )
     if not reached:
         raise typer.Exit(1)

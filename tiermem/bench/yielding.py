@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import select
 import time
 from collections.abc import Callable
@@ -52,11 +53,14 @@ def command(
         lease = ledger.join(name, page_bytes=1, floor=wanted, cap=wanted, kind=Kind.ROOM)
         first_s, took_s = make_room(ledger, lease, wanted, wait_s)
         made = Yielded(nbytes=wanted, first_s=first_s, took_s=took_s, held_for_pid=pid)
-        if not output.emit(made, json):
-            typer.echo(f"{size(wanted)} are free on {ledger.device} after {took_s * 1e3:.0f} ms")
         until = None if seconds is None else time.monotonic() + seconds
         over = (lambda: False) if pid is None else (lambda: not is_alive((pid, start)))
-        keep(lease, over, until)
+        with contextlib.suppress(KeyboardInterrupt):
+            if not output.emit(made, json):
+                typer.echo(
+                    f"{size(wanted)} are free on {ledger.device} after {took_s * 1e3:.0f} ms"
+                )
+            keep(lease, over, until)
 
 
 def make_room(ledger: Ledger, lease: Lease, nbytes: int, wait_s: float) -> tuple[float, float]:
@@ -87,13 +91,10 @@ def make_room(ledger: Ledger, lease: Lease, nbytes: int, wait_s: float) -> tuple
 
 
 def keep(lease: Lease, over: Callable[[], bool], until: float | None) -> None:
-    """Hold the room until it is over, until then, or until Ctrl-C."""
-    try:
-        while not over() and (until is None or time.monotonic() < until):
-            lease.report(Report(pinned=lease.held), lease.held)
-            _wait(lease, TICK_S)
-    except KeyboardInterrupt:
-        return
+    """Hold the room until it is over, or until then."""
+    while not over() and (until is None or time.monotonic() < until):
+        lease.report(Report(pinned=lease.held), lease.held)
+        _wait(lease, TICK_S)
 
 
 def _wait(lease: Lease, timeout_s: float) -> None:
