@@ -10,8 +10,9 @@ floor     what a page costs that changes hands: the donor's driver calls, the co
           driver calls, each measured alone, and the calls once more beside another process's copies
 handover  an idle engine holds the whole card, a newcomer takes half of it: its first page, all of
           them; the donor's part ends when the last byte is free, the rest is the newcomer's
-limit     `tiermem limit` to a half of what is held; then below what is pinned
+limit     `tiermem limit` to a half of what is held
 job       a process that is not ours grows twice in room from `tiermem yield`, shrinks and ends
+pinned    `tiermem limit` below what is pinned: how soon down to that, and to the cap once let go
 
 Pages are read back afterwards and must be as they were written. The output is
 {"schema": "tiermem.handover.v1", "machine": {...}, "pages": [one object a page size]}; seconds,
@@ -46,6 +47,7 @@ from tiermem.ledger import Ledger, Member
 ROOT = Path(__file__).parents[1]
 Answer = dict[str, Any]
 LOOK_S = 0.001
+PARTS = ["limit", "job", "pinned"]
 
 
 class Child:
@@ -135,6 +137,7 @@ def floor(device: str, page: int) -> Answer:
             beside = one.ask("calls")
             two.answer()
     return {
+        "device": device,
         "donor_us": calls["donor_us"],
         "copy_us": page / copy["gbps"] / 1e3,
         "copy_gbps": copy["gbps"],
@@ -186,65 +189,71 @@ def handover(ledger: Ledger, donor: Child, newcomer: Child, page: int, base: Ans
         "of_piped_floor": floors["piped_s"] / (end - t0),
         "verified": sum(check["verified"] for check in checks),
         "wrong": sum(check["wrong"] for check in checks),
-        "donor_counts": after["counts"],
+        "donor_counts": [before["counts"], after["counts"]],
     }
 
 
 def limit(ledger: Ledger, donor: Child, page: int, base: Answer) -> Answer:
-    """A cap of half of what is held, then one below what is pinned."""
+    """A cap of half of what is held."""
     donor.ask("write")
     donor.ask("drain")
     held = _member(ledger, "donor").held
     cap = held // page // 2 * page
     plain = _tiermem("limit", "donor", "--cap", str(cap), "--wait", "30", "--json", "-")
     link_s = (plain["held_before"] - cap) / base["copy_gbps"] / 1e9
-    _tiermem("limit", "donor", "--cap", "100%", "--json", "-")
-    donor.ask("write")
-    donor.ask("drain")
-    held = _member(ledger, "donor").held
-    pinned = cap // page // 2
-    donor.send("pin", n=pinned)
-    donor.answer()
-    low = pinned * page // 2
-    began = time.monotonic()
-    below = _tiermem("limit", "donor", "--cap", str(low), "--wait", "1", "--json", "-", code=1)
-    said_s = time.monotonic() - began
-    watch = Watch(ledger)
-    let_go = time.monotonic()
-    donor.ask("unpin")
-    while (freed := watch.first_at_most("donor", low)) is None and time.monotonic() < let_go + 30:
-        time.sleep(LOOK_S)
-    watch.stop()
-    _tiermem("limit", "donor", "--cap", "100%", "--json", "-")
     check = donor.ask("verify", n=512)
+    _tiermem("limit", "donor", "--cap", "100%", "--json", "-")
     return {
         "held": plain["held_before"],
         "cap": cap,
         "took_s": plain["took_s"],
         "link_s": link_s,
         "beyond_link_s": plain["took_s"] - link_s,
-        "pinned": {
-            "held": held,
-            "cap": low,
-            "pinned": below["engine"]["pinned"],
-            "held_after": below["engine"]["held"],
-            "to_pinned_s": below["pinned_s"],
-            "link_s": (held - pinned * page) / base["copy_gbps"] / 1e9,
-            "command_s": said_s,
-            "after_unpin_s": None if freed is None else freed - let_go,
-        },
         "verified": check["verified"],
         "wrong": check["wrong"],
     }
 
 
-def job(ledger: Ledger, donor: Child, device: str, page: int) -> Answer:
+def below_pinned(ledger: Ledger, donor: Child, page: int, base: Answer) -> Answer:
+    """A cap below what is pinned, of a half of the pages, so that the host pool holds the rest."""
+    donor.ask("free", n=donor.ask("write")["pages"] // 2)
+    donor.ask("write")
+    donor.ask("drain")
+    held = _member(ledger, "donor").held
+    pinned = held // page // 4
+    donor.send("pin", n=pinned)
+    donor.answer()
+    cap = pinned * page // 2
+    below = _tiermem("limit", "donor", "--cap", str(cap), "--wait", "2", "--json", "-", code=1)
+    watch = Watch(ledger)
+    let_go = time.monotonic()
+    donor.ask("unpin")
+    while (freed := watch.first_at_most("donor", cap)) is None and time.monotonic() < let_go + 30:
+        time.sleep(LOOK_S)
+    watch.stop()
+    _tiermem("limit", "donor", "--cap", "100%", "--json", "-")
+    check = donor.ask("verify", n=512)
+    return {
+        "held": held,
+        "cap": cap,
+        "pinned": below["engine"]["pinned"],
+        "held_after": below["engine"]["held"],
+        "to_pinned_s": below["pinned_s"],
+        "to_pinned_link_s": (held - pinned * page) / base["copy_gbps"] / 1e9,
+        "after_unpin_s": None if freed is None else freed - let_go,
+        "after_unpin_link_s": (pinned * page - cap) / base["copy_gbps"] / 1e9,
+        "verified": check["verified"],
+        "wrong": check["wrong"],
+    }
+
+
+def job(ledger: Ledger, donor: Child, page: int, base: Answer) -> Answer:
     """Room for a process that is not ours, twice; it shrinks, it ends, the engine has it again."""
     first, second = ledger.budget // 4, ledger.budget // 8
     donor.ask("write")
     held = _member(ledger, "donor").held
     found: Answer = {"held_before": held}
-    with child("job", device=device) as plain, _room(first, plain.pid) as room:
+    with child("job", device=base["device"]) as plain, _room(first, plain.pid) as room:
         found["room_s"] = room["took_s"]
         found["first_byte_s"] = room["first_s"]
         found["grew"] = plain.ask("grow", nbytes=first)
@@ -322,12 +331,10 @@ def measure(device: str, page: int, total: int, host: int, only: list[str]) -> A
             found["handover"] = handover(ledger, donor, newcomer, page, base)
             print(json.dumps(found["handover"]), flush=True)
             newcomer.close()
-            if "limit" in only:
-                found["limit"] = limit(ledger, donor, page, base)
-                print(json.dumps(found["limit"]), flush=True)
-            if "job" in only:
-                found["job"] = job(ledger, donor, device, page)
-                print(json.dumps(found["job"]), flush=True)
+            for name, part in (("limit", limit), ("job", job), ("pinned", below_pinned)):
+                if name in only:
+                    found[name] = part(ledger, donor, page, base)
+                    print(json.dumps({name: found[name]}), flush=True)
     return found
 
 
@@ -341,7 +348,7 @@ def main() -> None:
     parser.add_argument("--page", type=size, nargs="*", default=[2 << 20, 8 << 20])
     parser.add_argument("--total", type=size, default=110 << 30, help="bytes of the whole card")
     parser.add_argument("--host", type=size, help="the donor's host pool; default: 5/8 of the card")
-    parser.add_argument("--only", nargs="*", choices=["limit", "job"], default=["limit", "job"])
+    parser.add_argument("--only", nargs="*", choices=PARTS, default=PARTS)
     parser.add_argument("--json", type=Path, help="write the result here, page size by page size")
     given = parser.parse_args()
     host = given.host or given.total // 8 * 5

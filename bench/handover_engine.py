@@ -96,6 +96,12 @@ class Engine:
         self._synchronise()
         return self.state()
 
+    def free(self, n: int) -> Answer:
+        """Free the last n pages."""
+        self.pages, gone = self.pages[:-n], self.pages[-n:]
+        self.region.free(gone)
+        return self.state()
+
     def verify(self, n: int) -> Answer:
         """Read up to n pages, spread over all; how many are not as they were written."""
         some = self.pages[:: max(1, len(self.pages) // n)]

@@ -410,6 +410,14 @@ def test_a_truncated_ledger_in_use_is_refused(directory: Path) -> None:
         os.truncate(ledger.path, ledger_file.SIZE)  # or closing would touch what is not there
 
 
+def test_what_a_record_only_tells_does_not_make_it_damaged(directory: Path) -> None:
+    with opened(directory) as one:
+        lease = one.join("a", page_bytes=PAGE)
+        lease.report(Report(stalls=-1), -PAGE)
+        (member,) = one.snapshot().members
+        assert (member.target, member.stalls) == (-PAGE, -1)
+
+
 def test_a_damaged_record_is_named_and_grants_nothing(directory: Path) -> None:
     with opened(directory) as ledger:
         good, bad = (ledger.join(name, page_bytes=PAGE) for name in ("good", "bad"))

@@ -126,6 +126,31 @@ def test_a_newcomer_gets_its_share_of_a_full_card(home: Path) -> None:
         until(lambda: members(home).keys() == {"old"})
 
 
+def test_a_newcomer_waits_for_its_share_rather_than_lose_pages_of_its_own(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tiermem.sharing.EXPECT_S", 10.0)
+    with engine(config("old")) as (_, kept):
+        pages = fill(kept, PAGES)
+        with engine(config("new", host=0)) as (new, region):
+            mine = fill(region, 2)
+            mine += fill(region, 24)
+            verify(region, mine)
+            assert new.statistics().counts.get("dropped", 0) == 0
+        verify(kept, pages)
+
+
+def test_others_that_owe_and_give_nothing_are_not_waited_for_long(home: Path) -> None:
+    with engine(config("old")) as (_, kept):
+        pages = fill(kept, PAGES)
+        with kept.use(pages[: PAGES - 6]), engine(config("new")) as (new, region):
+            mine = fill(region, 4)
+            for _ in range(4):
+                mine += fill(region, 4)
+            assert held(new) <= 6
+            verify(region, mine)
+
+
 def test_a_request_above_the_share_is_refused_with_the_lease(home: Path) -> None:
     with engine(config("old")) as (_, kept):
         fill(kept, PAGES)

@@ -1,14 +1,16 @@
 """A planner whose GPU slots are lent: it asks for more before it takes any away from its pages.
 
-What the lender grants at once arrives soon, so whoever needs it waits for that rather than evict.
-Where pages can make room for one another they do, without waiting for what others still hold; only
-a request that could not be served at all waits for them, and not for ever.
+What the lender grants at once arrives soon, so whoever needs it waits for that rather than evict;
+so does whoever is below its share, as long as others keep giving back what they owe it. Else pages
+make room for one another without waiting for others; only a request that could not be served at all
+waits for them, and not for ever.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 
@@ -17,7 +19,7 @@ from tiermem.ledger_records import Report
 from tiermem.plan import Request
 from tiermem.planner import Planner
 from tiermem.table import Rows
-from tiermem.tier import AT_NONE, GPU, HOST, NVME
+from tiermem.tier import AT_NONE, GPU, HOST, NVME, Place
 
 PATIENCE_MS = 2000
 """How long a request waits for slots that others owe us, or that are on their way."""
@@ -32,6 +34,10 @@ class Lender(Protocol):
     def promised(self) -> int:
         """Slots that are ours and not grown yet."""
 
+    @property
+    def expects(self) -> bool:
+        """True while others owe us slots of our share and it is likely that some come soon."""
+
     def lend(self, slots: int) -> bool:
         """Ask for so many more; what is granted is promised. True if others owe us some of them."""
 
@@ -43,6 +49,7 @@ class NoLender:
     """Lends nothing."""
 
     promised = 0
+    expects = False
 
     def lend(self, slots: int) -> bool:
         return False
@@ -59,8 +66,8 @@ class Demand:
     used: int
     kept: int
     clock: int
-    pressed: bool
-    """More is in use than the high mark allows: pages will be moved down."""
+    short: int
+    """So many slots more, and nothing in use would lie above the high mark."""
 
 
 class LeasedPlanner(Planner):
@@ -77,8 +84,12 @@ class LeasedPlanner(Planner):
             used=pool.used,
             kept=pool.kept,
             clock=self._stamp,
-            pressed=pool.used > self._mark(GPU, "high"),
+            short=max(0, self.beneath_mark(pool.used) - self._allowed(GPU)),
         )
+
+    def beneath_mark(self, used: int) -> int:
+        """Slots of which so many used ones are no more than the high mark allows."""
+        return math.ceil(used / self.marks[GPU].high)
 
     def report(self, page_bytes: int) -> Report:
         """How this space does, for the others to see; a pass over all frames."""
@@ -104,13 +115,20 @@ class LeasedPlanner(Planner):
         recent = table.stamp[table.unit[: table.rows]] >= np.uint64(clock)
         return int((recent & (table.at[: table.rows] != AT_NONE)).sum())
 
+    def _mark(self, place: Place, which: Literal["high", "low"]) -> float:
+        """While more slots are on their way, nothing has to leave in order to be ahead of need."""
+        if place == GPU and self.lender.expects:
+            return float(self._allowed(GPU))
+        return super()._mark(place, which)
+
     def _have_room(self, n: int, request: Request, now: int, spare_us: Rows = _NO_ROWS) -> bool:
         short = n - self._available(spare_us)
         if short <= 0 or GPU in self.failed_tiers:
             self._hungry_since = None
             return super()._have_room(n, request, now, spare_us)
         owed = short > self.lender.promised and self.lender.lend(short - self.lender.promised)
-        if self.lender.promised >= short and self._is_patient(now):
+        coming = self.lender.promised >= short or (owed and self.lender.expects)
+        if coming and self._is_patient(now):
             return False  # the request asks for nothing, so its caller tries again soon
         try:
             return super()._have_room(n, request, now, spare_us)

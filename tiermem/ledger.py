@@ -156,7 +156,7 @@ class Ledger:
             budget = int(words[Head.BUDGET])
             rows = [words[first : first + RECORD_WORDS].tolist() for first in live]
             names = [self._file.text(first + Word.NAME, NAME_BYTES) for first in live]
-        claims = [claim_of(row) for row in rows]
+        claims = [claim_of(row[:CLAIM_WORDS]) for row in rows]
         fair = ledger_shares.fair_shares(budget, claims)
         owed = ledger_shares.owed(budget, claims, fair, budget // BAND)
         now = now_ms()

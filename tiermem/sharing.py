@@ -40,6 +40,8 @@ LOCK_S = 0.002
 """How long a faulting thread waits for the ledger's lock; then it goes on with what it has."""
 BACKOFF_S = 0.2
 """After the device had no memory for what the ledger granted (a dead process's, for a while)."""
+EXPECT_S = 0.25
+"""So long we wait for the next of the bytes that others owe us before pages of ours make room."""
 WARM_EVERY_S = 0.1
 PLACE_EVERY_S = 5.0
 REPORT_EVERY_S = 0.1
@@ -70,6 +72,8 @@ class Sharing:
         self._asked_bytes = 0
         self._asked_until = 0.0
         self._no_memory_until = 0.0
+        self._expects_until = 0.0
+        self._is_owed = False
         self._place_checked = self._warmed = self._reported = 0.0
         self._warm = terms.first // terms.page_bytes
         self._clocks: deque[tuple[float, int]] = deque()  # (when, the planner's clock)
@@ -158,6 +162,11 @@ class Sharing:
         """Pages that are ours and not backed yet."""
         return 0 if self._warned else self._lease.reserved // self.terms.page_bytes
 
+    @property
+    def expects(self) -> bool:
+        """True while others owe us a part of our share and some of it has come of late."""
+        return self._is_owed and time.monotonic() < self._expects_until
+
     def lend(self, slots: int) -> bool:
         """Ask the ledger for pages that are lacking now; True if others hold more of our share."""
         now = time.monotonic()
@@ -170,14 +179,14 @@ class Sharing:
                 return False
             if self._lease.asleep:
                 self._lease.wake_up()
-            self._lease.reserve(nbytes, LOCK_S)
+            self._reserve(nbytes)
         except LedgerError as error:
             log.debug("nothing lent reason=%s", error)
             return False
         self._asked_bytes = charged + nbytes
         self._asked_until = now + 1.0
         self._wake()
-        return self._lease.lacking > 0
+        return self._is_owed
 
     def explain(self) -> str:
         lease = self._lease
@@ -200,8 +209,8 @@ class Sharing:
             due = -(-self._due(demand) // page)
             if due > 0 or self._warned:
                 self._return_promised()
-            elif demand.pressed and not self._lease.reserved:
-                self._borrow()
+            else:
+                self._get_ahead(demand.short)
             self._lease.ring()
         except LedgerBusy:
             return held + self._lease.reserved // page
@@ -236,7 +245,7 @@ class Sharing:
         """Let others see how this space does."""
         self._reported = time.monotonic()
         self._news = False
-        self._lease.report(report, self._lease.held - self._owed)
+        self._lease.report(report, max(0, self._lease.held - self._owed))
 
     # ---------------------------------------------------------------- parts of the mover's turn
 
@@ -247,7 +256,8 @@ class Sharing:
             self._warmed = now
             self._warm = self._working_set(demand, now)
         page = self.terms.page_bytes
-        wanted = self._warm * page
+        assert self._planner is not None, "the space has started"
+        wanted = self._planner.beneath_mark(self._warm) * page
         if now < self._asked_until:
             wanted = max(wanted, self._asked_bytes)
         wanted = min(wanted, self.ceiling)
@@ -298,10 +308,28 @@ class Sharing:
             return False
         return self._clocks[0][1] == demand.clock
 
-    def _borrow(self) -> None:
-        room = self.ceiling - self._lease.held - self._lease.reserved
-        if room > 0 and time.monotonic() >= self._no_memory_until:
-            self._lease.borrow(min(self._step(), room))
+    def _get_ahead(self, short: int) -> None:
+        """Take so many pages that all in use are below the mark: our own first, then spare ones."""
+        page, lease = self.terms.page_bytes, self._lease
+        charged = lease.held + lease.reserved
+        lacking = short * page - lease.reserved
+        room = self.ceiling - charged
+        if min(lacking, room) <= 0 or time.monotonic() < self._no_memory_until:
+            return
+        ours = min(lacking, room, lease.wanted - charged)
+        if ours > 0:
+            lacking -= self._reserve(ours)
+        if lacking > 0:
+            lease.borrow(min(max(lacking, self._step()), room))
+
+    def _reserve(self, nbytes: int) -> int:
+        """Ask for bytes within our share; notes whether others owe us and how long to expect it."""
+        granted = self._lease.reserve(nbytes, LOCK_S)
+        owed = self._lease.lacking > 0
+        if granted or (owed and not self._is_owed):
+            self._expects_until = time.monotonic() + EXPECT_S
+        self._is_owed = owed
+        return granted
 
     def _return_promised(self) -> None:
         self._lease.cancel(self._lease.reserved)

@@ -31,7 +31,7 @@ def test_every_part_of_a_hand_over_is_measured_and_no_page_is_wrong(tmp_path: Pa
     assert given_away["donor_part_s"] + given_away["newcomer_part_s"] == given_away["all_s"]
     assert 0 < given_away["floor"]["piped_s"] < given_away["floor"]["serial_s"]
     assert row["limit"]["cap"] < row["limit"]["held"]
-    pinned = row["limit"]["pinned"]
+    pinned = row["pinned"]
     assert pinned["cap"] < pinned["pinned"] == pinned["held_after"] < pinned["held"]
     assert pinned["to_pinned_s"] is not None
     assert pinned["after_unpin_s"] is not None
@@ -40,6 +40,6 @@ def test_every_part_of_a_hand_over_is_measured_and_no_page_is_wrong(tmp_path: Pa
     assert job["held_beside_more"] <= 5 * MIB
     assert job["held_after"] >= job["held_before"] - MIB // 16
     assert job["job_right"]
-    for part in ("handover", "limit", "job"):
+    for part in ("handover", "limit", "job", "pinned"):
         assert row[part]["wrong"] == 0
     assert given_away["verified"] > 64
