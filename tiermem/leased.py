@@ -36,7 +36,7 @@ class Lender(Protocol):
 
     @property
     def expects(self) -> bool:
-        """True while others owe us slots of our share and it is likely that some come soon."""
+        """True if some came a moment ago, or others were found to owe us some: more may come."""
 
     def lend(self, slots: int) -> bool:
         """Ask for so many more; what is granted is promised. True if others owe us some of them."""

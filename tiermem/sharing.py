@@ -41,7 +41,7 @@ LOCK_S = 0.002
 BACKOFF_S = 0.2
 """After the device had no memory for what the ledger granted (a dead process's, for a while)."""
 EXPECT_S = 0.25
-"""So long we wait for the next of the bytes that others owe us before pages of ours make room."""
+"""So long we wait for the next bytes from others before pages of ours make room instead."""
 WARM_EVERY_S = 0.1
 PLACE_EVERY_S = 5.0
 REPORT_EVERY_S = 0.1
@@ -164,8 +164,8 @@ class Sharing:
 
     @property
     def expects(self) -> bool:
-        """True while others owe us a part of our share and some of it has come of late."""
-        return self._is_owed and time.monotonic() < self._expects_until
+        """True while bytes that we asked for have come of late, or were found to be owed to us."""
+        return time.monotonic() < self._expects_until
 
     def lend(self, slots: int) -> bool:
         """Ask the ledger for pages that are lacking now; True if others hold more of our share."""
@@ -316,7 +316,9 @@ class Sharing:
         room = self.ceiling - charged
         if min(lacking, room) <= 0 or time.monotonic() < self._no_memory_until:
             return
-        ours = min(lacking, room, lease.wanted - charged)
+        ours = min(lacking, room)
+        if time.monotonic() >= self._asked_until:  # what is in use may be cold
+            ours = min(ours, lease.wanted - charged)
         if ours > 0:
             lacking -= self._reserve(ours)
         if lacking > 0:
