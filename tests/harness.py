@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
+import numpy.typing as npt
 
+from tiermem.books import Crossover
 from tiermem.errors import NotOurs, PageLost, TierFailed, TierFull
 from tiermem.executor import Executor, Flight
 from tiermem.plan import Plan
 from tiermem.planner import Access, Marks, Planner, Request
 from tiermem.policies.base import Candidates, EvictionBase, Ids, Keys
 from tiermem.ranking import Ranking
-from tiermem.table import PageTable, Rows
+from tiermem.table import PageTable, Rows, Shown
 from tiermem.testing import GARBAGE, WORDS, FakeMemory, FakeRoute, FakeWindow, World
 from tiermem.tier import TIERS, Done, Place, SlotPool, Slots
 
@@ -70,6 +72,7 @@ class Harness:
         seed: int = 0,
         attic: bool = False,
         in_order: bool = False,
+        crossover: Crossover | None = None,
     ) -> None:
         """regions: (pages, unit pages, tenant) each. Plans are always carried out in order."""
         self.world = World(seed)
@@ -94,6 +97,7 @@ class Harness:
             in_order=in_order,
             marks={p: marks for p in TIERS} if marks else None,
         )
+        self.planner.crossover = crossover
         self.executor = Executor(
             window=self.window,
             routes=self.routes,
@@ -101,6 +105,7 @@ class Harness:
             addresses=lambda rows: rows.astype(np.uint64) * 100,
             region_of=lambda rows: self.table.region[rows],
             on_gone=self._on_gone,
+            in_place=self.window.show_in_place,
         )
         for pages, unit, tenant in regions:
             self.table.extend(pages, unit, tenant)
@@ -195,6 +200,7 @@ class Harness:
         units: list[int],
         access: Access,
         stream: int | None = None,
+        touches: int | None = None,
         inside: Callable[[], None] = lambda: None,
     ) -> bool:
         """Fault, wait, enter, work and leave, in one go; False if the pages cannot be had.
@@ -203,7 +209,7 @@ class Harness:
         """
         for _ in range(50):
             try:
-                request = self.begin(units, access)
+                request = self.begin(units, access, touches=touches)
             except (PageLost, TierFailed, TierFull) as error:
                 self.refusal = str(error)
                 return False
@@ -244,11 +250,18 @@ class Harness:
         elif access != "read":
             self.write_now(request)
 
-    def begin(self, units: list[int], access: Access, order: bool = False) -> Request:
+    def begin(
+        self,
+        units: list[int],
+        access: Access,
+        order: bool = False,
+        touches: int | None = None,
+    ) -> Request:
         """One attempt at a fault; the caller finishes it or abandons it."""
         self.now += 1
         self.observe()
-        request = self.planner.fault(self.rows(units), access, self.now, order=order)
+        rows = self.rows(units)
+        request = self.planner.fault(rows, access, self.now, order=order, touches=touches)
         self.carry(request.plans)
         if access == "fresh" and request.taken:
             for row in request.rows.tolist():  # the old bytes are given up from now on
@@ -279,7 +292,10 @@ class Harness:
             self.planner.wrote(request.rows)
         for row in request.rows.tolist():
             assert self.table.pins[row] > 0, f"page {row} is not pinned"
-            assert self.table.at[row] == Place.GPU, f"page {row} is pinned and not on the GPU"
+            resident = self.table.at[row] == Place.GPU
+            if access == "read":
+                resident |= self.table.shown[row] == Shown.IN_PLACE
+            assert resident, f"page {row} is pinned and neither on the GPU nor shown in place"
             if access == "read":
                 self.verify(row)
 
@@ -296,14 +312,16 @@ class Harness:
             if Place.GPU in self.planner.failed_tiers:
                 return
             for row, value in values.items():
-                frame = self.window.shown.get(row * 100)
-                if frame is None:
+                words = self.seen(row)
+                if words is None:
                     self.wrong.append(f"kernel touched page {row}, which shows nothing")
+                elif write and self.window.shown[row * 100] < 0:
+                    self.wrong.append(f"kernel wrote page {row} in place")
                 elif write:
                     assert value is not None
-                    self.memories[Place.GPU].words[frame] = value
+                    words[:] = value
                 elif value is not None:
-                    found = self.memories[Place.GPU].words[frame].tolist()
+                    found = words.tolist()
                     if found != [value] * WORDS:
                         self.wrong.append(f"kernel read {found} in page {row}, not {value}")
 
@@ -322,13 +340,22 @@ class Harness:
     def verify(self, row: int) -> None:
         if row not in self.model or Place.GPU in self.planner.failed_tiers:
             return  # a failed GPU serves nobody: work that waited for its loads never ran
-        frame = self.window.shown.get(row * 100)
-        if frame is None:
+        words = self.seen(row)
+        if words is None:
             self.wrong.append(f"page {row} shows nothing")
             return
-        found = self.memories[Place.GPU].words[frame].tolist()
+        found = words.tolist()
         if found != [self.model[row]] * WORDS and not self._kernel_pending(row):
             self.wrong.append(f"read {found} in page {row}, not {self.model[row]}")
+
+    def seen(self, row: int) -> npt.NDArray[np.int64] | None:
+        """The words that a page's address shows."""
+        slot = self.window.shown.get(row * 100)
+        if slot is None:
+            return None
+        place = Place.GPU if slot >= 0 else Place.HOST
+        words: npt.NDArray[np.int64] = self.memories[place].words[slot if slot >= 0 else -1 - slot]
+        return words
 
     def check(self) -> None:
         assert not self.wrong, self.wrong
@@ -340,11 +367,22 @@ class Harness:
         """After `drain`: nothing is left over, and every page is its owner's or vacant."""
         self.check()
         assert self.planner.is_idle(), "work is left over"
+        if Place.GPU not in self.planner.failed_tiers:
+            assert self.window.shown == self._believed(), "addresses show what the table does not"
         assert not self.table.busy.any(), "a page is busy when nothing is under way"
         held = np.flatnonzero(self.table.at[: self.rows_of_regions] != Place.NONE).tolist()
         assert set(held) == self.alive, "pages that are held are not those that were allocated"
         vacant = set(range(self.rows_of_regions)) - self.alive
         assert set(self.vacant) == vacant, "a page is forgotten"
+
+    def _believed(self) -> dict[int, int]:
+        """What each address shows, as the table says."""
+        table = self.table
+        frames = np.where(
+            table.shown == Shown.IN_PLACE, -1 - table.slot(Place.HOST), table.slot(Place.GPU)
+        )
+        rows = np.flatnonzero(table.shown != Shown.NOTHING)
+        return {int(row) * 100: int(frames[row]) for row in rows}
 
     def snapshot(self) -> dict[str, list[int]]:
         """The table, for comparison with another's."""

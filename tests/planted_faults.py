@@ -26,9 +26,10 @@ from tests.test_pager_machine import PagerMachine, machine_settings
 from tiermem.backup import Backup
 from tiermem.books import Books
 from tiermem.descent import Descent
-from tiermem.plan import Copy, Outcome, Plan, Step, Zero
+from tiermem.inplace import InPlace
+from tiermem.plan import Copy, Outcome, Plan, Request, Step, Zero
 from tiermem.planner import Planner
-from tiermem.table import Rows
+from tiermem.table import IS_IN_PLACE, PageTable, Rows
 from tiermem.tier import PASSED, Mask, Place, Slots
 
 
@@ -274,6 +275,51 @@ def _follow_a_saved_copy(right: Callable[..., Plan]) -> Callable[..., Plan]:
     return copy_down
 
 
+def _hide_what_a_kernel_will_read(right: Callable[..., Any]) -> Callable[..., Any]:
+    """A page read in place is hidden, to be loaded, while queued work will still read it there."""
+
+    def end(self: InPlace, rows: Rows, request: Request) -> Plan | None:
+        read = rows[self.table.shown[rows] == IS_IN_PLACE]
+        self.table.fence[read] = 0
+        plan: Plan | None = right(self, rows, request)
+        return plan
+
+    return end
+
+
+def _evict_what_a_kernel_will_read(right: Callable[..., Mask]) -> Callable[..., Mask]:
+    """A page read in place leaves the host tier while queued work will still read it there."""
+
+    def movable(self: PageTable, units: Rows, place: Place) -> Mask:
+        if place == Place.HOST:
+            self.fence[units[self.shown[units] == IS_IN_PLACE]] = 0
+        return right(self, units, place)
+
+    return movable
+
+
+def _vacate_what_is_shown_in_place(right: Callable[..., list[Plan]]) -> Callable[..., list[Plan]]:
+    """A freed page gives its host slot back, and its address goes on showing it."""
+
+    def reap(self: Descent) -> list[Plan]:
+        placed = self._doomed[self.table.shown[self._doomed] == IS_IN_PLACE]
+        self.table.shown[placed] = 0
+        return right(self)
+
+    return reap
+
+
+def _write_in_place(right: Callable[..., Any]) -> Callable[..., Any]:
+    """A page that is read in place is written there."""
+
+    def fault(self: Planner, rows: Rows, access: str, now: int, **more: Any) -> Request:
+        placed = rows[self.table.shown[rows] == IS_IN_PLACE]
+        request: Request = right(self, rows, "read" if len(placed) else access, now, **more)
+        return request
+
+    return fault
+
+
 FAULTS = (
     Fault("skip a fence", Books, "_begin", _skip_a_fence),
     Fault("reuse a busy slot", Books, "_cancel", _reuse_a_busy_slot),
@@ -307,6 +353,18 @@ FAULTS = (
         "let a torn save become a spare", Descent, "_land_down",
         _let_a_torn_copy_become_a_spare, ContentsMachine,
     ),
+    Fault(
+        "hide a page that a kernel reads in place", InPlace, "_end_in_place",
+        _hide_what_a_kernel_will_read,
+    ),
+    Fault(
+        "evict a page that a kernel reads in place", PageTable, "movable",
+        _evict_what_a_kernel_will_read,
+    ),
+    Fault(
+        "vacate a page that is shown in place", Descent, "_reap", _vacate_what_is_shown_in_place
+    ),
+    Fault("write a page in place", Planner, "fault", _write_in_place),
 )  # fmt: skip
 
 

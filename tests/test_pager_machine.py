@@ -16,15 +16,17 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from tests.harness import Harness
+from tiermem.books import Crossover
 from tiermem.errors import PageInUse, PageLost, TierFailed, TierFull
 from tiermem.planner import Access, Marks, Request
-from tiermem.table import DOOMED
+from tiermem.table import DOOMED, Shown
 from tiermem.tier import Place
 
 RUNS = int(os.environ.get("MACHINE_RUNS", "0"))
 STEPS = 60
 SEEDS = st.integers(0, 2**32 - 1)
 STREAMS: tuple[int | None, ...] = (None, 0, 1)
+TOUCHES: tuple[int | None, ...] = (None, 0, 1, 1, 2)
 ACCESSES: tuple[Access, ...] = ("read", "read", "write", "write", "fresh")
 SHAPES = (  # slots of GPU, host and NVMe, pages of a unit
     (4, 3, 6, 1),
@@ -60,6 +62,7 @@ class PagerMachine(RuleBasedStateMachine):
         marks=st.sampled_from([Marks(1.0, 1.0), Marks(0.8, 0.5)]),
         filled=st.integers(2, 12),
         in_order=st.booleans(),
+        crossover=st.sampled_from([Crossover(3, 6), None, Crossover(0, 2), Crossover(9, 9)]),
     )
     def start(
         self,
@@ -69,11 +72,13 @@ class PagerMachine(RuleBasedStateMachine):
         marks: Marks,
         filled: int,
         in_order: bool,
+        crossover: Crossover | None,
     ) -> None:
         gpu, host, nvme, unit = shape
         self.h = Harness(
             gpu=gpu, host=host, nvme=nvme, regions=((12, unit, 0), (6, unit, 1)),
             eager=eager, marks=marks, seed=seed, attic=self.attic, in_order=in_order,
+            crossover=crossover,
         )  # fmt: skip
         self.gpu_units = gpu // unit
         self.waiting: list[Work] = []
@@ -132,6 +137,23 @@ class PagerMachine(RuleBasedStateMachine):
             self._finish_use(away[1:2], "read", None)
 
     @rule(seed=SEEDS)
+    def read_a_page_in_place_and_use_it(self, seed: int) -> None:
+        """Read by a kernel that may not have run yet when the page is loaded after all."""
+        random, stream = Random(seed), seed % 2
+        for unit in self._read_in_place(random, stream, 1):
+            then = random.choice(ACCESSES)
+            self._finish_use([unit], then, None if then == "read" else stream)
+
+    @rule(seed=SEEDS)
+    def read_pages_in_place_and_press_them_out(self, seed: int) -> None:
+        random, stream = Random(seed), seed % 2
+        if self._read_in_place(random, stream, 6):
+            self.kernels_run(stream)
+            self._mover_verb(random, demote=True)  # the host may get short
+            self.copies_end(2)
+            self.mover()
+
+    @rule(seed=SEEDS)
     def fault(self, seed: int) -> None:
         random = Random(seed)
         units = self.pick(random, self.units(), 2)
@@ -142,7 +164,7 @@ class PagerMachine(RuleBasedStateMachine):
             return
         stream = random.choice((0, 1)) if access == "read" and random.random() < 0.4 else None
         try:
-            request = self.h.begin(units, access, order=stream is not None)
+            request = self.h.begin(units, access, stream is not None, random.choice(TOUCHES))
         except (PageLost, TierFull, TierFailed):
             return
         if request.taken:
@@ -316,13 +338,32 @@ class PagerMachine(RuleBasedStateMachine):
         chosen = self.pick(random, units, 2)
         which: Access = random.choice(ACCESSES) if access is None else access
         if chosen and self._may_use(chosen, which):
-            self._finish_use(chosen, which, random.choice(STREAMS))
+            self._finish_use(chosen, which, random.choice(STREAMS), random.choice(TOUCHES))
 
-    def _finish_use(self, units: list[int], access: Access, stream: int | None) -> None:
+    def _finish_use(
+        self, units: list[int], access: Access, stream: int | None, touches: int | None = None
+    ) -> None:
         if access != "read" or stream is not None:
             self._synchronise(self.h.rows(units), stream)
-        self.h.use(units, access, stream)
+        self.h.use(units, access, stream, touches)
         self._enter_ready()
+
+    def _read_in_place(self, random: Random, stream: int, most: int) -> list[int]:
+        """Queue a read of pages that rest in the host tier and show no frame; which ones."""
+        table, hidden = self.h.table, (Shown.NOTHING, Shown.IN_PLACE)
+        if self.h.planner.crossover is None:
+            return []
+        for _ in range(2):
+            below = [
+                u for u in self.units() if table.at[u] == Place.HOST and table.shown[u] in hidden
+            ]
+            chosen = random.sample(below, min(most, len(below)))
+            if chosen and self._may_use(chosen, "write"):
+                self._finish_use(chosen, "read", stream, touches=0)
+                return chosen
+            self._mover_verb(random, demote=True)
+            self.copies_end(3)
+        return []
 
     def _may_use(self, units: list[int], access: str) -> bool:
         """Users do not write what others use at the same time."""

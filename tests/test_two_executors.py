@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 
 from tests.harness import Harness
+from tiermem.books import Crossover
 from tiermem.errors import PageLost, TierFailed, TierFull
 from tiermem.executor import Flight
-from tiermem.plan import Copy, Drop, Hide, Outcome, Plan, Show, Step, Zero, merge
+from tiermem.plan import Copy, Drop, Hide, Outcome, Plan, Show, ShowInPlace, Step, Zero, merge
 from tiermem.planner import Access, Marks, Request
 from tiermem.table import DOOMED, Rows
 from tiermem.tier import Fence, Place
@@ -32,6 +33,8 @@ def same_step(a: Step, b: Step) -> bool:
         return np.array_equal(a.pages, b.pages) and np.array_equal(a.frees, b.frees)
     if isinstance(a, Show) and isinstance(b, Show):
         return np.array_equal(a.pages, b.pages) and np.array_equal(a.frames, b.frames)
+    if isinstance(a, ShowInPlace) and isinstance(b, ShowInPlace):
+        return np.array_equal(a.pages, b.pages) and np.array_equal(a.slots, b.slots)
     if isinstance(a, Copy) and isinstance(b, Copy):
         pairs = ((a.pages, b.pages), (a.src_slots, b.src_slots), (a.dst_slots, b.dst_slots))
         same = all(np.array_equal(x, y) for x, y in pairs)
@@ -57,6 +60,7 @@ class Ranks:
             Harness(
                 gpu=6, host=4, nvme=10, regions=((12, unit, 0), (6, unit, 1)), eager=eager,
                 marks=Marks(0.9, 0.6), seed=seed + other, attic=True, in_order=in_order,
+                crossover=Crossover(1, 3),
             )
             for other in (0, 1000)
         ]  # fmt: skip
@@ -91,7 +95,7 @@ class Ranks:
         for rank in self.ranks:
             rank.table.fences.observe(passed)
 
-    def fault(self, rows: Rows, access: Access) -> Request | None:
+    def fault(self, rows: Rows, access: Access, touches: int | None) -> Request | None:
         """Until the pages are pinned, on both; None if they cannot be had."""
         for _ in range(50):
             self.observe()
@@ -99,7 +103,8 @@ class Ranks:
             refused: list[str] = []
             for rank in self.ranks:
                 try:
-                    asked.append(rank.planner.fault(rows, access, rank.now))
+                    fault = rank.planner.fault(rows, access, rank.now, touches=touches)
+                    asked.append(fault)
                 except (PageLost, TierFailed, TierFull) as error:
                     refused.append(str(error))
             if refused:
@@ -130,7 +135,8 @@ class Ranks:
     def use(self, units: list[int], access: Access, stream: int | None) -> None:
         for rank in self.ranks:
             rank.now += 1
-        request = self.fault(self.director.rows(units), access)
+        touches = self.random.choice((None, 0, 1))
+        request = self.fault(self.director.rows(units), access, touches)
         if request is None:
             return
         for rank in self.ranks:

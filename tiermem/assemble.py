@@ -6,10 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from tiermem import drive, units
+from tiermem import crossover, drive, units
+from tiermem.books import Crossover
 from tiermem.config import Capacities, Config
 from tiermem.errors import ConfigError, DriverError, TierFull
-from tiermem.tier import Device, Memory, Place, Route, Tier
+from tiermem.tier import Device, Memory, Place, Route, Showable, Tier
 
 if TYPE_CHECKING:
     from tiermem.host.pinned import Register
@@ -37,6 +38,8 @@ class Parts:
     routes: dict[tuple[Place, Place], Route] = field(default_factory=dict)
     paths: dict[tuple[Place, Place], str] = field(default_factory=dict)
     slab: Slab | None = None
+    readable: Showable | None = None  # the host tier, where pages may be read in place
+    crossover: Crossover | None = None
     closers: list[Callable[[], None]] = field(default_factory=list)
 
     def close(self) -> None:
@@ -155,10 +158,16 @@ def _add_host(config: Config, parts: Parts) -> None:
     device = parts.device
     register = _register(device)
     limits.check(capacity * device.page_bytes)
-    host = HostPool(device.page_bytes, capacity, register=register)
-    parts.closers.append(host.close)
+    host: Memory
+    if config.host.read_in_place:
+        host = parts.readable = device.host_pages(capacity)
+    else:
+        host = HostPool(device.page_bytes, capacity, register=register)
+        parts.closers.append(host.close)
     parts.tiers[Place.HOST] = host
     down, up = device.routes(host)
+    if parts.readable is not None:
+        parts.crossover = crossover.measure(device, parts.readable, up)
     _add_route(parts, down, "copy engine" if register else "memory copy")
     _add_route(parts, up, "copy engine" if register else "memory copy")
 

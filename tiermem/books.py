@@ -15,7 +15,7 @@ import numpy as np
 
 from tiermem.contents import Contents
 from tiermem.errors import TierFailed
-from tiermem.plan import Copy, Drop, Hide, Plan, Request, Show, Step
+from tiermem.plan import Copy, Drop, Hide, Plan, Request, Show, ShowInPlace, Step
 from tiermem.policies.base import Admission, Keys
 from tiermem.ranking import Ranking
 from tiermem.table import (
@@ -41,6 +41,18 @@ class Marks:
 
     high: float = 0.95
     low: float = 0.90
+
+
+@dataclass(frozen=True, slots=True)
+class Crossover:
+    """Up to how many touches reading a page in place costs less than loading it.
+
+    with_room, without: where a frame is free, and where another page must leave for it (and,
+    later, come back). Measured by `crossover.py`.
+    """
+
+    with_room: int
+    without: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +99,7 @@ class Books:
         self.limits: dict[Place, int] = {}
         self.admission: Admission | None = None  # who is asked before a write to NVMe
         self._admitted: set[int] = set()  # units that may be written and found no slot yet
+        self.crossover: Crossover | None = None  # None: nothing is read in place
         self.growing: set[Place] = set()  # tiers that will have more slots without our doing
         self.contents = Contents(table)
         self.attic: Extent | None = None
@@ -132,6 +145,8 @@ class Books:
                 elif isinstance(step, Hide):
                     np.add.at(busy, step.pages, int(not self.in_order))
                     held[GPU] += len(step.frees)
+                elif isinstance(step, ShowInPlace):
+                    np.add.at(busy, step.pages, 1)
                 elif isinstance(step, Show) and not copies(opened.plan):
                     np.add.at(busy, step.pages, 1)
                     held[GPU] += len(step.frames)
@@ -347,7 +362,7 @@ def copies(plan: Plan) -> bool:
 
 def pages_of(step: Step) -> Rows:
     match step:
-        case Copy() | Show() | Hide():
+        case Copy() | Show() | ShowInPlace() | Hide():
             return step.pages
         case _:
             return _NO_ROWS

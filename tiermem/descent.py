@@ -9,12 +9,13 @@ from __future__ import annotations
 import numpy as np
 
 from tiermem.books import Books
-from tiermem.plan import Copy, Drop, Hide, Plan
+from tiermem.plan import Copy, Drop, Hide, Plan, Step
 from tiermem.table import (
     DIRTY,
     DOOMED,
     IS_FRAME,
     IS_HIDING,
+    IS_IN_PLACE,
     IS_NOTHING,
     IS_RETIRED,
     LABELLED,
@@ -128,7 +129,10 @@ class Descent(Books):
     def _leave_host(self, rows: Rows, now: int) -> list[Plan]:
         table = self.table
         spare = table.slot(NVME)[rows] >= 0
-        plans = self._step_down(rows[spare], HOST, NVME, now)
+        read = spare & (table.shown[rows] == IS_IN_PLACE)
+        plans = self._step_down(rows[spare & ~read], HOST, NVME, now)
+        if read.any():  # once that is done they can step down
+            plans.append(self._begin([self._hide(rows[read], _NO_SLOTS)]))
         more, rest, refused = self._start(rows[~spare], HOST, NVME, now)
         plans += more
         plans += self._drop(refused, now, "not-admitted")
@@ -179,9 +183,12 @@ class Descent(Books):
         pool.owner[slots] = rows
         pool.tenant[slots] = table.tenant[rows]
         after = table.fences.point(table.fence[rows]) if src == AT_GPU else PASSED
-        return self._begin(
-            [Copy(src, dst, rows, table.slot(src)[rows].copy(), slots, after, stays)]
-        )
+        steps: list[Step] = []
+        if src == AT_HOST and not stays:
+            read = rows[table.shown[rows] == IS_IN_PLACE]
+            steps = [self._hide(read, _NO_SLOTS)] if len(read) else steps
+        source = table.slot(src)[rows].copy()
+        return self._begin([*steps, Copy(src, dst, rows, source, slots, after, stays)])
 
     def _ask_admission(self, rows: Rows, now: int) -> tuple[Rows, Rows]:
         """(pages that may be written to NVMe, those that may not). A yes holds until used."""
@@ -342,6 +349,12 @@ class Descent(Books):
         rows = self._doomed[idle]
         self._doomed = self._doomed[~idle]
         plans: list[Plan] = []
+        read = rows[table.shown[rows] == IS_IN_PLACE] if self.crossover else _NO_SLOTS
+        if len(read):
+            plans.append(self._begin([self._hide(read, _NO_SLOTS)]))
+            if not self.in_order:  # the slot is the page's until the address shows nothing
+                self._doomed = np.concatenate([self._doomed, read])
+                rows = rows[table.shown[rows] != IS_HIDING]
         shown = rows[table.shown[rows] == IS_FRAME]
         if self.eager and len(shown):
             hide = self._hide_unowned(shown, table.slot(GPU)[shown])
@@ -372,6 +385,7 @@ class Descent(Books):
         table.at[rows] = AT_NONE
         table.flags[rows] = 0
         table.fence[rows] = 0
+        table.reads[rows] = 0
         table.parent[rows] = -1
         self._reaped.append(rows)
 

@@ -20,6 +20,7 @@ typedef struct {
     const uint8_t *parked;                         /* [most]: frames without memory */
     int32_t *showing;                              /* [most]: how many pages show the frame */
     int64_t mappings, most_mappings;               /* of the kernel, for what is shown */
+    uint64_t host_fd, host;                        /* slots of the host tier are most, most + 1, ... */
 } frames;
 
 typedef struct {
@@ -73,9 +74,9 @@ static int32_t check_show(const frames *f, const range *r, uint64_t address, int
         return code;
     if ((now = *entry(f, r, address)) != ABSENT)
         return now < ABSENT ? TWICE : TAKEN;
-    if (frame < 0 || (uint64_t)frame >= f->most)
+    if (frame < 0 || (uint64_t)frame >= f->most + f->host)
         return NO_FRAME;
-    return f->parked[frame] ? PARKED : 0;
+    return (uint64_t)frame < f->most && f->parked[frame] ? PARKED : 0;
 }
 
 static int32_t check_hide(const frames *f, const range *r, uint64_t address)
@@ -91,9 +92,12 @@ static int32_t check_hide(const frames *f, const range *r, uint64_t address)
  * touch instead of 5 and 1,060; 64 KiB 20 and 0.2 instead of 7 and 40 (2-core, 2026-11). */
 static int32_t map(const frames *f, uint64_t address, int32_t frame, uint64_t pages)
 {
-    void *at = mmap((void *)(uintptr_t)address, pages * f->page_bytes, PROT_READ | PROT_WRITE,
-                    MAP_SHARED | MAP_FIXED | MAP_POPULATE, (int)f->fd,
-                    (off_t)((uint64_t)frame * f->page_bytes));
+    int in_place = (uint64_t)frame >= f->most;
+    uint64_t slot = in_place ? (uint64_t)frame - f->most : (uint64_t)frame;
+    void *at = mmap((void *)(uintptr_t)address, pages * f->page_bytes,
+                    in_place ? PROT_READ : PROT_READ | PROT_WRITE,
+                    MAP_SHARED | MAP_FIXED | MAP_POPULATE, (int)(in_place ? f->host_fd : f->fd),
+                    (off_t)(slot * f->page_bytes));
     return at == MAP_FAILED ? -errno : 0;
 }
 
@@ -115,7 +119,7 @@ static uint64_t run(const frames *f, const uint64_t *addresses, const int32_t *s
 {
     uint64_t k = 1;
     while (k < n && addresses[k] == addresses[0] + k * f->page_bytes
-           && (!shown || shown[k] == shown[0] + (int32_t)k))
+           && (!shown || (shown[k] == shown[0] + (int32_t)k && (uint64_t)shown[k] != f->most)))
         k++;
     return k;
 }
@@ -144,7 +148,8 @@ int64_t em_show(frames *f, range *r, const uint64_t *addresses, const int32_t *s
     if (!code) {
         for (uint64_t i = 0; i < n; i++) {
             *entry(f, r, addresses[i]) = shown[i];
-            f->showing[shown[i]]++;
+            if ((uint64_t)shown[i] < f->most)
+                f->showing[shown[i]]++;
         }
         return 0;
     }
@@ -178,7 +183,8 @@ int64_t em_hide(frames *f, range *r, const uint64_t *addresses, uint64_t n)
         at = entry(f, r, addresses[--checked]);
         *at = mark(*at);
         if (!code) {
-            f->showing[*at]--;
+            if ((uint64_t)*at < f->most)
+                f->showing[*at]--;
             set(f, r, at, ABSENT);
         }
     }

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tiermem.errors import TierMemError
-from tiermem.plan import Copy, Drop, Hide, Outcome, Plan, Show, Step, Zero
+from tiermem.plan import Copy, Drop, Hide, Outcome, Plan, Show, ShowInPlace, Step, Zero
 from tiermem.table import Rows
 from tiermem.tier import (
     Addresses,
@@ -150,7 +150,7 @@ def _failed(step: Step, done: Done) -> Mask | None:
 
 def _entries(step: Step) -> int:
     match step:
-        case Copy() | Hide() | Show():
+        case Copy() | Hide() | Show() | ShowInPlace():
             return len(step.pages)
         case Zero():
             return len(step.frames)
@@ -170,14 +170,19 @@ class Executor:
         addresses: Callable[[Rows], Addresses],
         region_of: Callable[[Rows], npt.NDArray[np.uint16]],
         on_gone: OnGone,
+        in_place: Callable[[Addresses, Slots], Done] | None = None,
     ) -> None:
-        """addresses, region_of: of page rows. on_gone: called before slots are reused."""
+        """addresses, region_of: of page rows. on_gone: called before slots are reused.
+
+        in_place: shows host slots at addresses, where the host tier can.
+        """
         self._window = window
         self._routes = dict(routes)
         self._zero = zero
         self._addresses = addresses
         self._region_of = region_of
         self._on_gone = on_gone
+        self._in_place = in_place
         self._meters = {key: _Meter() for key in self._routes}
         self.failed_callbacks = 0
 
@@ -223,6 +228,13 @@ class Executor:
                     lambda part: self._window.show(
                         self._addresses(step.pages[part]), step.frames[part]
                     ),
+                )
+            case ShowInPlace():
+                show = self._in_place
+                assert show is not None, "a planner with a crossover has a host tier to show"
+                return self._by_region(
+                    step.pages,
+                    lambda part: show(self._addresses(step.pages[part]), step.slots[part]),
                 )
             case Hide():
                 return self._by_region(

@@ -65,10 +65,17 @@ class Pager:
 
     # ---------------------------------------------------------------- verbs
 
-    def use(self, rows: Rows, access: Access, stream: int | None = None) -> None:
+    def use(
+        self,
+        rows: Rows,
+        access: Access,
+        stream: int | None = None,
+        touches: int | None = None,
+    ) -> None:
         """Make pages resident and pin them: all or nothing; returns when they may be touched.
 
         With a stream and read access, the stream rather than the caller waits for host loads.
+        touches: as for `Planner.fault`.
         """
         order = stream is not None and access == "read"
         writes = access != "read"
@@ -78,7 +85,9 @@ class Pager:
             with self.lock:
                 self._refuse_closed()
                 self._settle_ended()
-                request = self.planner.fault(rows, access, self._now(), order=order)
+                request = self.planner.fault(
+                    rows, access, self._now(), order=order, touches=touches
+                )
                 self._todo.extend(request.plans)
                 # Decided here: once the lock is free, others settle what is pending.
                 resident = request.taken and not request.pending

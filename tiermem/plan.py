@@ -62,7 +62,15 @@ class Show:
     frames: Slots
 
 
-Step = Drop | Hide | Zero | Copy | Show
+@dataclass(frozen=True, slots=True)
+class ShowInPlace:
+    """Show slots[i] of the host tier at pages[i], to be read there."""
+
+    pages: Rows
+    slots: Slots
+
+
+Step = Drop | Hide | Zero | Copy | Show | ShowInPlace
 
 
 @dataclass(frozen=True, slots=True)

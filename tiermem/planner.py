@@ -16,16 +16,17 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from tiermem.backup import Backup
 from tiermem.books import Marks, copies, either, pages_of
 from tiermem.errors import NotOurs, PageInUse, PageLost, TierFailed, TierFull
-from tiermem.plan import Copy, Drop, Hide, Outcome, Plan, Request, Show, Step, Zero
+from tiermem.inplace import InPlace
+from tiermem.plan import Copy, Drop, Hide, Outcome, Plan, Request, Show, ShowInPlace, Step, Zero
 from tiermem.policies.base import Keys, RequestFacts
 from tiermem.table import (
     DIRTY,
     DOOMED,
     IS_FRAME,
     IS_HIDING,
+    IS_IN_PLACE,
     IS_RETIRED,
     LABELLED,
     ORDERED,
@@ -59,7 +60,7 @@ _BARRED_WRITE = _BARRED | LABELLED
 _ARRIVED = {HOST: "host_gpu", NVME: "nvme_gpu"}
 
 
-class Planner(Backup):
+class Planner(InPlace):
     """All verbs. See `table.py` for the states and arcs, `books.py` for the state."""
 
     # ---------------------------------------------------------------- verbs of the owner
@@ -106,12 +107,21 @@ class Planner(Backup):
         return request
 
     def fault(
-        self, rows: Rows, access: Access, now: int, *, order: bool = False, pin: bool = True
+        self,
+        rows: Rows,
+        access: Access,
+        now: int,
+        *,
+        order: bool = False,
+        pin: bool = True,
+        touches: int | None = None,
     ) -> Request:
         """Make pages (whole units, deepest first) resident and pin them: all or nothing.
 
         order: loads from the host may be pinned at once, because the caller makes its stream wait
-        for them. Raises NotOurs, PageLost, TierFull; then nothing is pinned.
+        for them. touches: how often they will be read, or 0: pages in the host tier may be shown
+        there instead (`InPlace`). Raises NotOurs, PageLost, PageInUse (a write of pages that
+        others read in place), TierFull; then nothing is pinned.
         """
         table = self.table
         at, to = table.at[rows], table.to[rows]
@@ -129,18 +139,32 @@ class Planner(Backup):
             self._rescue(rows)
             arriving = rows[to == AT_GPU]
         below = (at != AT_GPU) & (to != AT_GPU)
+        in_place = self.crossover is not None and access == "read"
+        if in_place:
+            readable = self._readable(rows, touches)
+            arriving = rows[(to == AT_GPU) | (readable & (to != 0))] if moving else arriving
+            below &= ~readable
         away = rows if below.all() else rows[below]
         if len(away):
             if moving:
-                self._cancel(away[table.at[away] == AT_HOST])
+                self._cancel(away[(table.at[away] == AT_HOST) & (table.to[away] == AT_NVME)])
             if self._blocked(away, request):
                 return request
-            if not self._have_room(self._frameless(away), request, now, spare_us=rows):
+            here, up = self._split(away, rows, touches) if in_place else (_NO_ROWS, away)
+            n = self._frameless(up)
+            if len(up) and not self._have_room(n, request, now, spare_us=rows):
                 return request
-            self._bring(away, access, request, now, order)
+            if self.crossover is not None and self._unplace(up, request):
+                return request
+            if len(here):
+                self._follow(self._show_in_place(here), request)
+            if len(up):
+                self._bring(up, access, request, now, order)
             self.counts["faulted"] += len(away)
         if len(arriving):
             self._join(arriving, request)
+        if in_place:
+            self._count_reads(rows, touches)
         request.taken = True
         if not pin:
             return request
@@ -190,6 +214,10 @@ class Planner(Backup):
         here = heads[self.table.at[heads] == AT_GPU]
         if len(here):
             self.rankings[GPU].accessed(here, now)
+        if self.crossover is not None:
+            there = heads[self.table.shown[heads] == IS_IN_PLACE]
+            if len(there):
+                self.rankings[HOST].accessed(there, now)
         if self.admission is not None:
             self.admission.used(heads, self.table.depth[heads], now)
             self._note_unsaved(heads)
@@ -240,7 +268,7 @@ class Planner(Backup):
         rows = request.rows
         if request.failed:
             rows = rows[~np.isin(rows, np.array(request.failed, np.int32))]
-        waiting = (table.to[rows] == AT_GPU) & ((table.flags[rows] & ORDERED) == 0)
+        waiting = (table.to[rows] != 0) & ((table.flags[rows] & ORDERED) == 0)
         table.waiters[rows[waiting]] -= 1
         table.pins[rows[~waiting]] -= 1
         request.taken = False
@@ -280,7 +308,7 @@ class Planner(Backup):
         table = self.table
         rest = (table.to[rows] == 0) & (table.busy[rows] == 0) & (table.flags[rows] & DOOMED == 0)
         rest &= (table.at[rows] == AT_HOST) | (table.at[rows] == AT_NVME)
-        rows = rows[rest & (table.shown[rows] != IS_HIDING)]
+        rows = rows[rest & (table.shown[rows] != IS_HIDING) & (table.shown[rows] != IS_IN_PLACE)]
         pool = self.pools[GPU]
         room = min(pool.free + self._stealable(), int(self._mark(GPU, "high")) - pool.used)
         soon, later = self._cut(rows, max(room, 0))
@@ -407,6 +435,9 @@ class Planner(Backup):
                     self._note_failures(step, bad, outcome.error)
                 case Zero() if bad is not None:
                     self.pools[GPU].tenant[step.frames[bad]] = SOILED
+                case ShowInPlace():
+                    bad = self._whole_units(step.pages, bad)
+                    self._land_in_place(step, opened.plan.id, bad, failed_rows)
                 case Show() if not copies(opened.plan):
                     after += self._settle_blank(step, opened.plan.id, unshown, failed_rows, now)
                 case _:
@@ -428,10 +459,23 @@ class Planner(Backup):
 
     def all_ordered(self, request: Request) -> bool:
         """True if a stream may wait for everything that this request awaits."""
-        rows = request.rows[self.table.to[request.rows] == AT_GPU]
+        rows = request.rows[self.table.to[request.rows] != 0]
         return bool(((self.table.flags[rows] & ORDERED) != 0).all())
 
     # ---------------------------------------------------------------- bringing pages up
+
+    def _split(self, away: Rows, wanted: Rows, touches: int | None) -> tuple[Rows, Rows]:
+        """(pages to be shown where they are, pages to be loaded) of a read."""
+        room = self._available(wanted) >= self._frameless(away)
+        placeable = self._placeable(away, touches, room)
+        return away[placeable], away[~placeable]
+
+    def _unplace(self, rows: Rows, request: Request) -> bool:
+        """True if pages among these are read in place, and that has to end first."""
+        hide = self._end_in_place(rows, request)
+        if hide is not None:
+            self._follow(hide, request)
+        return bool(request.fence.ticks) or (hide is not None and not self.in_order)
 
     def _bring(self, away: Rows, access: Access, request: Request, now: int, order: bool) -> None:
         """Claim frames for pages below and load them; there is room (`_have_room`)."""
@@ -465,6 +509,7 @@ class Planner(Backup):
         plan = self._begin([*steps, copy, Show(rows, frames)])
         table.to[rows] = AT_GPU
         table.move[rows] = plan.id
+        table.reads[rows] = 0
         if ordered:
             table.flags[rows] |= ORDERED
         self._follow(plan, request)
@@ -538,7 +583,7 @@ class Planner(Backup):
 
     def _pin(self, rows: Rows) -> None:
         table = self.table
-        later = (table.to[rows] == AT_GPU) & ((table.flags[rows] & ORDERED) == 0)
+        later = (table.to[rows] != 0) & ((table.flags[rows] & ORDERED) == 0)
         table.pins[rows[~later]] += 1
         table.waiters[rows[later]] += 1
 
@@ -688,6 +733,8 @@ class Planner(Backup):
     def _fenced(self) -> Rows:
         """Unpinned pages with a frame: some may wait for a fence before they can give it up."""
         owners = self.pools[GPU].owner
+        if self.crossover is not None:  # host slots that are read in place are held by it, too
+            owners = np.concatenate([owners, self.pools[HOST].owner])
         owners = owners[owners >= 0]
         return np.concatenate([self._doomed, owners[self.table.pins[owners] == 0]])
 

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Sequence
 from enum import StrEnum
 from types import TracebackType
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -28,7 +28,9 @@ log = logging.getLogger(__name__)
 
 Pages = npt.NDArray[np.int32]
 OnGone = Callable[[Pages, str], None]
+ReadInPlace = Literal["pays", "always", "never"]
 _ACCESS = ("read", "write", "fresh")
+READ_IN_PLACE = ("pays", "always", "never")
 
 NEXT = -2
 """As a parent in `Region.allocate`: the next unit of the same call, which has no number yet."""
@@ -71,9 +73,11 @@ class Region:
         name: str,
         on_gone: OnGone | None,
         numbered: bool = False,
+        in_place: ReadInPlace = "pays",
     ) -> None:
         self.name = name
         self.numbered = numbered
+        self.in_place = in_place
         self.address = address
         self.pages = extent.pages
         self.unit_pages = extent.unit_pages
@@ -135,6 +139,7 @@ class Region:
         pages: int | Sequence[int] | Pages,
         access: Access = "read",
         stream: int | None = None,
+        touches: int = 1,
     ) -> Use:
         """A context in which these pages are on the GPU and stay there.
 
@@ -142,23 +147,32 @@ class Region:
         nothing is loaded). stream: the stream whose queued work touches the pages (a CUDA stream
         handle, or one of the CPU device's); host loads are then ordered before that stream's
         later work, and the pages stay until its work of this block has ended.
-        Raises TierFull, PageLost, NotOurs on entry; then nothing is pinned.
+        touches: how often this block will read each page. With host.read_in_place, pages to be
+        read may stay in the host tier, where kernels read them at the same addresses, if that
+        costs less (see `Space.reserve`); pages that are read so can not be written meanwhile.
+        Raises TierFull, PageLost, PageInUse, NotOurs on entry; then nothing is pinned.
         """
+        if touches < 1:
+            raise ConfigError(f"touches {touches}: at least 1")
         if access not in _ACCESS:
             raise ConfigError(f"access {access!r}: one of {', '.join(_ACCESS)}")
         if isinstance(pages, int) and self.unit_pages == 1 and 0 <= pages < self.pages:
-            return Use(self, None, pages + self._first, access, stream)
-        return Use(self, self._rows(pages), -1, access, stream)
+            return Use(self, None, pages + self._first, access, stream, touches)
+        return Use(self, self._rows(pages), -1, access, stream, touches)
 
     def pin(
-        self, pages: Sequence[int] | Pages, access: Access = "read", stream: int | None = None
+        self,
+        pages: Sequence[int] | Pages,
+        access: Access = "read",
+        stream: int | None = None,
+        touches: int = 1,
     ) -> None:
         """What entering `use` does; each page is given back by one `unpin`, in any grouping."""
         if access not in _ACCESS:
             raise ConfigError(f"access {access!r}: one of {', '.join(_ACCESS)}")
         rows = self._rows(pages)
         if len(rows):
-            self._pager.use(rows, access, stream)
+            self._pager.use(rows, access, stream, self._counted(touches))
 
     def unpin(self, pages: Sequence[int] | Pages, stream: int | None = None) -> None:
         """Pages may leave once the work that is queued on the stream by now has ended."""
@@ -393,6 +407,16 @@ class Region:
 
     # ---------------------------------------------------------------- parts
 
+    def _counted(self, touches: int) -> int | None:
+        """`touches` of a use, as the planner takes them."""
+        match self.in_place:
+            case "pays":
+                return touches
+            case "always":
+                return 0
+            case "never":
+                return None
+
     def _rows(self, pages: int | Sequence[int] | Pages) -> Rows:
         """Rows of these pages' whole units; NotOurs unless each is in the region, and once."""
         if self._closed:
@@ -551,16 +575,23 @@ def _has_duplicates(rows: Rows) -> bool:
 class Use:
     """Pages that are pinned between entering and leaving. Not reentrant."""
 
-    __slots__ = ("_access", "_region", "_row", "_rows", "_stream")
+    __slots__ = ("_access", "_region", "_row", "_rows", "_stream", "_touches")
 
     def __init__(
-        self, region: Region, rows: Rows | None, row: int, access: Access, stream: int | None
+        self,
+        region: Region,
+        rows: Rows | None,
+        row: int,
+        access: Access,
+        stream: int | None,
+        touches: int,
     ) -> None:
         self._region = region
         self._rows = rows
         self._row = row
         self._access: Access = access
         self._stream = stream
+        self._touches = touches
 
     def __enter__(self) -> Use:
         region = self._region
@@ -571,7 +602,8 @@ class Use:
                 return self
             self._rows = np.array([self._row], np.int32)
         if len(self._rows):
-            region._pager.use(self._rows, self._access, self._stream)
+            touches = region._counted(self._touches)
+            region._pager.use(self._rows, self._access, self._stream, touches)
         return self
 
     def __exit__(

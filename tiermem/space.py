@@ -30,7 +30,7 @@ from tiermem.policies.base import Admission, Eviction
 from tiermem.policies.recompute import RouteSpeed
 from tiermem.policies.registry import load as load_policy
 from tiermem.ranking import Ranking
-from tiermem.region import OnGone, Region
+from tiermem.region import READ_IN_PLACE, OnGone, ReadInPlace, Region
 from tiermem.sharing import Sharing
 from tiermem.stats import Pace, RouteStatistics, Statistics, TierStatistics
 from tiermem.table import PageTable, Rows
@@ -88,7 +88,9 @@ class Space:
             addresses=self.addresses,
             region_of=lambda rows: table.region[rows],
             on_gone=self._on_gone,
+            in_place=None if parts.readable is None else parts.readable.show,
         )
+        self._planner.crossover = parts.crossover
         self.pager = Pager(
             self._planner,
             self._executor,
@@ -154,15 +156,19 @@ class Space:
         tenant: int = 0,
         on_gone: OnGone | None = None,
         numbered: bool = False,
+        in_place: ReadInPlace = "pays",
     ) -> Region:
         """Reserve a range of addresses; nothing is behind it until pages are allocated.
 
         nbytes: rounded up to whole units. tenant: pages of different tenants never see each
         other's bytes. on_gone(pages, reason): pages that were dropped or lost; called from any
         thread, before their slots are reused, and must not block. numbered: the owner says which
-        pages it allocates, because its own books number them.
+        pages it allocates, because its own books number them. in_place, with host.read_in_place:
+        whether kernels read pages in the host tier where they are: where that `pays` by
+        measurement, `always`, or `never`.
         """
         self._refuse_closed()
+        self._refuse_in_place(in_place)
         wanted = _parse("reserve", nbytes)
         if wanted <= 0 or unit_pages <= 0:
             raise ConfigError(f"reserve {wanted} bytes in units of {unit_pages} pages: both > 0")
@@ -172,7 +178,7 @@ class Space:
         with self.pager.lock:
             extent = self._planner.table.extend(pages, unit_pages, tenant)
             title = name or f"region-{len(self._regions)}"
-            region = Region(self, extent, address, title, on_gone, numbered)
+            region = Region(self, extent, address, title, on_gone, numbered, in_place)
             self._regions.append(region)
             if isinstance(self._planner.admission, Budgeted):
                 self._planner.admission.weigh(self.page_bytes * self._planner.table.max_unit_pages)
@@ -556,6 +562,15 @@ class Space:
             return None
         tiers = {place.name.lower(): self._named(place, self.config) for place in TIERS}
         return EventLog(path, tiers)
+
+    def _refuse_in_place(self, in_place: str) -> None:
+        if in_place not in READ_IN_PLACE:
+            raise ConfigError(f"in_place {in_place!r}: one of {', '.join(READ_IN_PLACE)}")
+        if in_place == "always" and self._planner.crossover is None:
+            raise ConfigError(
+                'reserve(in_place="always"): the host tier cannot be read in place; set '
+                "host.read_in_place = true and host.capacity"
+            )
 
     def _refuse_closed(self) -> None:
         if self._closed:

@@ -19,11 +19,14 @@ One row a page, numpy columns, no I/O and no lock. Only `planner.py` writes it.
    HOST or NVME, frame retired ── _take_back ─▶ GPU, no transfer
    GPU or HOST, labelled ── back_up ─▶ the same place, with a spare on NVMe if `gen` is the same
    HOST, failed load, spare on NVMe ── _read_failed ─▶ NVME
+   HOST ── _show_in_place ─▶ HOST→HOST ── _land_in_place ─▶ HOST, read at its address (IN_PLACE);
+           a write, a read too many, a free and every way down hide it first
    NONE ── adopt ─▶ NVME, in the slot of a page of the attic, which becomes NONE
    closing, labelled, copy on NVMe ── _shelve ─▶ the slot is the attic's, whose page was NONE
 
 What an address shows (`shown`): NOTHING ─ _load, allocate ▶ FRAME ─ _land_down ▶ RETIRED (lazy) or
-HIDING (eager); RETIRED ─ stolen ▶ HIDING ─ settle ▶ NOTHING; RETIRED ─ _take_back ▶ FRAME.
+HIDING (eager); RETIRED ─ stolen ▶ HIDING ─ settle ▶ NOTHING; RETIRED ─ _take_back ▶ FRAME;
+NOTHING ─ _show_in_place ▶ IN_PLACE ─ _hide ▶ HIDING.
 Where plans are carried out in order, a hide takes effect when it is planned: HIDING is skipped.
 
 A page is claimed while `move` names an open plan; a cancelled transfer lets go of the claim and
@@ -42,6 +45,7 @@ import numpy.typing as npt
 from tiermem.fences import Fences
 from tiermem.tier import (
     AT_GPU,
+    AT_HOST,
     AT_LOST,
     AT_NONE,
     AT_NVME,
@@ -94,6 +98,7 @@ _COLUMNS: dict[str, tuple[npt.DTypeLike, int]] = {
     "busy": (np.int16, 0),
     "waiters": (np.int16, 0),
     "pins": (np.int32, 0),
+    "reads": (np.uint16, 0),
     "gen": (np.uint32, 0),
     "fence": (np.uint32, 0),
     "move": (np.uint32, 0),
@@ -110,12 +115,13 @@ class PageTable:
     """Columns over all pages of a space.
 
     at       u8     Place of the newest bytes
-    to       u8     Place a claimed move is heading for, else NONE
+    to       u8     Place a claimed move is heading for, else NONE; HOST at HOST: to be shown there
     shown    u8     Shown
     flags    u8     DIRTY | DOOMED | STALE | ORDERED | LABELLED
     busy     i16    transfers and hides in flight, also cancelled ones
     waiters  i16    threads that get a pin the moment the load commits
-    pins     i32    users; a pinned page stays on the GPU
+    pins     i32    users; a pinned page stays on the GPU, or in place
+    reads    u16    touches in place since the page was last loaded
     gen      u32    bumped by every write
     fence    u32    id in `fences`: the last queued work that may touch the page
     move     u32    the plan that has claimed the page, else 0
@@ -132,6 +138,7 @@ class PageTable:
     busy: npt.NDArray[np.int16]
     waiters: npt.NDArray[np.int16]
     pins: npt.NDArray[np.int32]
+    reads: npt.NDArray[np.uint16]
     gen: npt.NDArray[np.uint32]
     fence: npt.NDArray[np.uint32]
     move: npt.NDArray[np.uint32]
@@ -197,7 +204,7 @@ class PageTable:
 
     def movable(self, units: Rows, place: Place) -> Mask:
         """bool[n]: units that rest in `place` and that nobody uses, awaits or is moving."""
-        return np.asarray(
+        may = (
             (self.at[units] == place)
             & (self.to[units] == 0)
             & (self.busy[units] == 0)
@@ -205,6 +212,10 @@ class PageTable:
             & (self.waiters[units] == 0)
             & ((self.flags[units] & DOOMED) == 0)
         )
+        if place == AT_HOST and not self.fences.all_passed:
+            read = self.shown[units] == IS_IN_PLACE  # queued work may read it where it is
+            may &= ~read | self.fences.is_passed(self.fence[units])
+        return np.asarray(may)
 
     def check(self, pools: dict[Place, SlotPool], gpu_failed: bool = False) -> None:
         """Assert every invariant of docs/design.md that the table and the pools can show.
@@ -221,16 +232,22 @@ class PageTable:
         assert (self.waiters >= 0).all(), "negative waiters"
         assert (self.busy >= 0).all(), "negative busy"
         resting_gpu = (at == AT_GPU) & (to == 0)
-        assert gpu_failed or ((self.pins == 0) | resting_gpu | ordered).all(), (
+        in_place = shown == IS_IN_PLACE
+        placing = (at == AT_HOST) & (to == AT_HOST)
+        assert gpu_failed or ((self.pins == 0) | resting_gpu | ordered | in_place).all(), (
             "3: a pinned page is away or moving"
         )
+        assert (~in_place | ((at == AT_HOST) & (to == 0))).all(), (
+            "an address shows a host slot that may change"
+        )
+        assert (~placing | (shown == IS_NOTHING)).all(), "shown in place over something"
         assert (~ordered | (to == AT_GPU)).all(), "3: ordered without a load"
         assert (~doomed | (self.pins == 0)).all(), "a doomed page is pinned"
         labelled = (flags & LABELLED) != 0
         assert not (labelled & (doomed | (at == AT_NONE) | (at == AT_LOST))).any(), (
             "a label on a page without bytes"
         )
-        assert ((self.waiters == 0) | (to == AT_GPU)).all(), "waiters without a load"
+        assert ((self.waiters == 0) | (to == AT_GPU) | placing).all(), "waiters without a load"
         assert ((to == 0) | ((self.busy > 0) & (self.move > 0))).all(), "a move without transfer"
         for place in TIERS:
             slot = self.slot(place)
@@ -249,6 +266,7 @@ class PageTable:
         frame = self.slot(GPU) >= 0
         visible = (shown == IS_FRAME) | (shown == IS_RETIRED)
         assert (~visible | frame).all(), "an address shows a frame that is not the page's"
+        assert not (in_place & frame).any(), "a page read in place owns a frame"
         assert (~resting_gpu | (shown == IS_FRAME)).all(), "on the GPU and not shown"
         self._check_units()
 

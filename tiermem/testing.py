@@ -253,7 +253,10 @@ class _Ordered(ManualDone):
 
 
 class FakeWindow:
-    """Shows fake frames at addresses; refuses what CUDA refuses."""
+    """Shows fake frames at addresses; refuses what CUDA refuses.
+
+    shown: address to frame; host slot s, shown in place, is -1 - s.
+    """
 
     def __init__(self, world: World) -> None:
         self._world = world
@@ -272,6 +275,9 @@ class FakeWindow:
                 self.shown.update(pairs)
 
         return self._submit(run)
+
+    def show_in_place(self, addresses: Addresses, slots: Slots) -> Done:
+        return self.show(addresses, -1 - slots)
 
     def hide(self, addresses: Addresses) -> Done:
         wanted = addresses.tolist()

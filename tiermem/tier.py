@@ -162,6 +162,13 @@ class Window(Protocol):
         """Unmap the pages at these addresses, which all show something now. All or nothing."""
 
 
+class Showable(Memory, Protocol):
+    """Host memory whose slots a device can show at page addresses, for reading."""
+
+    def show(self, addresses: Addresses, slots: Slots) -> Done:
+        """Map slot slots[i] at addresses[i]; else as `Window.show`, and hidden by its `hide`."""
+
+
 class Streams(Protocol):
     """Ticks of the streams that engines run on. A tick is a point; ticks grow within a stream."""
 
@@ -208,6 +215,9 @@ class Device(Protocol):
 
     def routes(self, host: Memory) -> tuple[Route, Route]:
         """(GPU to host, host to GPU) between this device's frames and that host tier."""
+
+    def host_pages(self, slots: int) -> Showable:
+        """A host tier that can be read in place; once a device, closed with it."""
 
     def zero(self, frames: Slots) -> Done:
         """Fill frames with zeros through their aliases."""

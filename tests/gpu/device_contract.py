@@ -134,6 +134,31 @@ class DeviceContract:
         assert engine.read(None, last, 64)() == bytes([9]) * 64
         finish(device.window.hide(pages(device, start, 2)))
 
+    def test_host_pages_are_read_in_place_and_later_replaced_by_frames(self, parts: Parts) -> None:
+        device, engine = parts
+        host = device.host_pages(4)
+        _, up = device.routes(host)
+        start = device.reserve(4 * device.page_bytes)
+        for slot in range(4):
+            engine.fill(None, int(host.addresses(slots(slot))[0]), 40 + slot, device.page_bytes)
+        at = pages(device, start, 0, 1, 3)
+        finish(device.window.show(at[:1], slots(5)))
+        refusal(lambda: host.show(at, slots(0, 1, 2)))
+        finish(host.show(at[1:], slots(2, 1)))
+        assert self.byte_at(engine, at[1]) == 42
+        assert self.byte_at(engine, at[2]) == 41
+        engine.fill(None, int(host.addresses(slots(1))[0]), 9, device.page_bytes)
+        assert self.byte_at(engine, at[2]) == 9, "another copy is shown"
+        refusal(lambda: device.window.show(at[1:], slots(6, 7)))
+        refusal(lambda: host.show(pages(device, start, 2), slots(4)))
+        finish(device.window.hide(at))
+        finish(up.submit(slots(2, 1), slots(6, 7), PASSED))
+        finish(device.window.show(at[1:], slots(6, 7)))
+        engine.fill(None, int(host.addresses(slots(1))[0]), 1, device.page_bytes)
+        assert [self.byte_at(engine, a) for a in at[1:]] == [42, 9]
+        finish(device.window.hide(at[1:]))
+        device.release(start, 4 * device.page_bytes)
+
     def test_zero_clears_whole_frames_and_no_others(self, parts: Parts) -> None:
         device, engine = parts
         aliases = device.frames.addresses(slots(0, 1, 2)).tolist()

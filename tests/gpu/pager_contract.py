@@ -16,6 +16,7 @@ import numpy as np
 
 from tests.gpu.device_contract import LONG_S, Engine
 from tiermem.config import Config, Gpu, Host
+from tiermem.region import ReadInPlace
 from tiermem.space import Space
 from tiermem.tier import Place
 
@@ -27,10 +28,10 @@ BYTES = 256
 class Held:
     """A space whose engine has a stream that a latch holds."""
 
-    def __init__(self, space: Space, engine: Engine) -> None:
+    def __init__(self, space: Space, engine: Engine, in_place: ReadInPlace) -> None:
         self.space = space
         self.engine = engine
-        self.region = space.reserve(16 * space.page_bytes)
+        self.region = space.reserve(16 * space.page_bytes, in_place=in_place)
         self.stream = engine.stream()
         self.release: Callable[[], None] = lambda: None
 
@@ -87,18 +88,20 @@ class PagerContract:
         raise NotImplementedError
 
     @contextmanager
-    def held(self, frames: int = FRAMES) -> Iterator[Held]:
+    def held(self, frames: int = FRAMES, read_in_place: bool = False) -> Iterator[Held]:
         config = Config(
             gpu=Gpu(
                 device=self.device, budget=frames * self.page, page=self.page, high=1.0, low=1.0,
                 hide=self.hide,
             ),
-            host=Host(capacity=32 * self.page, high=1.0, low=1.0),
+            host=Host(
+                capacity=32 * self.page, high=1.0, low=1.0, read_in_place=read_in_place
+            ),
         )  # fmt: skip
         space = Space.open(config)
         self.await_capacity(space, 32, Place.HOST)
         engine = self.engine_of(space)
-        held = Held(space, engine)
+        held = Held(space, engine, "always" if read_in_place else "pays")
         try:
             yield held
         finally:
@@ -239,6 +242,48 @@ class PagerContract:
             assert [value for value, _ in reads] == [seen[0] for _, seen in reads]
             h.space.drain(LONG_S)
             h.space.check()
+
+    def test_a_page_read_in_place_is_neither_loaded_nor_freed_under_a_queued_read(self) -> None:
+        with self.held(read_in_place=True) as h:
+            pages = [h.written(value) for value in (1, 2)]
+            h.region.hint(pages, "cold")
+            assert h.space.drain(LONG_S)
+            for i in range(FRAMES):
+                h.written(20 + i)  # their frames are others' by now
+            h.hold()
+            reads = [h.queue_read(page) for page in pages]
+            assert [h.place(page) for page in pages] == [Place.HOST] * 2
+            h.region.free(pages[1:])
+            writer = started(lambda: self.write(h, pages[0], 9))
+            assert stays_alive(writer)
+            h.release()
+            assert [read() for read in reads] == [bytes([v]) * BYTES for v in (1, 2)]
+            assert ends(writer)
+            assert h.place(pages[0]) == Place.GPU
+            assert h.value(pages[0]) == bytes([9]) * BYTES
+            assert h.space.drain(LONG_S)
+            assert h.space.statistics().counts["read_in_place"] == 2
+            h.space.check()
+
+    def test_a_region_read_in_place_is_not_closed_under_a_queued_read(self) -> None:
+        with self.held(read_in_place=True) as h:
+            page = h.written(5)
+            h.region.hint([page], "cold")
+            assert h.space.drain(LONG_S)
+            for i in range(FRAMES):
+                h.written(20 + i)
+            h.hold()
+            read = h.queue_read(page)
+            assert h.place(page) == Place.HOST
+            closer = started(h.region.close)
+            assert stays_alive(closer)
+            h.release()
+            assert ends(closer)
+            assert read() == bytes([5]) * BYTES
+
+    def write(self, h: Held, page: int, value: int) -> None:
+        with h.region.use([page], "write"):
+            h.engine.fill(None, h.address(page), value, h.space.page_bytes)
 
     def await_capacity(self, space: Space, slots: int, place: Place = Place.GPU) -> None:
         stop = threading.Event()

@@ -6,6 +6,7 @@
 | physical handles (frames) | pages of one memory file; the arena is one mapping of all of it |
 | map + set access, unmap | mmap at a fixed address, of the file or of nothing |
 | streams, events | native threads with queues, which wait natively for one another's ticks |
+| host pages read in place | pages of a second memory file, mapped to be read |
 | copy engines | one thread each way, memcpy through the aliases |
 | a kernel | a Python callable, run on its stream's thread by `launch` |
 
@@ -34,7 +35,21 @@ from tiermem.gpu.emulated_frames import EmulatedFrames
 from tiermem.gpu.emulated_streams import EmulatedRoute, EmulatedStreams, Zeroing
 from tiermem.gpu.emulated_window import EmulatedWindow
 from tiermem.native import Ticket
-from tiermem.tier import Addresses, Done, Memory, Route, Slots, Streams, Window
+from tiermem.tier import Addresses, Done, Memory, Place, Route, Slots, Streams, Window
+
+
+class EmulatedHostPages(EmulatedFrames):
+    """A host tier that can be read in place: pages of a memory file of its own."""
+
+    place = Place.HOST
+
+    def __init__(self, window: EmulatedWindow, slot_bytes: int, slots: int) -> None:
+        super().__init__(slot_bytes, slots, slots)
+        self._window = window
+        window.attach(self.fd, slots)
+
+    def show(self, addresses: Addresses, slots: Slots) -> Ticket:
+        return self._window.show_in_place(addresses, slots)
 
 
 class EmulatedDevice:
@@ -72,6 +87,7 @@ class EmulatedDevice:
         self.window: Window = self._window
         self.streams: Streams = self._streams
         self._routes: list[EmulatedRoute] = []
+        self._host: EmulatedHostPages | None = None
         self._lock = threading.Lock()
         self._closed = False
 
@@ -112,6 +128,13 @@ class EmulatedDevice:
             self._routes += [down, up]
         return down, up
 
+    def host_pages(self, slots: int) -> EmulatedHostPages:
+        self._refuse_closed()
+        if self._host is not None:
+            raise DriverError(f"device {self.name}: its host pages are made already")
+        self._host = EmulatedHostPages(self._window, self.page_bytes, slots)
+        return self._host
+
     def zero(self, frames: Slots) -> Done:
         return self._zeroing.submit(frames)
 
@@ -147,6 +170,8 @@ class EmulatedDevice:
         self._zeroing.close()
         self._window.close()
         self._frames.close()
+        if self._host is not None:
+            self._host.close()
 
     def __enter__(self) -> EmulatedDevice:
         return self

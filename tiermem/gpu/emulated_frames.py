@@ -47,7 +47,7 @@ class EmulatedFrames:
     `capacity` of `most` frames have memory (given at the first touch); those parked have none.
     """
 
-    place = Place.GPU
+    place: Place = Place.GPU
 
     def __init__(self, slot_bytes: int, capacity: int, most: int) -> None:
         self.slot_bytes = slot_bytes

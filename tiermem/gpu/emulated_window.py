@@ -72,7 +72,8 @@ def _function(name: str) -> int:
 
 @dataclass(frozen=True, slots=True)
 class _Range:
-    """One reservation; shown[p] is the frame that page p shows, -1 for nothing."""
+    """One reservation; shown[p] is the frame that page p shows, -1 for nothing; slots of the host
+    tier, shown in place, follow the frames in number."""
 
     address: int
     nbytes: int
@@ -108,7 +109,7 @@ class EmulatedWindow:
         # eighth is left to the rest of the process.
         books = [self._page_bytes, frames.most, frames.fd, self._absent]
         books += [frames.parked.ctypes.data, self._showing.ctypes.data]
-        books += [0, mappings.limit() * 7 // 8]
+        books += [0, mappings.limit() * 7 // 8, 0, 0]
         self._numbers = np.array(books, np.uint64)
         self._queue = Queue("tm-window", depth=_DEPTH, patience_s=_PATIENCE_S)
         self._show = self._template("em_show")
@@ -154,6 +155,21 @@ class EmulatedWindow:
             row = self._show.copy()
             row[0, 4], row[0, 5] = _address(slots), len(slots)
             return self._submit(row, addresses, slots)
+
+    def attach(self, fd: int, slots: int) -> None:
+        """Let this memory file's pages be shown in place; once."""
+        with self.quiet():
+            if self._numbers[-1]:
+                raise DriverError("window: host pages are attached already")
+            self._numbers[-2:] = fd, slots
+
+    def show_in_place(self, addresses: Addresses, slots: Slots) -> Ticket:
+        """Map pages of the attached file at page addresses, for reading. All or nothing."""
+        if len(slots) and not 0 <= slots.min() <= slots.max() < int(self._numbers[-1]):
+            raise DriverError(
+                f"window: slots {slots.min()}..{slots.max()}, {int(self._numbers[-1])} host pages"
+            )
+        return self.show(addresses, slots + np.int32(self.frames.most))
 
     def hide(self, addresses: Addresses) -> Ticket:
         """Unmap the pages at these addresses, which all show something. All or nothing."""

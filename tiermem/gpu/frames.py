@@ -39,6 +39,7 @@ class Backing:
     """How physical pages of one kind are made: a CUmemAllocationProp and the access they get."""
 
     def __init__(self, context: Context, location: int, index: int) -> None:
+        self.location = location
         fd = _POSIX_FD if context.attribute(_HAS_POSIX_FD) else 0
         rdma = (
             location == DEVICE
@@ -126,6 +127,11 @@ class Arena:
         if failure.code != OUT_OF_MEMORY:
             raise driver.error("cuMemCreate", failure.code)
         size = format_bytes(self.slot_bytes)
+        if self.backing.location == HOST_NUMA:
+            raise TierFull(
+                f"host: need {len(made)} pages of {size}, the driver gave {failure.index}; lower "
+                "host.capacity, or free memory on this machine"
+            )
         free, total = self.context.free_bytes()
         raise TierFull(
             f"gpu: need {len(made)} pages of {size}, the device gave {failure.index}; "
@@ -218,12 +224,13 @@ class Arena:
 
 
 class CudaFrames:
-    """The GPU tier: frames [0, ready) are backed, the rest of `capacity` follows in the background.
+    """The GPU tier, and as `HostPages` the host tier: slots [0, ready) are backed, the rest of
+    `capacity` follows in the background.
 
     A background failure (the device is full) leaves `ready` where it is; `shortage` says why.
     """
 
-    place = Place.GPU
+    place: Place = Place.GPU
 
     def __init__(self, arena: Arena, capacity: int) -> None:
         self.arena = arena
@@ -260,9 +267,11 @@ class CudaFrames:
             except (TierFull, DriverError, Closed) as error:
                 if not self._stop.is_set():
                     self.shortage = error if not isinstance(error, Closed) else None
+                    tier = self.place.name.lower()
                     log.warning(
-                        "gpu frames backed=%d of=%d reason=%s", self._ready, self._capacity, error
-                    )
+                        "%s frames backed=%d of=%d reason=%s",
+                        tier, self._ready, self._capacity, error,
+                    )  # fmt: skip
                 return
 
     def wait_ready(self, timeout_s: float | None = None) -> bool:
@@ -277,7 +286,8 @@ class CudaFrames:
     def resize(self, capacity: int) -> None:
         """Back frames up to a larger capacity now, or give those above a smaller one back."""
         if capacity > self.arena.slots:
-            raise TierFull(f"gpu: {capacity} frames asked for, {self.arena.slots} at most")
+            tier = self.place.name.lower()
+            raise TierFull(f"{tier}: {capacity} frames asked for, {self.arena.slots} at most")
         self._stop.set()
         self._thread.join()
         if capacity < self._ready:

@@ -5,9 +5,7 @@ from __future__ import annotations
 import logging
 from typing import Final
 
-import numpy as np
-
-from tiermem.errors import Closed, DriverError, TierMemError
+from tiermem.errors import Closed, DriverError
 from tiermem.gpu import calibrate
 from tiermem.gpu.copy import CudaRoute, Lane
 from tiermem.gpu.driver import Context, Driver, load
@@ -27,44 +25,32 @@ _REGISTER: Final = 1 | 2  # portable, mapped
 _LANES: Final = 512  # one page of words
 
 
-class HostPages:
-    """Host memory made through the driver's VMM calls, on the device's NUMA node: a `Memory`.
+class HostPages(CudaFrames):
+    """Host memory made through the driver's VMM calls, on the device's NUMA node: a `Showable`.
 
-    Its slots can be shown at page addresses (`CudaWindow.show_in_place`), and copied from and to
-    as any host tier's; processor and device use the same alias. Making a page takes 0.7 ms, so
-    the pool is made ahead (FACTS "CUDA virtual memory", H200).
+    Copied from and to as any host tier's; processor and device use the same alias. Making a page
+    takes 0.7 ms (FACTS "CUDA virtual memory", H200), so most are made in the background.
     """
 
     place = Place.HOST
-    growing = False
 
-    def __init__(self, context: Context, slot_bytes: int, slots: int) -> None:
+    def __init__(self, context: Context, window: CudaWindow, slot_bytes: int, slots: int) -> None:
         if not context.attribute(_HAS_HOST_VMM):
             raise DriverError(
                 f"{context.name}: the driver ({context.driver.version_text}) makes no host pages; "
                 "reading in place needs driver 550 or newer; set host.read_in_place = false"
             )
         node = max(context.attribute(_NUMA_NODE), 0)
-        self.arena = Arena(context, Backing(context, HOST_NUMA, node), slot_bytes, slots)
-        self.slot_bytes = slot_bytes
-        self.capacity = self.ready = 0
+        self._window = window
+        arena = Arena(context, Backing(context, HOST_NUMA, node), slot_bytes, slots)
         try:
-            self.resize(slots)
-        except TierMemError:
-            self.close()
+            super().__init__(arena, slots)
+        except BaseException:
+            arena.close()
             raise
 
-    def addresses(self, slots: Slots) -> Addresses:
-        return self.arena.addresses(slots)
-
-    def resize(self, capacity: int) -> None:
-        """Make pages up to `capacity`, or give those above it back; at most the first capacity."""
-        self.arena.back(np.arange(capacity, dtype=np.int32))
-        self.arena.park(np.arange(capacity, self.arena.slots, dtype=np.int32))
-        self.capacity = self.ready = capacity
-
-    def close(self) -> None:
-        self.arena.close()
+    def show(self, addresses: Addresses, slots: Slots) -> Done:
+        return self._window.show_in_place(addresses, slots, self.arena)
 
 
 class CudaDevice:
@@ -176,7 +162,7 @@ class CudaDevice:
     def host_pages(self, slots: int) -> HostPages:
         """Host memory whose slots can be shown in place; closed with the device."""
         self._refuse_closed()
-        pages = HostPages(self.context, self.page_bytes, slots)
+        pages = HostPages(self.context, self.window, self.page_bytes, slots)
         self._host_pages.append(pages)
         return pages
 
