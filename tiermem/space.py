@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from tiermem import units
+from tiermem import evicting, units
 from tiermem.assemble import Parts, assemble
 from tiermem.config import Config, changed, reload
 from tiermem.drive import RANK
@@ -24,18 +24,15 @@ from tiermem.leased import LeasedPlanner
 from tiermem.mover import Mover
 from tiermem.pager import Pager
 from tiermem.plan import Plan
-from tiermem.planner import Marks, Planner
+from tiermem.planner import Planner
 from tiermem.policies.admission import Budgeted, admission
-from tiermem.policies.base import Admission, Eviction
+from tiermem.policies.base import Admission
 from tiermem.policies.recompute import RouteSpeed
-from tiermem.policies.registry import load as load_policy
-from tiermem.ranking import Ranking
 from tiermem.region import READ_IN_PLACE, OnGone, ReadInPlace, Region
 from tiermem.sharing import Sharing
 from tiermem.stats import Pace, RouteStatistics, Statistics, TierStatistics
 from tiermem.table import PageTable, Rows
 from tiermem.tier import GPU, TIERS, Addresses, Finished, Place, SlotPool
-from tiermem.trace import EventLog
 from tiermem.watch import WatchedFile
 
 if TYPE_CHECKING:
@@ -69,8 +66,8 @@ class Space:
         self._configured = dict(parts.capacities)
         pools = {place: SlotPool(place, self._backed(place)) for place in TIERS}
         self._ready = {place: pool.capacity for place, pool in pools.items()}
-        self._log = self._open_log()
-        rankings = {place: self._ranking(place, table) for place in TIERS}
+        self._log = evicting.event_log(config, self._configured)
+        rankings = evicting.rankings(config, self._configured, table, self._log)
         self._sharing = sharing
         planner = Planner if sharing is None else LeasedPlanner
         self._planner = planner(
@@ -78,7 +75,7 @@ class Space:
             pools,
             rankings,
             routes=parts.routes,
-            marks=_marks(config),
+            marks=evicting.marks(config),
             eager=config.gpu.hide == "eager",
         )
         self._executor = Executor(
@@ -258,7 +255,7 @@ class Space:
         """
         keys = changed(self.config, config)
         fresh = {
-            place: self._load_policy(place, config)
+            place: evicting.policy(place, config, self._configured[place])
             for place in TIERS
             if {f"evict.{place.name.lower()}", f"evict.{place.name.lower()}_params"} & set(keys)
         }
@@ -266,9 +263,9 @@ class Space:
             if {"nvme.admit", "nvme.write_budget"} & set(keys):
                 self._readmit(config)
             for place, policy in fresh.items():
-                named = self._named(place, config)
+                named = evicting.named(place, config, self._configured[place])
                 self._planner.rankings[place].swap(policy, self.now(), named)
-            self._planner.marks |= _marks(config)
+            self._planner.marks |= evicting.marks(config)
         if self._parts.slab is not None:
             self._parts.slab.budget.limit(config.nvme.write_budget)
         self.config = config
@@ -520,28 +517,6 @@ class Space:
         """Logical time: milliseconds since the space was opened."""
         return int((time.monotonic() - self._start_s) * 1000)
 
-    def _ranking(self, place: Place, table: PageTable) -> Ranking:
-        policy = self._load_policy(place, self.config)
-        record = self._log.write if self._log else None
-        return Ranking(place, policy, table, record, time.thread_time)
-
-    def _load_policy(self, place: Place, config: Config) -> Eviction:
-        tier = place.name.lower()
-        params = getattr(config.evict, f"{tier}_params")
-        return load_policy(getattr(config.evict, tier), self._capacity(place), params=params)
-
-    def _named(self, place: Place, config: Config) -> dict[str, object]:
-        """What the event log says of a tier's policy, so that a replay can make it again."""
-        tier = place.name.lower()
-        return {
-            "policy": getattr(config.evict, tier),
-            "capacity": self._capacity(place),
-            "params": dict(getattr(config.evict, f"{tier}_params")),
-        }
-
-    def _capacity(self, place: Place) -> int:
-        return max(1, self._configured[place])
-
     def _readmit(self, config: Config) -> None:
         """Another rule, or another budget over the same one, which keeps what it has learnt."""
         if config.nvme.admit != self.config.nvme.admit:
@@ -549,19 +524,7 @@ class Space:
         self._planner.admission = self._asked(self._rule, config)
 
     def _asked(self, rule: Admission, config: Config) -> Admission | None:
-        """Who is asked before writes to NVMe; None where everything is written at once."""
-        budget = config.nvme.write_budget
-        if budget is None:
-            return None if config.nvme.admit == "all" else rule
-        unit_bytes = self.page_bytes * self._planner.table.max_unit_pages
-        return Budgeted(rule, float(budget), unit_bytes)
-
-    def _open_log(self) -> EventLog | None:
-        path = self.config.trace.path
-        if path is None:
-            return None
-        tiers = {place.name.lower(): self._named(place, self.config) for place in TIERS}
-        return EventLog(path, tiers)
+        return evicting.asked(rule, config, self.page_bytes * self._planner.table.max_unit_pages)
 
     def _refuse_in_place(self, in_place: str) -> None:
         if in_place not in READ_IN_PLACE:
@@ -582,14 +545,3 @@ def _parse(verb: str, size: int | str) -> int:
         return units.parse_bytes(size)
     except ValueError as error:
         raise ConfigError(f"{verb} {size!r}: {error}") from None
-
-
-def _marks(config: Config) -> dict[Place, Marks]:
-    return {
-        place: Marks(section.high, section.low)
-        for place, section in (
-            (Place.GPU, config.gpu),
-            (Place.HOST, config.host),
-            (Place.NVME, config.nvme),
-        )
-    }
