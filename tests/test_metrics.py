@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import json
 import logging
 import re
@@ -10,16 +11,18 @@ import socket
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 from rich.console import Console
 
 from tiermem import cli
 from tiermem.bench import stat
-from tiermem.config import Config, Gpu, Host, Metrics
+from tiermem.config import Config, Gpu, Host, Metrics, Prefetch
 from tiermem.metrics import EVENTS, LOOPBACK, Endpoint, SpaceCollector
+from tiermem.policies.base import PrefetchQuality
 from tiermem.space import Space
-from tiermem.stats import Statistics
+from tiermem.stats import PrefetchStatistics, Statistics
 from tiermem.tier import GPU, HOST
 
 ROOT = Path(__file__).parents[1]
@@ -113,6 +116,29 @@ def test_values_are_those_of_the_statistics(busy_space: Space) -> None:
         name: n for name, n in now.counts.items() if n and name in EVENTS
     }
     assert look.value("tiermem_faults_total") == now.fault.n
+
+
+def test_the_quality_of_prefetch_is_sent_as_it_is_documented() -> None:
+    with Space.open(msgspec.structs.replace(SMALL, prefetch=Prefetch(name="queue"))) as space:
+        now = space.statistics()
+    good = PrefetchQuality(
+        needed=10, loaded=8, used=5, late=1, wasted=1, waiting=2, polluting=2, page_bytes=PAGE
+    )
+    prefetch = PrefetchStatistics("queue", 3, 9 * PAGE, 0, good)
+    families = SpaceCollector(lambda: dataclasses.replace(now, prefetch=prefetch)).collect()
+    ours = [s for f in families for s in f.samples if s.name.startswith("tiermem_prefetch")]
+    assert {s.name for s in ours} == documented("prefetch")
+    told = {(s.name, *s.labels.values()): s.value for s in ours}
+    assert told["tiermem_prefetch_queued_requests",] == 3
+    assert told["tiermem_prefetch_pages_total", "used"] == 5
+    assert told["tiermem_prefetch_quality", "coverage"] == 0.5
+    assert told["tiermem_prefetch_quality", "accuracy"] == pytest.approx(5 / 6)
+    assert told["tiermem_prefetch_quality", "timeliness"] == 0.8
+    assert told["tiermem_prefetch_quality", "pollution"] == 0.25
+    assert told["tiermem_prefetch_bytes", "waiting"] == 2 * PAGE
+    assert told["tiermem_prefetch_wasted_bytes_total",] == PAGE
+    for sample in ours:
+        assert all(f"`{value}`" in DOCS for value in sample.labels.values())
 
 
 def test_a_state_of_every_slot_adds_up_to_what_was_configured(busy_space: Space) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 from tiermem.contents import Contents
 from tiermem.errors import TierFailed
 from tiermem.plan import Copy, Drop, Hide, Plan, Request, Show, ShowInPlace, Step
-from tiermem.policies.base import Admission, Keys
+from tiermem.policies.base import Admission, Keys, PrefetchGauge
 from tiermem.ranking import Ranking
 from tiermem.table import (
     DOOMED,
@@ -98,6 +98,7 @@ class Books:
         self.failed_tiers: set[Place] = set()
         self.limits: dict[Place, int] = {}
         self.admission: Admission | None = None  # who is asked before a write to NVMe
+        self.gauge: PrefetchGauge | None = None  # told what becomes of pages loaded ahead
         self._admitted: set[int] = set()  # units that may be written and found no slot yet
         self.crossover: Crossover | None = None  # None: nothing is read in place
         self.growing: set[Place] = set()  # tiers that will have more slots without our doing
@@ -265,6 +266,8 @@ class Books:
     def _leave_tier(self, place: Place, rows: Rows, now: int) -> None:
         if len(rows):
             self.rankings[place].removed(self.table.heads(rows), now)
+            if self.gauge is not None and place == GPU:
+                self.gauge.dropped(rows)
 
     def _note_stored(self, rows: Rows) -> None:
         """Labelled pages among these may have come to the drive: `take_unrecorded` looks."""

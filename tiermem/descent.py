@@ -382,6 +382,8 @@ class Descent(Books):
             heads = table.heads(rows)
             self.admission.gone(heads)
             self._admitted.difference_update(heads.tolist())
+        if self.gauge is not None:
+            self.gauge.gone(rows)
         table.at[rows] = AT_NONE
         table.flags[rows] = 0
         table.fence[rows] = 0

@@ -15,7 +15,13 @@ from prometheus_client import CollectorRegistry, start_http_server
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from tiermem.stats import LeaseStatistics, RouteStatistics, Statistics, TierStatistics
+from tiermem.stats import (
+    LeaseStatistics,
+    PrefetchStatistics,
+    RouteStatistics,
+    Statistics,
+    TierStatistics,
+)
 
 log = logging.getLogger(__name__)
 
@@ -67,6 +73,8 @@ class SpaceCollector(Collector):
         yield _events(now)
         if now.lease is not None:
             yield from _lease(now.lease)
+        if now.prefetch is not None:
+            yield from _prefetch(now.prefetch)
         yield CounterMetricFamily(
             "tiermem_faults", "calls of use() that had to wait for a page", now.fault.n
         )
@@ -142,6 +150,30 @@ def _lease(lease: LeaseStatistics) -> Iterator[Metric]:
         whole.add_metric([state], n)
     yield from (own, whole)
     yield GaugeMetricFamily("tiermem_ledger_members", "processes that share", lease.members)
+
+
+def _prefetch(now: PrefetchStatistics) -> Iterator[Metric]:
+    quality = now.quality
+    yield GaugeMetricFamily("tiermem_prefetch_queued_requests", "requests that wait", now.queued)
+    pages = CounterMetricFamily(
+        "tiermem_prefetch_pages", "pages loaded ahead, by what became of them", labels=["fate"]
+    )
+    for fate in ("loaded", "used", "late", "wasted", "polluting"):
+        pages.add_metric([fate], getattr(quality, fate))
+    parts = GaugeMetricFamily(
+        "tiermem_prefetch_quality", "how good prefetch was so far", labels=["measure"]
+    )
+    for measure in ("coverage", "accuracy", "timeliness", "pollution"):
+        parts.add_metric([measure], getattr(quality, measure))
+    nbytes = GaugeMetricFamily(
+        "tiermem_prefetch_bytes", "loaded ahead: not used so far, and what may be", labels=["state"]
+    )
+    nbytes.add_metric(["waiting"], quality.waiting * quality.page_bytes)
+    nbytes.add_metric(["budget"], now.budget)
+    yield from (pages, parts, nbytes)
+    yield CounterMetricFamily(
+        "tiermem_prefetch_wasted_bytes", "loaded ahead and never used", quality.wasted_bytes
+    )
 
 
 def _events(now: Statistics) -> Metric:

@@ -134,7 +134,7 @@ class Planner(InPlace):
                 'compute them again with access="fresh"'
             )
         request = Request(rows, pins=pin)
-        arriving, moving = _NO_ROWS, bool(to.any())
+        arriving, absent, moving = _NO_ROWS, _NO_ROWS, bool(to.any())
         if moving:
             self._rescue(rows)
             arriving = rows[to == AT_GPU]
@@ -158,6 +158,8 @@ class Planner(InPlace):
                 return request
             if len(here):
                 self._follow(self._show_in_place(here), request)
+            if self.gauge is not None:
+                absent = up[table.shown[up] != IS_RETIRED]  # the others come back for nothing
             if len(up):
                 self._bring(up, access, request, now, order)
             self.counts["faulted"] += len(away)
@@ -166,6 +168,10 @@ class Planner(InPlace):
         if in_place:
             self._count_reads(rows, touches)
         request.taken = True
+        if self.gauge is not None and access == "fresh":
+            self.gauge.dropped(rows)  # bytes that were loaded ahead are overwritten
+        elif self.gauge is not None:
+            self.gauge.needed(rows, absent)
         if not pin:
             return request
         if len(away) or len(arriving):
@@ -205,6 +211,8 @@ class Planner(InPlace):
         if self.admission is not None:
             self.admission.used(one, table.depth[one], now)
             self._note_unsaved(one)
+        if self.gauge is not None:
+            self.gauge.needed(one, _NO_ROWS)
         return True
 
     def touch(self, rows: Rows, now: int) -> None:
@@ -309,14 +317,33 @@ class Planner(InPlace):
         rest = (table.to[rows] == 0) & (table.busy[rows] == 0) & (table.flags[rows] & DOOMED == 0)
         rest &= (table.at[rows] == AT_HOST) | (table.at[rows] == AT_NVME)
         rows = rows[rest & (table.shown[rows] != IS_HIDING) & (table.shown[rows] != IS_IN_PLACE)]
-        pool = self.pools[GPU]
-        room = min(pool.free + self._stealable(), int(self._mark(GPU, "high")) - pool.used)
-        soon, later = self._cut(rows, max(room, 0))
+        soon, later = self._cut(rows, self.room_ahead())
         request = Request(soon, pins=False)
         if len(soon):
             self.counts["prefetched"] += len(soon)
             self._bring(soon, "read", request, now, order=False)
+            if self.gauge is not None:
+                self.gauge.loaded(soon[table.to[soon] == AT_GPU])
         return request.plans + self._stage(later[table.at[later] == AT_NVME], now)
+
+    def room_ahead(self) -> int:
+        """Frames that a prefetch could have now without moving anything."""
+        pool = self.pools[GPU]
+        below = int(self._mark(GPU, "high")) - pool.used
+        return max(0, min(pool.free + self._stealable(), below))
+
+    def make_way(self, n: int, now: int) -> list[Plan]:
+        """Start up to n pages of the GPU on their way down for a prefetch; to its low mark only."""
+        pool, table = self.pools[GPU], self.table
+        n = min(n, pool.used - int(self._mark(GPU, "low")), self.batch) - self._leaving(GPU)
+        if n <= 0:
+            return []
+        owners = pool.owner[pool.owner >= 0]
+        rest = owners[(table.at[owners] == AT_GPU) & (table.to[owners] == 0)]
+        plans = self._push_down(GPU, n, now)
+        if self.gauge is not None:
+            self.gauge.pushed_out(rest[(table.at[rest] != AT_GPU) | (table.to[rest] != 0)])
+        return plans
 
     def demote(self, rows: Rows, now: int) -> list[Plan]:
         """Start moving idle pages of the GPU one tier down: the owner says they are cold."""
@@ -350,13 +377,15 @@ class Planner(InPlace):
     def chain(self, rows: Rows) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
         """For whole units: uint8[n] where a load would begin, int64[n] the pages that it copies.
 
-        GPU also where the frame still shows the bytes; no pages where they are on their way up.
+        GPU also where the address shows the bytes, in place or in their old frame; no pages where
+        they are on their way up.
         """
         table = self.table
         places = table.at[rows].copy()
         places[(table.flags[rows] & DOOMED) != 0] = AT_NONE
         below = (places == AT_HOST) | (places == AT_NVME)
-        places[below & (table.shown[rows] == IS_RETIRED)] = AT_GPU
+        shown = (table.shown[rows] == IS_RETIRED) | (table.shown[rows] == IS_IN_PLACE)
+        places[below & shown] = AT_GPU
         pages = np.array([e.unit_pages for e in table.extents], np.int64)[table.region[rows]]
         pages[table.to[rows] == AT_GPU] = 0
         return places, pages
@@ -613,8 +642,12 @@ class Planner(InPlace):
         if (flags & STALE).any():
             self._release_stale(rows)
         self.counts[_ARRIVED[step.src]] += len(landed)
+        if self.gauge is not None:
+            self.gauge.arrived(landed)
         if all_good:
             return []
+        if self.gauge is not None:
+            self.gauge.dropped(rows[~good])
         unread = rows[live & ~good]
         failed.update(unread.tolist())
         after = self._read_failed(unread, step.src, now)

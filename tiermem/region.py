@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tiermem.errors import Closed, ConfigError, NotOurs, PageInUse, TierFull
+from tiermem.facts import Expected, Fact, Queued
 from tiermem.pager import Pager
 from tiermem.plan import Plan
 from tiermem.planner import Access
@@ -55,6 +56,8 @@ class Home(Protocol):
     def save(self, rows: range | None = None) -> int: ...
 
     def collect_vacant(self) -> None: ...
+
+    def foresee(self, fact: Fact, chain: Rows, owner: int) -> None: ...
 
     def route_speeds(self) -> dict[Place, RouteSpeed]: ...
 
@@ -195,6 +198,19 @@ class Region:
                 self._pager.decide(lambda: planner.prefetch(rows, self._space.now()))
             case Hint.COLD:
                 self._pager.decide(lambda: planner.demote(rows, self._space.now()))
+
+    def tell(self, fact: Fact) -> None:
+        """Tell what is known of requests that wait and of sessions; see `tiermem.facts`.
+
+        The prefetch policy of the configuration decides what is loaded ahead; without one nothing
+        happens. Never waits. Raises NotOurs for a chain of other pages.
+        """
+        chain = np.empty(0, np.int32)
+        if isinstance(fact, Queued | Expected) and len(fact.chain):
+            rows = self._rows(fact.chain)
+            chain = self._pager.planner.table.heads(rows)
+        owner = int(self._pager.planner.table.region[self._first])
+        self._space.foresee(fact, chain, owner)
 
     def split(
         self,

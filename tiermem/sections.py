@@ -167,8 +167,22 @@ class Evict(Section, frozen=True, kw_only=True):
 class Prefetch(Section, frozen=True, kw_only=True):
     """What is loaded before it is asked for."""
 
-    keys: ClassVar[dict[str, Key]] = {"name": Key(_POLICY, "a prefetch policy by name; off = none")}
+    keys: ClassVar[dict[str, Key]] = {
+        "name": Key(_POLICY, 'none / queue / hint, or "my_module:MyPrefetch"; off = none'),
+        "budget": Key(
+            at_least(SMALLEST_PAGE),
+            "most bytes loaded ahead and not used yet, or a part of gpu.budget",
+            sized,
+        ),
+        "params": Key(arguments, "arguments of the policy"),
+    }
     name: str = "off"
+    budget: Setting[Size] = default(0.1)
+    params: Mapping[str, object] = {}
+
+    @property
+    def enabled(self) -> bool:
+        return self.name not in ("off", "none")
 
 
 class Share(Section, frozen=True, kw_only=True):
@@ -241,6 +255,7 @@ KEYS = tuple(f"{name}.{key}" for name, cls in SECTIONS.items() for key in cls.ke
 RUNNING = frozenset(
     [f"{tier}.{mark}" for tier in ("gpu", "host", "nvme") for mark in ("high", "low")]
     + [f"evict.{key}" for key in Evict.keys]
-    + ["prefetch.name", "nvme.admit", "nvme.save_s", "nvme.write_budget", "log.level"]
+    + [f"prefetch.{key}" for key in Prefetch.keys]
+    + ["nvme.admit", "nvme.save_s", "nvme.write_budget", "log.level"]
 )
 """Keys that may change while a space is open."""

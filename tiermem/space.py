@@ -18,6 +18,8 @@ from tiermem.config import Config, changed, reload
 from tiermem.drive import RANK
 from tiermem.errors import Closed, ConfigError, TierFull
 from tiermem.executor import Executor
+from tiermem.facts import Fact
+from tiermem.foresight import Foresight, load_prefetch
 from tiermem.keeping import Keeping, Nobody
 from tiermem.keyindex import Keys
 from tiermem.leased import LeasedPlanner
@@ -27,6 +29,7 @@ from tiermem.plan import Plan
 from tiermem.planner import Planner
 from tiermem.policies.admission import Budgeted, admission
 from tiermem.policies.base import Admission
+from tiermem.policies.prefetch import Prefetch, Quality
 from tiermem.policies.recompute import RouteSpeed
 from tiermem.region import READ_IN_PLACE, OnGone, ReadInPlace, Region
 from tiermem.sharing import Sharing
@@ -98,6 +101,8 @@ class Space:
         )
         self._rule = admission(config.nvme.admit)
         self._planner.admission = self._asked(self._rule, config)
+        self._foresight: Foresight | None = None
+        self._set_foresight(config, load_prefetch(config))
         self._watched = WatchedFile(config.file) if config.file else None
         self._mover = Mover(self.pager, self._turn)
         self._keeping = self._open_keeping()
@@ -209,15 +214,8 @@ class Space:
 
         For `policies.recompute.split`; `Region.split` asks it for pages of its own.
         """
-        counts = self._executor.counts()
-        speeds: dict[Place, RouteSpeed] = {}
         with self.pager.lock:
-            for src, pace in self._paces.items():
-                pace.observe(counts[src, GPU].pages * self.page_bytes, counts[src, GPU].busy_s)
-                if src not in self._planner.failed_tiers:
-                    queued = self._planner.queued(src) * self.page_bytes
-                    speeds[src] = RouteSpeed(pace.gbps, queued_bytes=queued)
-        return speeds
+            return self._speeds()
 
     def budget(self) -> int:
         """GPU pages that may be used at once now: those that there are, up to the limit."""
@@ -259,7 +257,11 @@ class Space:
             for place in TIERS
             if {f"evict.{place.name.lower()}", f"evict.{place.name.lower()}_params"} & set(keys)
         }
+        looks_ahead = any(key.startswith("prefetch.") for key in keys)
+        ahead = load_prefetch(config) if looks_ahead else None
         with self.pager.lock:
+            if looks_ahead:
+                self._set_foresight(config, ahead)
             if {"nvme.admit", "nvme.write_budget"} & set(keys):
                 self._readmit(config)
             for place, policy in fresh.items():
@@ -281,6 +283,7 @@ class Space:
             tiers = tuple(self._tier_statistics(place) for place in TIERS)
             counts = dict(planner.counts)
             pages = planner.pages
+            ahead = None if self._foresight is None else self._foresight.statistics()
         routes = tuple(
             RouteStatistics(
                 src, dst, c.pages, c.pages * self.page_bytes, c.failed, c.busy_s,
@@ -290,7 +293,7 @@ class Space:
         )  # fmt: skip
         fault = self.pager.fault_latency.statistics()
         lease = None if self._sharing is None else self._sharing.statistics()
-        return Statistics(self.page_bytes, pages, tiers, routes, counts, fault, lease)
+        return Statistics(self.page_bytes, pages, tiers, routes, counts, fault, lease, ahead)
 
     def check(self) -> None:
         """Assert every invariant of the page table; for tests and for finding bugs."""
@@ -375,13 +378,20 @@ class Space:
         for index in np.unique(region_of).tolist():
             self._regions[index].take_vacant(rows[region_of == index])
 
+    def foresee(self, fact: Fact, chain: Rows, owner: int) -> None:
+        """A region tells what it knows; chain: units, the first block first."""
+        if self._foresight is None:
+            return
+        with self.pager.lock:
+            self._foresight.tell(fact, chain, owner, self.now())
+        self._mover.wake()
+
     # ---------------------------------------------------------------- parts
 
     def _turn(self) -> bool:
         """One round of the mover; True while a tier still grows, or holds more than its limit."""
         self.pager.settle_ready()
         self._record()
-        self.route_speeds()
         growing = self._grow()
         if isinstance(self._planner, LeasedPlanner):
             self._follow_lease(self._planner)
@@ -389,7 +399,39 @@ class Space:
         self._obey_limit()
         if self._watched is not None and self._watched.rewritten():
             self._follow_file()
-        return growing or self._planner.short_of_limit(Place.GPU) < 0
+        return self._look_ahead() or growing or self._planner.short_of_limit(Place.GPU) < 0
+
+    def _look_ahead(self) -> bool:
+        """Load what the prefetch policy names; True if there may be more soon."""
+        foresight = self._foresight
+        if foresight is None:
+            return False
+        self.pager.decide(lambda: foresight.turn(self.now()))
+        return foresight.is_hungry
+
+    def _set_foresight(self, config: Config, policy: Prefetch | None) -> None:
+        """This policy decides what is loaded ahead, within the budget of the configuration."""
+        if policy is None:
+            self._foresight = self._planner.gauge = None
+            return
+        if self._foresight is None:
+            quality = self._planner.gauge = Quality(self.page_bytes)
+            self._foresight = Foresight(self._planner, quality, self.page_bytes, self._speeds)
+        budget = config.prefetch.budget
+        if isinstance(budget, float):
+            budget = int(budget * self._configured[Place.GPU] * self.page_bytes)
+        self._foresight.run(policy, budget, self.now())
+
+    def _speeds(self) -> dict[Place, RouteSpeed]:
+        """`route_speeds`, under the lock."""
+        counts = self._executor.counts()
+        speeds: dict[Place, RouteSpeed] = {}
+        for src, pace in self._paces.items():
+            pace.observe(counts[src, GPU].pages * self.page_bytes, counts[src, GPU].busy_s)
+            if src not in self._planner.failed_tiers:
+                queued = self._planner.queued(src) * self.page_bytes
+                speeds[src] = RouteSpeed(pace.gbps, queued_bytes=queued)
+        return speeds
 
     def _upkeep(self) -> list[Plan]:
         now = self.now()

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from tiermem.policies.base import PrefetchQuality
 from tiermem.tier import Place
 
 
@@ -74,6 +75,18 @@ class LeaseStatistics:
 
 
 @dataclass(frozen=True, slots=True)
+class PrefetchStatistics:
+    """The prefetch policy that runs. queued: requests that wait; budget: bytes that may be loaded
+    ahead and unused; failures: times that a policy was replaced because it broke the rules."""
+
+    policy: str
+    queued: int
+    budget: int
+    failures: int
+    quality: PrefetchQuality
+
+
+@dataclass(frozen=True, slots=True)
 class Statistics:
     """One moment of a space. counts: how often each arc of the state drawing was taken."""
 
@@ -84,6 +97,7 @@ class Statistics:
     counts: Mapping[str, int]
     fault: LatencyStatistics
     lease: LeaseStatistics | None = None  # None: the GPU is not shared
+    prefetch: PrefetchStatistics | None = None  # None: nothing is loaded ahead by a policy
 
     def tier(self, place: Place) -> TierStatistics:
         return next(t for t in self.tiers if t.place == place)

@@ -11,6 +11,7 @@ after `removed`; `keys` carry the content's identity where the engine knows it.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
 import numpy as np
@@ -78,6 +79,73 @@ class Admission(Protocol):
         What leaves because it must is dropped where it is not admitted, so some is kept for it;
         last: nothing will.
         """
+
+
+class PrefetchGauge(Protocol):
+    """Told what becomes of pages (rows, not units) that were loaded before they were asked for."""
+
+    def loaded(self, pages: Ids) -> None:
+        """Loads of these have begun that nobody asked for."""
+
+    def pushed_out(self, pages: Ids) -> None:
+        """These leave the GPU so that others can be loaded ahead."""
+
+    def arrived(self, pages: Ids) -> None:
+        """These are on the GPU now, whoever loaded them."""
+
+    def needed(self, pages: Ids, absent: Ids) -> None:
+        """Somebody uses `pages`; those of them in `absent` have to be loaded now."""
+
+    def dropped(self, pages: Ids) -> None:
+        """These left the GPU, or their load came to nothing."""
+
+    def gone(self, pages: Ids) -> None:
+        """The content of these is lost everywhere; their numbers may be used again."""
+
+
+@dataclass(frozen=True, slots=True)
+class PrefetchQuality:
+    """How good prefetch was so far, in pages.
+
+    needed: loads that somebody needed, ahead or on demand. loaded: ahead. Of these used: asked
+    for later; late: used, and still on their way; wasted: left the GPU unused; waiting: neither
+    so far. polluting: loads on demand of what had been pushed out for prefetch.
+    """
+
+    needed: int
+    loaded: int
+    used: int
+    late: int
+    wasted: int
+    waiting: int
+    polluting: int
+    page_bytes: int
+
+    @property
+    def coverage(self) -> float:
+        """Of the loads that were needed, the part that prefetch did."""
+        return self.used / self.needed if self.needed else 0.0
+
+    @property
+    def accuracy(self) -> float:
+        """Of the pages loaded ahead whose fate is known, the part that was used."""
+        known = self.used + self.wasted
+        return self.used / known if known else 0.0
+
+    @property
+    def timeliness(self) -> float:
+        """Of the used, the part that was there in time."""
+        return 1 - self.late / self.used if self.used else 0.0
+
+    @property
+    def pollution(self) -> float:
+        """Loads of what prefetch had pushed out, for each load ahead."""
+        return self.polluting / self.loaded if self.loaded else 0.0
+
+    @property
+    def wasted_bytes(self) -> int:
+        """Loaded ahead and never used."""
+        return self.wasted * self.page_bytes
 
 
 class Retaining(Eviction, Protocol):

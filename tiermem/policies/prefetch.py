@@ -7,25 +7,37 @@ cannot arrive in time is left out.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, cast
 
 import numpy as np
+import numpy.typing as npt
 
 from tiermem.errors import BadPolicy
-from tiermem.policies.base import Ids
-from tiermem.policies.queue import joined
+from tiermem.policies.base import Ids, Mask, PrefetchQuality
+from tiermem.policies.queue import grown, joined
+from tiermem.policies.registry import import_class
 
 NONE: Ids = np.empty(0, np.int32)
+Arrivals = Callable[[Ids], npt.NDArray[np.float64]]
 
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """What may be loaded now: bytes in all, at this rate, in units of this size."""
+    """What may be loaded now: bytes in all, in units of this size.
+
+    arrivals_ms: float64[n], in how many ms each of these units would be there if they were loaded
+    now in this order, from where they are.
+    """
 
     nbytes: int
-    bytes_per_s: float
     unit_bytes: int
+    arrivals_ms: Arrivals
+
+    @property
+    def units(self) -> int:
+        return self.nbytes // self.unit_bytes
 
 
 class Prefetch(Protocol):
@@ -85,17 +97,16 @@ class QueuePrefetch(NoPrefetch):
         self._waiting.pop(request, None)
 
     def prefetch(self, budget: Budget, now: int) -> Ids:
-        room = budget.nbytes // budget.unit_bytes
         named: Ids = NONE
         for request, (units, deadline) in list(self._waiting.items()):
             # What was named for another request is on its way.
             fresh = units[~np.isin(units, named)]
-            sent = len(named)
-            part = fresh[: min(room - sent, in_time(budget, now, deadline, sent))]
-            named = joined([named, part])
-            late = deadline is not None and sent + len(part) < room
+            part = fresh[: max(0, budget.units - len(named))]
+            timely = part[: in_time(budget, now, deadline, named, part)]
             # A deadline that cuts a chain cuts it for good.
-            self._waiting[request] = (NONE if late else fresh[len(part) :], deadline)
+            rest = fresh[len(part) :] if len(timely) == len(part) else NONE
+            self._waiting[request] = (rest, deadline)
+            named = joined([named, timely])
         return named
 
 
@@ -121,97 +132,122 @@ class HintPrefetch(QueuePrefetch):
         self._expected.pop(session, None)
 
     def prefetch(self, budget: Budget, now: int) -> Ids:
-        parts = [super().prefetch(budget, now)]
-        room = budget.nbytes // budget.unit_bytes - len(parts[0])
+        named = super().prefetch(budget, now)
         due = sorted((at, session) for session, (at, _) in self._expected.items())
         for at, session in due:
-            if room <= 0 or at > now + self._ahead_ms:
+            if len(named) >= budget.units or at > now + self._ahead_ms:
                 break
             units = self._expected.pop(session)[1]
-            sent = sum(map(len, parts))
             # A whole chain or its prefix: blocks behind a gap are of no use.
-            part = units[: min(room, in_time(budget, now, at, sent))]
-            parts.append(part[~np.isin(part, joined(parts))])
-            room -= len(parts[-1])
-        return joined(parts)
+            part = units[~np.isin(units, named)][: budget.units - len(named)]
+            named = joined([named, part[: in_time(budget, now, at, named, part)]])
+        return named
 
 
-def in_time(budget: Budget, now: int, deadline: int | None, before: int) -> int:
-    """How many units arrive by the deadline if `before` others go first."""
-    if deadline is None:
-        return budget.nbytes // budget.unit_bytes
-    arrived = max(0, deadline - now) / 1000 * budget.bytes_per_s
-    return max(0, int(arrived // budget.unit_bytes) - before)
+def in_time(budget: Budget, now: int, deadline: int | None, before: Ids, units: Ids) -> int:
+    """How many of these units are there by the deadline if others are loaded before them."""
+    if deadline is None or not len(units):
+        return len(units)
+    arrivals_ms = budget.arrivals_ms(joined([before, units]))[len(before) :]
+    late = arrivals_ms > deadline - now
+    return int(late.argmax()) if late.any() else len(units)
 
 
 POLICIES = {"none": NoPrefetch, "queue": QueuePrefetch, "hint": HintPrefetch}
 
 
-def prefetch(name: str) -> Prefetch:
-    """The policy called none, queue or hint."""
-    if name not in POLICIES:
-        raise BadPolicy(f"no prefetch policy {name!r}; known: {', '.join(POLICIES)}")
-    found: Prefetch = POLICIES[name]()
-    return found
+def prefetch(name: str, params: Mapping[str, object] | None = None) -> Prefetch:
+    """The policy called none, queue or hint, or module:Class. Raises BadPolicy.
+
+    params: arguments of its constructor.
+    """
+    if name not in POLICIES and ":" not in name:
+        raise BadPolicy(
+            f"no prefetch policy {name!r}; known: {', '.join(POLICIES)}, or module:Class"
+        )
+    cls = POLICIES.get(name) or import_class(name, name)
+    make = cast(Callable[..., Prefetch], cls)
+    try:
+        return make(**(params or {}))
+    except (TypeError, ValueError) as error:
+        raise BadPolicy(f"prefetch policy {name!r} with {params}: {error}") from error
+
+
+_NOT, _COMING, _THERE, _EXCUSED = range(4)
 
 
 class Quality:
-    """Counts how good prefetch was, from what happened to each unit that it brought up."""
+    """Counts how good prefetch was, from what happens to pages; see `base.PrefetchGauge`."""
 
-    def __init__(self, unit_bytes: int) -> None:
-        self._unit_bytes = unit_bytes
-        self._due: dict[int, bool] = {}
-        self._needed = self._loaded = self._useful = self._late = self._polluted = 0
-        self._pushed_out: set[int] = set()
+    def __init__(self, page_bytes: int) -> None:
+        self._page_bytes = page_bytes
+        self._fate: npt.NDArray[np.uint8] = np.zeros(0, np.uint8)
+        self._pushed: Mask = np.zeros(0, np.bool_)
+        self._needed = self._loaded = self._used = 0
+        self._late = self._wasted = self._polluting = 0
+        self.waiting = 0
+        """Pages loaded ahead that are neither used nor gone, nor excused."""
 
-    def loaded(self, units: Ids, pushed_out: Ids) -> None:
-        """Prefetch of `units` has begun; for their room `pushed_out` left the tier."""
-        self._loaded += len(units)
-        self._due.update(dict.fromkeys(units.tolist(), False))
-        self._pushed_out.update(pushed_out.tolist())
+    def loaded(self, pages: Ids) -> None:
+        self._fit(pages)
+        self._settle(pages)
+        self._fate[pages] = _COMING
+        self._loaded += len(pages)
+        self.waiting += len(pages)
 
-    def arrived(self, units: Ids) -> None:
-        """These prefetched units are there."""
-        self._due.update((unit, True) for unit in units.tolist() if unit in self._due)
+    def pushed_out(self, pages: Ids) -> None:
+        self._fit(pages)
+        self._pushed[pages] = True
 
-    def needed(self, units: Ids, absent: Ids) -> None:
-        """A request asked for `units`; `absent` are those it has to load itself now."""
-        for unit in units.tolist():
-            there = self._due.pop(unit, None)
-            if there is not None:
-                self._needed += 1
-                self._useful += 1
-                self._late += not there
-        for unit in absent.tolist():
-            self._needed += 1
-            if unit in self._pushed_out:
-                self._pushed_out.discard(unit)
-                self._polluted += 1
+    def arrived(self, pages: Ids) -> None:
+        self._fit(pages)
+        self._fate[pages[self._fate[pages] == _COMING]] = _THERE
 
-    def dropped(self, units: Ids) -> None:
-        """Units left the tier; one that was prefetched and not used was a waste."""
-        for unit in units.tolist():
-            self._due.pop(unit, None)
+    def needed(self, pages: Ids, absent: Ids) -> None:
+        self._fit(pages)
+        late, used = self._settle(pages)
+        self._used += used
+        self._late += late
+        self._needed += used + len(absent)
+        self._polluting += int(np.count_nonzero(self._pushed[absent]))
+        self._pushed[pages] = False
+
+    def dropped(self, pages: Ids) -> None:
+        self._fit(pages)
+        self._wasted += self._settle(pages)[1]
+
+    def gone(self, pages: Ids) -> None:
+        self.dropped(pages)
+        self._pushed[pages] = False
+
+    def excuse(self, pages: Ids) -> None:
+        """These have waited long enough: they do not count as waiting any more."""
+        due = pages[(self._fate[pages] == _COMING) | (self._fate[pages] == _THERE)]
+        self._fate[due] = _EXCUSED
+        self.waiting -= len(due)
 
     def statistics(self) -> PrefetchQuality:
-        unused = self._loaded - self._useful
         return PrefetchQuality(
-            coverage=self._useful / self._needed if self._needed else 0.0,
-            accuracy=self._useful / self._loaded if self._loaded else 0.0,
-            timeliness=1 - self._late / self._useful if self._useful else 0.0,
-            pollution=self._polluted / self._loaded if self._loaded else 0.0,
-            wasted_bytes=unused * self._unit_bytes,
+            needed=self._needed,
+            loaded=self._loaded,
+            used=self._used,
+            late=self._late,
+            wasted=self._wasted,
+            waiting=self._loaded - self._used - self._wasted,
+            polluting=self._polluting,
+            page_bytes=self._page_bytes,
         )
 
+    def _settle(self, pages: Ids) -> tuple[int, int]:
+        """The fate of these is known. Returns how many were still coming, and how many in all."""
+        fate = self._fate[pages]
+        counts = np.bincount(fate, minlength=4).tolist()
+        self._fate[pages] = _NOT
+        self.waiting -= counts[_COMING] + counts[_THERE]
+        return counts[_COMING], len(pages) - counts[_NOT]
 
-@dataclass(frozen=True, slots=True)
-class PrefetchQuality:
-    """coverage: of the loads that were needed, the part that prefetch did. accuracy: of its loads,
-    the part that was used. timeliness: of the used, the part that was there in time. pollution:
-    loads of what prefetch had pushed out, a load. wasted_bytes: loaded, and not used so far."""
-
-    coverage: float
-    accuracy: float
-    timeliness: float
-    pollution: float
-    wasted_bytes: int
+    def _fit(self, pages: Ids) -> None:
+        rows = int(pages.max(initial=-1)) + 1
+        if rows > len(self._fate):
+            rows = max(rows, 2 * len(self._fate))
+            self._fate, self._pushed = grown(self._fate, rows), grown(self._pushed, rows)

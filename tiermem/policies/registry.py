@@ -106,10 +106,11 @@ def find(name: str) -> type[Eviction]:
             f"no policy {name!r}{f'; did you mean {near[0]!r}' if near else ''}; "
             f"known: {', '.join(names())}, or module:Class"
         )
-    return _import(name, where)
+    return cast(type[Eviction], import_class(name, where))
 
 
-def _import(name: str, where: str) -> type[Eviction]:
+def import_class(name: str, where: str) -> type:
+    """The class at "module:Class", for the policy called `name`; raises BadPolicy."""
     module, _, attribute = where.partition(":")
     try:
         found = getattr(importlib.import_module(module), attribute)
