@@ -46,6 +46,23 @@ def test_an_uplink_that_is_slower_than_the_device_counts(tmp_path: Path) -> None
     assert relation(topology, "gpu", "host") == "PHB"
 
 
+def test_in_a_virtual_machine_only_the_link_of_the_device_itself_counts(tmp_path: Path) -> None:
+    """A hypervisor's switch is no limit: it says Gen1 x1 and carries whatever it is given."""
+    tree = machines.Tree(tmp_path)
+    tree.node(0, "0-15", 0)
+    port = tree.bridge("pci0000:00", "0000:00:01.0", machines.link(1, 1))
+    up = tree.bridge(port, "0000:01:00.0", machines.link(1, 1))
+    lower = tree.bridge(up, "0000:02:00.0", machines.link(1, 1))
+    tree.gpu(lower, "0000:03:00.0", None)
+    disk = tree.device("pci0000:00", "0000:00:02.0", 0x018000, ids=(0x1AF4, 0x1042))
+    tree.write(f"devices/{disk}/virtio0/block/vda/size", "1000000")
+    gpu = machines.Gpu(0, "Made GPU", "0000:03:00.0", 80 << 30, 5, 5, 16, 16)
+    tree.nvml([gpu])
+    topology = survey(tmp_path)
+    assert topology.virtual
+    assert link_gbps(topology, "gpu:0", "host") == pytest.approx(55.33, abs=0.01)
+
+
 def test_an_end_without_a_name_is_the_only_one_of_its_kind(tmp_path: Path) -> None:
     topology = survey(machines.virtual(tmp_path))
     disk = place_of(topology, "nvme")

@@ -62,11 +62,13 @@ def _peers(topology: Topology, src: str, dst: str) -> tuple[Relation, float | No
 
 
 def _up(topology: Topology, end: str) -> float | None:
-    """The slowest link from a device up to the host bridge."""
+    """The slowest link from a device up to the host bridge; in a virtual machine the device's own,
+    for the bridges above it are the hypervisor's drawing."""
     place = place_of(topology, end)
     if place is None:
         return None
-    above = [other for other in topology.places if other.bdf in place.above]
+    bridges = () if topology.virtual else place.above
+    above = [other for other in topology.places if other.bdf in bridges]
     rates = [part.now.usable_gbps for part in (place, *above) if part.has_link]
     known = [rate for rate in rates if rate is not None]
     return min(known) if known and len(known) == len(rates) else None
