@@ -16,12 +16,15 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import numpy as np
 
+from bench.gpu_gemm import gemm
+from bench.gpu_in_place import crossover, in_place_rate
 from tiermem.bench import paging
 from tiermem.bench.rig import AHEAD, Lap, Rig, Shape, rig
 from tiermem.config import Config, Gpu, Host
@@ -40,6 +43,11 @@ def shapes(device: str) -> dict[str, Shape]:
 
 def gbps(laps: list[Lap]) -> list[float]:
     return [lap.gbps for lap in laps]
+
+
+def cpu(laps: list[Lap]) -> list[float]:
+    """Processor seconds of the process for each GiB moved."""
+    return [lap.cpu_s / (lap.nbytes / 2**30) for lap in laps]
 
 
 SCENES: dict[str, paging.Scene] = {
@@ -66,7 +74,20 @@ def streams(device: str) -> dict[str, object]:
     for name, shape in shapes(device).items():
         for work, scene in SCENES.items():
             with rig_for(work, shape) as r:
-                found[f"{work}_{name}_gbps"] = gbps(paging.take(scene(r), ROUNDS))
+                laps = paging.take(scene(r), ROUNDS)
+                found[f"{work}_{name}_gbps"] = gbps(laps)
+                found[f"{work}_{name}_cpu_s_per_gib"] = cpu(laps)
+    return found
+
+
+def guard(device: str) -> dict[str, object]:
+    """The main rows with the guard page shown wherever no page is (GB/s)."""
+    found: dict[str, object] = {}
+    for name, shape in shapes(device).items():
+        guarded = replace(shape, pages=shape.pages // 4, guard=True)
+        for work in ("evict", "load", "steal", "swap"):
+            with rig_for(work, guarded) as r:
+                found[f"{work}_{name}_gbps"] = gbps(paging.take(SCENES[work](r), ROUNDS))
     return found
 
 
@@ -137,8 +158,11 @@ def first_page(device: str) -> dict[str, object]:
 
 
 SECTIONS: dict[str, Section] = {
-    f.__name__: f for f in (streams, fault, window, allocate, first_page, busy)
-}
+    f.__name__: f
+    for f in (
+        streams, fault, window, allocate, first_page, busy, guard, crossover, in_place_rate, gemm,
+    )
+}  # fmt: skip
 
 
 def summary(figures: dict[str, object]) -> None:

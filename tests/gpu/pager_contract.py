@@ -51,11 +51,11 @@ class Held:
     def queue_read(self, page: int) -> Callable[[], bytes]:
         """A read queued on the stream, in a use that has ended when this returns."""
         with self.region.use([page], "read", self.stream):
-            return self.engine.read(self.stream, self.address(page), BYTES)
+            return self.engine.see(self.stream, self.address(page), BYTES)
 
     def value(self, page: int) -> bytes:
         with self.region.use([page]):
-            return self.engine.read(None, self.address(page), BYTES)()
+            return self.engine.see(None, self.address(page), BYTES)()
 
     def place(self, page: int) -> int:
         return int(self.region.where([page])[0])

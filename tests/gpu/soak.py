@@ -1,28 +1,31 @@
 """Random use, write, free, hint and budget changes on a GPU; a kernel verifies every page read.
 
-    python -m tests.gpu.soak [--seconds 120] [--device cuda:0] [--threads 4]
+    python -m tests.gpu.soak [--seconds 120] [--device cuda:0] [--threads 4] [--in-place]
+                             [--out soak.json]
 
 Exits with 1 if a page held anything but what was written. Pages are filled and compared by
 kernels on the thread's own stream, through tensors over the region's addresses; results are
 fetched in batches, so that copies, kernels and paging overlap. Needs torch; with --device cpu the
-comparison is numpy's.
+comparison is numpy's. --in-place: half of the regions are read in host memory.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import random
 import sys
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
 from tiermem.config import Config, Gpu, Host
 from tiermem.errors import TierFull
-from tiermem.region import Region
+from tiermem.region import ReadInPlace, Region
 from tiermem.space import Space
 
 FRAMES, HOST_PAGES, PAGES = 96, 160, 220
@@ -92,7 +95,11 @@ class Worker:
 
     def __init__(self, space: Space, seed: int, make: Callable[[Region], Bytes]) -> None:
         self.space = space
-        self.region = space.reserve(PAGES * space.page_bytes, tenant=seed % 2)
+        in_place: ReadInPlace = "never"
+        if space.config.host.read_in_place and seed % 2:
+            in_place = "always"
+        nbytes = PAGES * space.page_bytes
+        self.region = space.reserve(nbytes, tenant=seed // 2 % 2, in_place=in_place)
         self.bytes = make(self.region)
         self.random = random.Random(seed)
         self.values: dict[int, int] = {}
@@ -156,11 +163,14 @@ class Worker:
                 self.values[page] = value + page
 
 
-def soak(device: str, seconds: float, threads: int) -> list[Worker]:
+def soak(
+    device: str, seconds: float, threads: int, in_place: bool
+) -> tuple[list[Worker], dict[str, int]]:
+    """The workers, and what the space counted."""
     page = 64 << 10 if device == "cpu" else 2 << 20
     config = Config(
         gpu=Gpu(device=device, budget=FRAMES * page, page=page),
-        host=Host(capacity=HOST_PAGES * page),
+        host=Host(capacity=HOST_PAGES * page, read_in_place=in_place),
     )
     share = (FRAMES // 2 + HOST_PAGES) * 3 // 4 // threads  # nothing need be dropped
     with Space.open(config) as space:
@@ -177,8 +187,8 @@ def soak(device: str, seconds: float, threads: int) -> list[Worker]:
                 raise worker.error
         space.drain()
         space.check()
-        print(dict(space.statistics().counts))
-    return workers
+        counts = dict(space.statistics().counts)
+    return workers, counts
 
 
 def main() -> int:
@@ -186,10 +196,24 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=120.0)
     parser.add_argument("--device", default="cuda:0")
     parser.add_argument("--threads", type=int, default=4)
-    arguments = parser.parse_args()
-    workers = soak(arguments.device, arguments.seconds, arguments.threads)
+    parser.add_argument("--in-place", action="store_true")
+    parser.add_argument("--out", type=Path)
+    asked = parser.parse_args()
+    workers, counts = soak(asked.device, asked.seconds, asked.threads, asked.in_place)
     verified, wrong = sum(w.verified for w in workers), sum(w.wrong for w in workers)
-    print(f"verified={verified} wrong={wrong} refused={sum(w.refused for w in workers)}")
+    refused = sum(w.refused for w in workers)
+    found = {
+        "device": asked.device,
+        "seconds": asked.seconds,
+        "in_place": asked.in_place,
+        "verified": verified,
+        "wrong": wrong,
+        "refused": refused,
+        "counts": counts,
+    }
+    print(found)
+    if asked.out:
+        asked.out.write_text(json.dumps(found, indent=1))
     return 1 if wrong or not verified else 0
 
 

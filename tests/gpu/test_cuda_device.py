@@ -53,6 +53,35 @@ SPIN:
   @%shut bra SPIN;
   ret;
 }
+.visible .entry see(.param .u64 p_dst, .param .u64 p_src, .param .u64 p_words)
+{
+  .reg .pred %over;
+  .reg .b32 %seen, %i<4>;
+  .reg .b64 %dst, %src, %words, %at, %step, %offset, %from, %to;
+  ld.param.u64 %dst, [p_dst];
+  ld.param.u64 %src, [p_src];
+  ld.param.u64 %words, [p_words];
+  mov.u32 %i0, %ctaid.x;
+  mov.u32 %i1, %ntid.x;
+  mov.u32 %i2, %tid.x;
+  mad.lo.u32 %i3, %i0, %i1, %i2;
+  cvt.u64.u32 %at, %i3;
+  mov.u32 %i0, %nctaid.x;
+  mul.lo.u32 %i3, %i0, %i1;
+  cvt.u64.u32 %step, %i3;
+NEXT:
+  setp.ge.u64 %over, %at, %words;
+  @%over bra END;
+  shl.b64 %offset, %at, 2;
+  add.u64 %from, %src, %offset;
+  add.u64 %to, %dst, %offset;
+  ld.volatile.global.u32 %seen, [%from];
+  st.global.u32 [%to], %seen;
+  add.u64 %at, %at, %step;
+  bra NEXT;
+END:
+  ret;
+}
 """
 
 
@@ -88,6 +117,7 @@ class CudaEngine:
         self.context = Context(device.context.driver, device.context.index)
         self.module = Module(self.context, LATCH)
         self.latch = self.module.kernel("latch")
+        self.seer = self.module.kernel("see")
         self.words = Words(self.context, 64)
         self.scratch = Pinned(device, 8)
         self.used = 0
@@ -121,18 +151,26 @@ class CudaEngine:
                 driver.call("cuStreamSynchronize", 0)
 
     def read(self, stream: int | None, address: int, nbytes: int) -> Callable[[], bytes]:
-        at = int(self.scratch.addresses(slots(self.used % 8))[0])
-        self.used += 1
-        driver = self.device.context.driver
+        at = self._scratch()
         with self.device.context:
-            driver.call("cuMemcpyAsync", at, address, nbytes, stream or 0)
+            self.device.context.driver.call("cuMemcpyAsync", at, address, nbytes, stream or 0)
+        return lambda: self._bytes(stream, at, nbytes)
 
-        def result() -> bytes:
-            with self.device.context:
-                driver.call("cuStreamSynchronize", stream or 0)
-            return ctypes.string_at(at, nbytes)
+    def see(self, stream: int | None, address: int, nbytes: int) -> Callable[[], bytes]:
+        at = self._scratch()
+        context = self.device.context
+        with context:
+            launch(context, self.seer, (32, 1), 256, stream or 0, at, address, nbytes // 4)
+        return lambda: self._bytes(stream, at, nbytes)
 
-        return result
+    def _scratch(self) -> int:
+        self.used += 1
+        return int(self.scratch.addresses(slots(self.used % 8))[0])
+
+    def _bytes(self, stream: int | None, at: int, nbytes: int) -> bytes:
+        with self.device.context:
+            self.device.context.driver.call("cuStreamSynchronize", stream or 0)
+        return ctypes.string_at(at, nbytes)
 
     def close(self) -> None:
         if self.closed:
@@ -267,6 +305,39 @@ def test_a_host_page_is_read_in_place_by_kernels_and_then_promoted() -> None:
         assert engine.read(None, int(at[0]), PAGE)() == bytes([43]) * PAGE
         assert engine.read(None, int(at[1]), PAGE)() == bytes([41]) * PAGE
         finish(device.window.hide(at))
+
+
+def test_running_grids_do_not_count_on_seeing_what_comes_through_the_alias() -> None:
+    """Invariant 9, both orders: a grid queued behind the load's event sees the page's new bytes;
+    one that was launched before the load began has the old ones whatever it reads later."""
+    with opened() as (device, engine):
+        host = engine.host(1)
+        host.memory[:] = 7
+        _, up = device.routes(host)
+        start = device.reserve(PAGE)
+        engine.fill(None, int(device.frames.addresses(slots(2))[0]), 3, PAGE)
+        finish(device.window.show(pages(device, start, 0), slots(2)))
+        early, late = engine.stream(), engine.stream()
+        before = engine.see(early, start, PAGE)
+        load = up.submit(slots(0), slots(2), fence(device, early))
+        load.order(late)
+        release = engine.hold(late)
+        after = engine.see(late, start, PAGE)
+        finish(load)
+        release()
+        assert before() == bytes([3]) * PAGE, "the load overtook the grid that its fence names"
+        assert after() == bytes([7]) * PAGE, "a grid behind the load's event saw old bytes"
+        host.memory[:] = 9
+        release = engine.hold(late)
+        held = engine.see(late, start, PAGE)
+        again = up.submit(slots(0), slots(2), fence(device, late))
+        assert not again.wait(0.05), "the load did not wait for the grid that its fence names"
+        release()
+        assert held() == bytes([7]) * PAGE
+        finish(again)
+        again.order(late)
+        assert engine.see(late, start, PAGE)() == bytes([9]) * PAGE
+        finish(device.window.hide(pages(device, start, 0)))
 
 
 def test_frames_can_be_exported_to_another_process() -> None:

@@ -77,6 +77,9 @@ class StandInEngine:
 
         return result
 
+    def see(self, stream: int | None, address: int, nbytes: int) -> Callable[[], bytes]:
+        return self.read(stream, address, nbytes)
+
     def close(self) -> None:
         self.words.clear()
 

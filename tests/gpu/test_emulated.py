@@ -94,6 +94,9 @@ class CpuEngine:
 
         return result
 
+    def see(self, stream: int | None, address: int, nbytes: int) -> Callable[[], bytes]:
+        return self.read(stream, address, nbytes)
+
     def close(self) -> None:
         """Streams end with the device."""
 
