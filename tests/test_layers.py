@@ -24,7 +24,7 @@ LEVEL = {
     **dict.fromkeys(("crossover", "drive", "keeping", "leased", "sharing"), 4),
     **dict.fromkeys(("assemble", "metrics", "mover", "region", "space"), 4),
     **dict.fromkeys(("__init__", "__main__", "bench", "cli", "integrations", "testing"), 5),
-    **dict.fromkeys(("evicting", "facts", "foresight", "watch"), 4),
+    **dict.fromkeys(("directed", "evicting", "facts", "foresight", "watch"), 4),
 }
 """The levels of the drawing in docs/design.md, by the first name below `tiermem`."""
 

@@ -122,6 +122,22 @@ class Attic(Descent):
         self.counts["adopted"] += len(rows)
         return plans
 
+    def unlabel(self) -> Slots:
+        """No label counts any more, and the attic is empty: int32[n] slots to be forgotten.
+
+        What is being copied to the drive lands as bytes without a name.
+        """
+        table = self.table
+        rows = np.flatnonzero((table.flags & LABELLED) != 0).astype(np.int32)
+        slots = table.slot(NVME)[rows]
+        table.flags[rows] &= ~LABELLED
+        self._unrecorded.clear()
+        if self.attic is not None:
+            inside = (rows >= self.attic.first) & (rows < self.attic.first + self.attic.pages)
+            self._doom(rows[inside], 0)
+            self._reap()
+        return slots[slots >= 0]
+
     def take_unrecorded(self) -> Stored:
         """Labelled pages that have come to the drive since the last call."""
         table = self.table

@@ -99,6 +99,11 @@ class Flight:
                 return False
         return True
 
+    @property
+    def error(self) -> Exception | None:
+        """Why a step failed, of those that have ended."""
+        return next((done.error for done in self._dones if done.error is not None), None)
+
     def outcome(self) -> Outcome:
         """What became of each step; only once `ready`."""
         failed, error = [], None

@@ -260,9 +260,15 @@ class Planner(InPlace):
             self._release_slots(copies[~busy], place)
 
     def unpin(self, rows: Rows, tick: tuple[int, int] | None) -> None:
-        """Give pins back. tick: the point on a stream after the last work that may touch them."""
+        """Give pins back. tick: the point on a stream after the last work that may touch them.
+
+        Of a page without a pin yet, its only waiter gives up: the load goes on for nobody.
+        """
         table = self.table
-        table.pins[rows] -= 1
+        pinned = table.pins[rows] > 0
+        if not pinned.all():
+            table.waiters[rows[~pinned]] -= 1
+        table.pins[rows[pinned]] -= 1
         if tick is not None:
             if table.fences.crowded:
                 table.fences.sweep(table.fence)

@@ -1,0 +1,232 @@
+"""A director over real ranks on the CPU device, beside a model that knows what every unit holds."""
+
+from __future__ import annotations
+
+import pickle
+import threading
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from random import Random
+
+import numpy as np
+import numpy.typing as npt
+
+from tiermem import Config, Gpu, Host, Nvme
+from tiermem.assemble import assemble
+from tiermem.directed.director import NO_UNITS, Director, Units
+from tiermem.directed.orders import Orders
+from tiermem.directed.rank import Rank
+from tiermem.gpu.emulated import EmulatedDevice
+from tiermem.gpu.tensor import view
+from tiermem.integrations.layout import Layout
+from tiermem.native import Ticket
+from tiermem.nvme.kept import Persist
+from tiermem.table import Rows
+
+PAGE = 4096
+
+
+def ids(*units: int) -> Units:
+    return np.array(units, np.int32)
+
+
+class Ranks:
+    """Steps of an engine whose work is to write a number into fresh units and to read others."""
+
+    def __init__(
+        self,
+        *,
+        ranks: int = 2,
+        units: int = 24,
+        pieces: int = 1,
+        budget: int = 6,
+        host: int = 8,
+        nvme: int = 0,
+        path: Path | None = None,
+        persist: bool = False,
+        seed: int = 0,
+        headroom: int = 0,
+        queued: bool = False,
+    ) -> None:
+        """Sizes in units of `pieces` pages each, which lie in as many places of the range.
+
+        queued: work runs on a stream of its rank, some time after its step.
+        """
+        self.random = Random(seed)
+        self.layout = Layout(units, PAGE, tuple(i * units * PAGE for i in range(pieces)), PAGE)
+        unit = self.layout.unit_bytes
+        drive = Nvme()
+        if path is not None:
+            size = nvme * unit + (8 << 20)
+            drive = Nvme(path=path, capacity=size, persist=persist, high=1.0, low=1.0)
+        self.config = Config(
+            gpu=Gpu(device="cpu", budget=budget * unit, page=PAGE, high=1.0, low=1.0),
+            host=Host(capacity=host * unit, high=1.0, low=1.0),
+            nvme=drive,
+        )
+        self.bases: list[int] = []
+        self.ranks: list[Rank] = []
+        self.devices: list[EmulatedDevice] = []
+        self.streams: list[int | None] = []
+        self.gates: list[threading.Event] = []
+        self.tickets: list[Ticket] = []
+        self.views: list[npt.NDArray[np.generic]] = []
+        for number in range(ranks):
+            parts = assemble(self.config, None, Persist(f"r{number}", {"model": "test"}))
+            assert isinstance(parts.device, EmulatedDevice)
+            base = parts.device.reserve(self.layout.nbytes)
+            self.bases.append(base)
+            addresses = partial(self.layout.addresses, base)
+            self.ranks.append(Rank(number, parts, addresses, persist=persist))
+            self.devices.append(parts.device)
+            self.streams.append(parts.device.new_stream() if queued else None)
+            shape = (self.layout.nbytes // 8,)
+            self.views.append(view(base, self.layout.nbytes, np.uint64, shape))
+        self.gone: list[tuple[int, str]] = []
+        self.model: dict[int, int] = {}
+        self.next_value = 1
+        self.hellos = [rank.start(units * self.layout.unit_pages) for rank in self.ranks]
+        self.director = Director(
+            self.hellos,
+            units,
+            self.layout.unit_pages,
+            self.config,
+            headroom=headroom,
+            on_gone=self._on_gone,
+        )
+
+    def _on_gone(self, units: Units, reason: str) -> None:
+        for unit in units.tolist():
+            self.gone.append((unit, reason))
+            self.model.pop(unit, None)
+
+    # ------------------------------------------------------------ steps
+
+    def step(self, write: Units = NO_UNITS, read: Units = NO_UNITS) -> Orders:
+        """Orders, then work on every rank: what was entered is written, or read and compared."""
+        orders = self.director.orders()
+        writes = {unit: self.model[unit] for unit in write.tolist()}
+        reads = {unit: self.model[unit] for unit in read.tolist()}
+        for i, rank in enumerate(self.ranks):
+            rank.carry(pickle.loads(pickle.dumps(orders)), self.streams[i])
+            work = partial(self._work, self.views[i], writes, reads)
+            if self.streams[i] is None:
+                work()
+            else:
+                self._queue(i, work, [*writes, *reads])
+            rank.mark(orders.step, self.streams[i])
+        return orders
+
+    def _work(
+        self, words: npt.NDArray[np.generic], writes: dict[int, int], reads: dict[int, int]
+    ) -> None:
+        for unit, value in reads.items():
+            found = words[self._words(unit)]
+            assert (found == value).all(), f"unit {unit} reads {found[:2]}, not {value}"
+        for unit, value in writes.items():
+            words[self._words(unit)] = value
+
+    def _queue(self, i: int, work: Callable[[], None], units: list[int]) -> None:
+        """Work of a step on a rank's stream; it begins once its gate is open."""
+        gate = threading.Event()
+        self.gates.append(gate)
+        stream = self.streams[i]
+        assert stream is not None
+
+        def kernel() -> None:
+            gate.wait()
+            work()
+
+        rows = [np.empty(0, np.int32), *[self._rows(unit) for unit in units]]
+        addresses = self.layout.addresses(self.bases[i], np.concatenate(rows))
+        self.tickets.append(self.devices[i].launch(stream, kernel, addresses))
+
+    def run(self, share: float = 1.0) -> None:
+        """Let queued work go on, the oldest first; at a share of 1 all of it ends."""
+        n = len(self.gates) if share == 1.0 else self.random.randint(0, len(self.gates))
+        for gate in self.gates[:n]:
+            gate.set()
+        del self.gates[:n]
+        if not self.gates:
+            for ticket in self.tickets:
+                ticket.wait()
+                assert ticket.error is None, ticket.error
+            self.tickets.clear()
+
+    def hear(self, ranks: list[Rank] | None = None) -> None:
+        """Reports of these ranks (default: all) reach the director."""
+        for rank in self.ranks if ranks is None else ranks:
+            self.director.settle(pickle.loads(pickle.dumps(rank.report())))
+
+    def write(self, *units: int) -> None:
+        """Enter units with new content, and write it in the same step."""
+        for unit in units:
+            self.model[unit] = self.next_value
+            self.next_value += 1
+        self.director.enter(ids(*units), "fresh")
+        self.step(write=ids(*units))
+        self.hear()
+
+    def read(self, *units: int) -> None:
+        """Enter cached units that need no fetching, and read them in the same step."""
+        self.director.enter(ids(*units))
+        self.step(read=ids(*units))
+        self.hear()
+
+    def leave(self, *units: int, worthless: Units = NO_UNITS) -> None:
+        self.director.leave(ids(*units), worthless=worthless)
+
+    def settle(self) -> None:
+        """Empty steps until nothing is under way."""
+        for _ in range(500):
+            self.step()
+            self.run()
+            for rank in self.ranks:
+                rank.wait(0.05)
+            self.hear()
+            self.director.check()
+            if self.director.is_idle() and not self.director.unsaved():
+                return
+        raise AssertionError("does not come to rest")
+
+    def ensure(self, units: int) -> None:
+        """Until so many units could get frames at once."""
+        for _ in range(50):
+            if self.director.room() >= units:
+                return
+            self.director.make_room(units)
+            self.settle()
+        raise AssertionError(f"no room for {units}: {self.director.statistics()}")
+
+    def bring(self, *units: int) -> None:
+        """Make room for units and fetch them, as long as it takes."""
+        for _ in range(500):
+            wanted = ids(*[unit for unit in units if unit in self.model])
+            look = self.director.look(wanted)
+            away = wanted[look.below | look.deep]
+            if not len(away) and not look.coming.any():
+                return
+            if len(away):
+                self.director.make_room(len(away))
+                self.director.fetch(away)
+            self.step()
+            self.run()
+            for rank in self.ranks:
+                rank.wait(0.05)
+            self.hear()
+        raise AssertionError(f"{units} do not come up: {self.director.statistics()}")
+
+    def _words(self, unit: int) -> slice | npt.NDArray[np.int64]:
+        first = self.layout.addresses(0, self._rows(unit)).astype(np.int64) // 8
+        every: npt.NDArray[np.int64] = (first[:, None] + np.arange(PAGE // 8)).ravel()
+        return every
+
+    def _rows(self, unit: int) -> Rows:
+        pages = self.layout.unit_pages
+        return np.arange(unit * pages, (unit + 1) * pages, dtype=np.int32)
+
+    def close(self) -> None:
+        self.run()
+        for rank in self.ranks:
+            rank.close()

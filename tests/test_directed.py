@@ -1,0 +1,303 @@
+"""A director and its ranks: bytes on the CPU device, over steps as an engine makes them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from random import Random
+
+import numpy as np
+import pytest
+
+from tests.directed_ranks import Ranks, ids
+from tiermem.directed.director import Director
+from tiermem.errors import ConfigError, TierFull
+
+
+@pytest.fixture
+def ranks() -> Iterator[Ranks]:
+    made = Ranks()
+    yield made
+    made.close()
+
+
+def test_units_go_down_and_come_back_with_their_bytes_on_every_rank(ranks: Ranks) -> None:
+    ranks.write(1, 2, 3, 4, 5)
+    ranks.leave(1, 2, 3, 4, 5)
+    assert ranks.director.room() == 0
+    ranks.director.make_room(3)
+    ranks.settle()
+    assert ranks.director.room() == 3
+    ranks.write(10, 11, 12)
+    look = ranks.director.look(ids(1, 2, 3, 4, 5))
+    assert look.below.sum() == 3
+    ranks.leave(10, 11, 12)
+    ranks.director.make_room(3)
+    ranks.settle()
+    ranks.read(*[u for u in (1, 2, 3, 4, 5) if ranks.director.look(ids(u)).below[0]])
+    ranks.director.check()
+
+
+def test_a_load_from_the_host_is_ordered_before_the_step_that_needs_it(ranks: Ranks) -> None:
+    ranks.write(1, 2)
+    ranks.leave(1, 2)
+    ranks.director.make_room(6)
+    ranks.settle()
+    ranks.write(3, 4, 5, 6, 7)  # steals the frames of 1 and 2
+    ranks.leave(3, 4, 5, 6, 7)
+    ranks.director.make_room(2)
+    ranks.settle()
+    ranks.director.enter(ids(1, 2))
+    orders = ranks.step(read=ids(1, 2))
+    assert set(orders.needs) <= {plan.id for plan in orders.plans}
+    assert orders.needs, "the step waits for the load"
+
+
+def test_an_outcome_counts_when_all_ranks_have_reported_it(ranks: Ranks) -> None:
+    ranks.write(1, 2, 3, 4, 5)
+    ranks.leave(1, 2, 3, 4, 5)
+    ranks.director.make_room(2)
+    ranks.step()
+    for rank in ranks.ranks:
+        rank.wait(5)
+    ranks.hear(ranks.ranks[:1])
+    assert ranks.director.room() == 0
+    ranks.hear(ranks.ranks[1:])
+    assert ranks.director.room() == 2
+
+
+def test_what_has_frames_already_costs_no_plan(ranks: Ranks) -> None:
+    ranks.director.enter(ids(1, 2, 3), "fresh")
+    orders = ranks.director.orders()
+    assert (orders.plans, orders.needs) == ((), ())
+    for rank in ranks.ranks:
+        rank.carry(orders, None)
+
+
+def test_units_beyond_the_room_are_refused_with_numbers(ranks: Ranks) -> None:
+    ranks.write(1, 2, 3, 4, 5)
+    ranks.leave(1, 2, 3, 4, 5)
+    with pytest.raises(TierFull, match="1 pages are needed by the next step, and 0"):
+        ranks.director.enter(ids(9), "fresh")
+
+
+def test_worthless_units_give_their_frames_back_at_once(ranks: Ranks) -> None:
+    ranks.write(1, 2, 3, 4, 5)
+    ranks.leave(1, 2, 3, 4, 5, worthless=ids(4, 5))
+    ranks.step()
+    ranks.hear()
+    ranks.step()
+    assert ranks.director.room() == 2
+    assert ranks.director.look(ids(4, 5)).gone.all()
+    ranks.write(4)  # used again before and after
+    ranks.director.check()
+
+
+def test_a_unit_in_use_twice_stays_until_it_is_left_twice(ranks: Ranks) -> None:
+    ranks.write(1)
+    ranks.read(1)
+    ranks.leave(1)
+    ranks.director.make_room(6)
+    ranks.settle()
+    assert ranks.director.look(ids(1)).here[0]
+    assert ranks.director.room() == 4, "six frames, but unit 0 and unit 1"
+    ranks.leave(1)
+    ranks.director.make_room(6)
+    ranks.settle()
+    assert ranks.director.room() == 5
+
+
+def test_unit_0_never_leaves(ranks: Ranks) -> None:
+    ranks.director.make_room(6)
+    ranks.settle()
+    assert ranks.director.look(ids(0)).here[0]
+    assert ranks.director.in_use(ids(0))[0]
+
+
+def test_when_everything_below_is_full_content_is_dropped_and_the_owner_told() -> None:
+    ranks = Ranks(budget=4, host=2)
+    for unit in range(1, 12):
+        ranks.ensure(1)
+        ranks.write(unit)
+        ranks.leave(unit)
+    assert ranks.gone, "4 + 2 places, 11 contents"
+    assert {reason for _, reason in ranks.gone} == {"evicted"}
+    for unit, _ in ranks.gone:
+        assert ranks.director.look(ids(unit)).gone[0]
+    for unit in list(ranks.model):
+        ranks.bring(unit)
+        if unit in ranks.model:  # else it made way for another
+            ranks.read(unit)
+            ranks.leave(unit)
+    assert len(ranks.model) >= 4
+    ranks.close()
+
+
+def test_the_limit_moves_and_holds_on_every_rank() -> None:
+    ranks = Ranks(budget=8, host=16)
+    ranks.write(1, 2, 3, 4, 5, 6)
+    ranks.leave(1, 2, 3, 4, 5, 6)
+    ranks.director.limit(4 * ranks.layout.unit_bytes)
+    ranks.settle()
+    assert ranks.director.budget == 4
+    assert ranks.director.statistics()["gpu_used"] <= 4
+    ranks.director.limit(8 * ranks.layout.unit_bytes)
+    ranks.settle()
+    ranks.director.make_room(7)
+    ranks.settle()
+    assert ranks.director.room() == 7
+    with pytest.raises(ConfigError, match="1 to 8 can be"):
+        ranks.director.limit(9 * ranks.layout.unit_bytes)
+    ranks.close()
+
+
+def test_headroom_is_kept_ahead_of_need() -> None:
+    ranks = Ranks(budget=8, host=16, headroom=3)
+    ranks.write(1, 2, 3, 4, 5, 6, 7)
+    ranks.leave(1, 2, 3, 4, 5, 6, 7)
+    ranks.settle()
+    assert ranks.director.room() >= 3
+    look = ranks.director.look(ids(1, 2, 3, 4, 5, 6, 7))
+    assert look.here.all(), "what left is still shown, and costs nothing to take back"
+    ranks.close()
+
+
+@pytest.mark.parametrize("pieces", [1, 3], ids=["one-piece", "three-pieces"])
+@pytest.mark.parametrize("count", [1, 2], ids=["one-rank", "two-ranks"])
+@pytest.mark.parametrize("drive", [False, True], ids=["host", "host-nvme"])
+@pytest.mark.parametrize("queued", [False, True], ids=["at-once", "queued"])
+def test_random_steps_serve_no_wrong_bytes(
+    pieces: int, count: int, drive: bool, queued: bool, tmp_path: Path
+) -> None:
+    """What an engine does, at random: new content, hits, fetches, ends, limits, reuse of blocks."""
+    moved = 0
+    for seed in range(3):
+        random = Random(seed)
+        ranks = Ranks(
+            ranks=count, pieces=pieces, units=40, budget=10, host=9, seed=seed,
+            nvme=20 if drive else 0, path=tmp_path / str(seed) if drive else None, queued=queued,
+        )  # fmt: skip
+        director, running = ranks.director, []
+        for _ in range(120):
+            for _ in range(random.randint(0, 2)):  # requests begin
+                new = [u for u in random.sample(range(1, 40), 2) if not director.in_use(ids(u))[0]]
+                new = [u for u in new if not director.look(ids(u)).coming[0]]
+                cached = [u for u in ranks.model if u not in new]
+                hits = random.sample(cached, min(len(cached), random.randint(0, 2)))
+                look = director.look(ids(*hits))
+                if look.coming.any() or look.deep.any():
+                    wanted = ids(*hits)[look.deep | look.below]
+                    if len(wanted):
+                        director.make_room(len(wanted))
+                        director.fetch(wanted)
+                    continue
+                idle = ids(*hits)[~director.in_use(ids(*hits))]
+                need = len(new) + int(director.look(idle).below.sum())
+                if need > director.room():
+                    director.make_room(need)
+                    continue
+                resident = director.look(idle).here & ~director.in_use(idle)
+                if need + int(resident.sum()) > director.room() + int(resident.sum()):
+                    continue
+                director.enter(ids(*hits))
+                if need and director.room() < len(new):
+                    director.leave(ids(*hits))
+                    continue
+                for unit in new:
+                    ranks.model[unit] = ranks.next_value
+                    ranks.next_value += 1
+                director.enter(ids(*new), "fresh")
+                running.append((new, hits))
+            writes = ids(*{u for new, _ in running for u in new})
+            reads = ids(*({u for _, hits in running for u in hits} - set(writes.tolist())))
+            ranks.step(write=writes, read=reads)
+            ranks.run(random.random())
+            ranks.hear(random.sample(ranks.ranks, random.randint(0, count)))
+            director.check()
+            while running and random.random() < 0.6:  # requests end
+                new, hits = running.pop(random.randrange(len(running)))
+                worthless = ids(*[u for u in new if random.random() < 0.3])
+                director.leave(ids(*new, *hits), worthless=worthless)
+                for unit in worthless.tolist():
+                    if not director.in_use(ids(unit))[0]:
+                        ranks.model.pop(unit, None)
+            if random.random() < 0.05:
+                director.limit(random.randint(7, 10) * ranks.layout.unit_bytes)
+        for new, hits in running:
+            director.leave(ids(*new, *hits))
+        director.limit(10 * ranks.layout.unit_bytes)
+        ranks.settle()
+        for unit in list(ranks.model):
+            ranks.bring(unit)
+            if unit in ranks.model:
+                ranks.read(unit)
+                ranks.leave(unit)
+            ranks.run()
+        moved += director.statistics()["gpu_host"] + director.statistics().get("host_nvme", 0)
+        ranks.close()
+    assert moved > 100
+
+
+def test_content_is_adopted_by_the_next_engine(tmp_path: Path) -> None:
+    keys = np.arange(1, 13, dtype=np.uint64).reshape(6, 2)
+    first = Ranks(budget=10, host=8, nvme=12, path=tmp_path, persist=True)
+    first.write(1, 2, 3, 4, 5, 6)
+    first.director.label(ids(1, 2, 3, 4, 5, 6), keys)
+    first.leave(1, 2, 3, 4, 5, 6)
+    first.settle()
+    first.step()  # the last records
+    values = {u: first.model[u] for u in range(1, 7)}
+    first.close()
+    second = Ranks(budget=10, host=8, nvme=12, path=tmp_path, persist=True)
+    assert second.director.find(keys) == 6
+    taken = second.director.adopt(
+        ids(11, 12, 13, 14, 15, 16), keys, "request",
+        parents=ids(*[-1] * 6), depths=ids(*range(6)),
+    )  # fmt: skip
+    assert taken.all()
+    received: set[str] = set()
+    for _ in range(100):
+        second.step()
+        for rank in second.ranks:
+            rank.wait(0.05)
+        second.hear()
+        done, failed = second.ranks[0].received()
+        assert not len(failed)
+        received |= done
+        if received:
+            break
+    assert received == {"request"}
+    second.model = {10 + u: value for u, value in values.items()}
+    second.step(read=ids(11, 12, 13, 14, 15, 16))
+    second.director.check()
+    second.close()
+
+
+def test_forgotten_content_is_not_found_again(tmp_path: Path) -> None:
+    keys = np.arange(1, 5, dtype=np.uint64).reshape(2, 2)
+    for generation in range(3):
+        ranks = Ranks(budget=10, host=8, nvme=12, path=tmp_path, persist=True)
+        assert ranks.director.find(keys) == (2 if generation == 1 else 0)
+        ranks.write(1, 2)
+        ranks.director.label(ids(1, 2), keys)
+        ranks.leave(1, 2)
+        ranks.settle()
+        if generation == 1:
+            ranks.director.forget_content()
+            assert ranks.director.find(keys) == 0
+        ranks.step()
+        ranks.close()
+
+
+def test_a_rank_that_has_other_frames_is_refused() -> None:
+    a, b = Ranks(ranks=1), Ranks(ranks=1, budget=5)
+    with pytest.raises(ConfigError, match="ranks differ"):
+        Director([*a.hellos, *b.hellos], 24, 1, a.config)
+    a.close()
+    b.close()
+
+
+def test_places_are_counted(ranks: Ranks) -> None:
+    ranks.write(1, 2)
+    found = ranks.director.statistics()
+    assert (found["gpu_used"], found["host_used"], found["in_use"]) == (3, 0, 3)

@@ -1,0 +1,543 @@
+"""The scheduler's side: which units an engine's next step needs, and how they come to be there.
+
+A director owns page table, pools and planner; the ranks carry out its orders, in order, and an
+outcome counts when all of them have reported it. It never waits: what cannot be had at once is
+said (`room`, `look`), asked for (`make_room`, `fetch`), and there at a later step. Units are those
+of the layout, numbered from 0; unit 0 always stays on the GPU.
+
+    free units ── enter(fresh) ─▶ in use ── leave ─▶ cached ── enter(read) ─▶ in use
+                                               ▲         │ make_room, relieve: down a tier
+                                               └─ fetch ─┘ gone: dropped or lost, the owner is told
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from tiermem import evicting
+from tiermem.attic import Stored
+from tiermem.books import Marks
+from tiermem.config import Config
+from tiermem.directed.orders import NO_SLOTS, Hello, Orders, Report
+from tiermem.errors import ConfigError, TierFailed, TierFull
+from tiermem.keyindex import Keys
+from tiermem.plan import Drop, Outcome, Plan, Request, Show, merge
+from tiermem.planner import Access, Planner
+from tiermem.policies.admission import admission
+from tiermem.policies.base import RequestFacts
+from tiermem.table import PageTable, Rows
+from tiermem.tier import (
+    AT_GPU,
+    AT_HOST,
+    AT_NVME,
+    GPU,
+    HOST,
+    NVME,
+    TIERS,
+    Mask,
+    Place,
+    SlotPool,
+)
+
+log = logging.getLogger(__name__)
+
+Units = npt.NDArray[np.int32]
+OnGone = Callable[[Units, str], None]
+
+BATCH = 2048
+"""Pages on their way down at most that nobody waits for: two steps of a prefill at full speed."""
+NO_UNITS: Units = np.empty(0, np.int32)
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """Where units are: masks over the units that were asked for.
+
+    here: on the GPU, or still shown there; below: in the host; deep: on the drive; coming: on
+    their way up. The others hold nothing.
+    """
+
+    here: Mask
+    below: Mask
+    deep: Mask
+    coming: Mask
+
+    @property
+    def gone(self) -> Mask:
+        return np.asarray(~(self.here | self.below | self.deep | self.coming))
+
+
+class Director:
+    """One engine's units over the tiers of all its ranks. For one thread."""
+
+    def __init__(
+        self,
+        hellos: Sequence[Hello],
+        units: int,
+        unit_pages: int,
+        config: Config,
+        *,
+        headroom: int = 0,
+        on_gone: OnGone = lambda units, reason: None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """hellos: of all ranks. headroom: units that should have frames at once, ahead of need.
+
+        on_gone(units, reason): content that is lost or was dropped; called before a slot of it is
+        used again. Raises ConfigError if the ranks do not fit one another.
+        """
+        first = hellos[0]
+        if any((h.page_bytes, h.shown) != (first.page_bytes, first.shown) for h in hellos):
+            raise ConfigError(f"ranks differ in page size or frames: {list(hellos)}")
+        self.unit_pages = unit_pages
+        self.units = units
+        self.page_bytes = first.page_bytes
+        self._ranks = len(hellos)
+        self._config = config
+        self._on_gone = on_gone
+        self._clock = clock
+        self._start_s = clock()
+        self._ready = {p: min(h.ready[p] for h in hellos) for p in TIERS}
+        self._capacity = {p: min(h.capacities[p] for h in hellos) for p in TIERS}
+        self._log = evicting.event_log(config, self._capacity)
+        table = PageTable()
+        table.extend(units * unit_pages, unit_pages)
+        self._planner = Planner(
+            table,
+            {place: SlotPool(place, self._ready[place]) for place in TIERS},
+            evicting.rankings(config, self._capacity, table, self._log),
+            routes=frozenset.intersection(*(h.routes for h in hellos)),
+            in_order=True,
+            batch=max(BATCH, unit_pages),
+        )
+        self._headroom = headroom
+        self._set_marks()
+        self._users = np.zeros(units, np.int32)
+        self._worthless: set[int] = set()
+        self._writing: Rows = np.empty(0, np.int32)  # written in use, and on their way up
+        self._plans: list[Plan] = []
+        self._needs: list[int] = []
+        self._receives: dict[str, tuple[int, ...]] = {}
+        self._outcomes: dict[int, list[Outcome]] = {}
+        self._passed = [0] * self._ranks
+        self._step = 0
+        self._park = self._back = self._parked = self._forget = NO_SLOTS
+        self._backing: dict[int, list[bool]] = {}
+        self._ready_of: dict[int, Mapping[Place, int]] = {}
+        self._show_first(first.shown)
+        rule = admission(config.nvme.admit)
+        unit_bytes = self.page_bytes * unit_pages
+        self._planner.admission = evicting.asked(rule, config, unit_bytes)
+        if all(h.held is not None for h in hellos):
+            self._restore([h.held for h in hellos if h.held is not None])
+
+    # ---------------------------------------------------------------- looking
+
+    @property
+    def step(self) -> int:
+        """The last step whose orders have been given."""
+        return self._step
+
+    @property
+    def budget(self) -> int:
+        """Units that may be on the GPU at a time."""
+        return self._planner.allowed() // self.unit_pages
+
+    def room(self) -> int:
+        """Units that could get frames in the next orders, whatever happens."""
+        return max(0, self._planner.ready()) // self.unit_pages
+
+    def is_making_room(self) -> bool:
+        """True while pages are leaving the GPU, or could be made to."""
+        return self._planner.room() > self._planner.ready()
+
+    def look(self, units: Units) -> Look:
+        """Where these units are at this moment."""
+        table = self._planner.table
+        heads = self._heads(units)
+        places, _ = self._planner.chain(heads)
+        coming = table.to[heads] == AT_GPU
+        return Look(
+            (places == AT_GPU) & ~coming,
+            (places == AT_HOST) & ~coming,
+            (places == AT_NVME) & ~coming,
+            coming,
+        )
+
+    def in_use(self, units: Units) -> Mask:
+        return np.asarray(self._users[units] > 0)
+
+    def now(self) -> int:
+        """Logical milliseconds."""
+        return int((self._clock() - self._start_s) * 1000)
+
+    # ---------------------------------------------------------------- what the engine does
+
+    def make_room(self, units: int) -> None:
+        """Have `room` come to so many units: at once where their bytes are below, else later."""
+        self._issue(self._planner.make_room(units * self.unit_pages, self.now()))
+
+    def fetch(self, units: Units) -> bool:
+        """Begin to bring cached units to the GPU, deepest first.
+
+        False: there is no room yet, or to make some was at the cost of one of them.
+        """
+        if self.look(units).gone.any():
+            return False
+        try:
+            request = self._planner.fault(self._pages(units), "read", self.now(), pin=False)
+        except TierFull:
+            return False
+        self._issue(request.plans)
+        if request.taken:
+            self._planner.touch(self._pages(units), self.now())
+        return request.taken
+
+    def enter(
+        self,
+        units: Units,
+        access: Access = "read",
+        *,
+        parents: Units | None = None,
+        depths: Units | None = None,
+    ) -> None:
+        """The next step uses these units (each once, deepest first), and all others until `leave`.
+
+        access: "read" (they are on the GPU or in the host), "write" (so are they, unless they are
+        vacant), "fresh" (their content is new, and what they held is given up). parents, depths:
+        of fresh units, one each, -1 for none. A unit is left as often as it was entered. Raises
+        TierFull where `room` was not heeded.
+        """
+        first = self._users[units] == 0
+        self._users[units] += 1
+        self._worthless.difference_update(units.tolist())
+        now = self.now()
+        if access == "write" and not first.all():
+            self._planner.wrote(self._pages(units[~first]))
+        new = units[first]
+        if not len(new):
+            return
+        rows = self._pages(new)
+        if access != "read":
+            nothing = np.full(len(units), -1, np.int32)
+            above = nothing if parents is None else parents
+            deep = np.zeros_like(nothing) if depths is None else depths
+            self._renew(new, above[first], deep[first], now, keep=access == "write")
+        self._require(self._planner.fault(rows, access, now, order=access != "fresh"))
+        self._planner.touch(rows, now)
+        if access != "read":
+            self._writing = np.concatenate([self._writing, rows])
+            self._note_written()
+
+    def leave(self, units: Units, *, worthless: Units = NO_UNITS) -> None:
+        """Units that were entered (deepest first) are used no more, after the step ordered last.
+
+        worthless: those of them whose content nobody will ask for.
+        """
+        self._users[units] -= 1
+        done = units[self._users[units] == 0]
+        if not len(done):
+            return
+        rows = self._pages(done)
+        self._planner.touch(rows, self.now())
+        self._planner.unpin(rows, (0, self._step))
+        self._worthless.update(int(u) for u in worthless.tolist() if self._users[u] == 0)
+
+    def finished(self, units: Units, facts: RequestFacts) -> None:
+        """What is known of a request that ended, for the policies."""
+        if len(units):
+            self._planner.finished(self._pages(units), facts, self.now())
+
+    def label(self, units: Units, keys: Keys) -> None:
+        """These units, whose bytes have been written, hold the content of these keys."""
+        if len(units):
+            self._planner.label(self._pages(units), keys)
+
+    # ---------------------------------------------------------------- content of an earlier run
+
+    def find(self, keys: Keys) -> int:
+        """How many of these contents, from the first on, wait on the drive to be adopted."""
+        shelved = self._planner.in_attic(keys, 0, self.unit_pages)
+        missing = np.flatnonzero(shelved[:, 0] < 0)
+        return int(missing[0]) if len(missing) else len(keys)
+
+    def adopt(self, units: Units, keys: Keys, name: str, *, parents: Units, depths: Units) -> Mask:
+        """Units get the content of these keys from the drive and are in use; bool[n]: which did.
+
+        name: of the request that is told back (`Orders.receives`) when all of it has come.
+        """
+        shelved = self._planner.in_attic(keys, 0, self.unit_pages)
+        found: Mask = (shelved[:, 0] >= 0) & (self._users[units] == 0)
+        if found.any():
+            self._vacate(units[found])
+            found &= self._planner.table.at[self._heads(units)] == 0
+        new = units[found]
+        if not len(new):
+            return found
+        now = self.now()
+        above = np.where(parents < 0, -1, self._heads(parents)).astype(np.int32)
+        self._issue(
+            self._planner.adopt(
+                self._heads(new), shelved[found], now, parents=above[found], depths=depths[found]
+            )
+        )
+        rows = self._pages(new)
+        request = self._planner.fault(rows, "read", now)
+        self._issue(request.plans)
+        if not request.taken:
+            return np.zeros(len(units), np.bool_)
+        self._users[new] += 1
+        self._planner.touch(rows, now)
+        self._receives[name] = tuple(sorted(request.pending))
+        return found
+
+    def forget_content(self) -> None:
+        """No content that has a key counts any more, here or on the drive."""
+        planner = self._planner
+        self._forget = np.concatenate([self._forget, planner.unlabel()])
+
+    # ---------------------------------------------------------------- steps
+
+    def limit(self, nbytes: int) -> None:
+        """Change the budget on every rank; what is above it goes down as fast as it can."""
+        frames = nbytes // self.page_bytes
+        most = self._capacity[GPU]
+        if not self.unit_pages <= frames <= most:
+            raise ConfigError(
+                f"limit {nbytes} bytes = {frames} pages of {self.page_bytes}; {self.unit_pages} "
+                f"to {most} can be"
+            )
+        self._planner.limits[GPU] = frames
+        self._set_marks()
+
+    def orders(self) -> Orders:
+        """What the ranks do before the next step's work."""
+        now = self.now()
+        planner = self._planner
+        self._free_worthless(now)
+        self._issue(planner.relieve(now))
+        if planner.attic is not None:
+            self._issue(planner.back_up(now))
+        self._obey_limit()
+        self._step += 1
+        record = planner.take_unrecorded() if planner.is_unrecorded else None
+        orders = Orders(
+            self._step,
+            tuple(self._plans),
+            tuple(self._needs),
+            record if record is not None and len(record.slots) else None,
+            self._forget,
+            self._park,
+            self._back,
+            self._receives,
+        )
+        self._plans, self._needs, self._receives = [], [], {}
+        self._park = self._back = self._forget = NO_SLOTS
+        return orders
+
+    def is_idle(self) -> bool:
+        """True if nothing is under way, and nothing waits to be ordered."""
+        return not self._plans and self._planner.is_idle()
+
+    def unsaved(self) -> int:
+        """Units with a key whose content is above the drive only, where it is to be kept."""
+        return self._planner.unsaved(range(self.units * self.unit_pages))[0]
+
+    def settle(self, report: Report) -> None:
+        """Take one rank's report into the table. Raises TierFailed once the GPU has failed."""
+        now = self.now()
+        planner = self._planner
+        self._passed[report.rank] = max(self._passed[report.rank], report.passed)
+        planner.table.fences.observe(np.array([min(self._passed)], np.uint64))
+        self._take_backed(report)
+        for outcome in report.outcomes:
+            heard = self._outcomes.setdefault(outcome.plan, [])
+            heard.append(outcome)
+            if len(heard) == self._ranks:
+                del self._outcomes[outcome.plan]
+                self._issue(planner.settle(merge(heard), now))
+        self._issue(planner.settle_idle())
+        planner.take_reaped()
+        self._note_written()
+        self._grow(report)
+        if Place.GPU in planner.failed_tiers:
+            raise TierFailed("gpu: a rank could not show a page, or load one that a step waits for")
+
+    def statistics(self) -> dict[str, int]:
+        """Counters since the start, and pages in each tier."""
+        planner = self._planner
+        pools = {f"{p.name.lower()}_used": planner.pools[p].used for p in TIERS}
+        return {**planner.counts, **pools, "in_use": int((self._users > 0).sum())}
+
+    def check(self) -> None:
+        """Assert every invariant of the table, and that exactly what is in use is pinned."""
+        self._planner.check()
+        table = self._planner.table
+        heads = self._heads(np.arange(self.units, dtype=np.int32))
+        pinned = (table.pins[heads] > 0) | (table.waiters[heads] > 0)
+        assert np.array_equal(pinned, self._users > 0), "in use and pinned differ"
+
+    # ---------------------------------------------------------------- parts
+
+    def _heads(self, units: Units) -> Rows:
+        heads: Rows = units * np.int32(self.unit_pages)
+        return heads
+
+    def _pages(self, units: Units) -> Rows:
+        return self._planner.table.pages(self._heads(units))
+
+    def _issue(self, plans: list[Plan]) -> None:
+        """Plans go to the ranks with the next orders; what only the owner must hear, it hears."""
+        for plan in plans:
+            if all(isinstance(step, Drop) for step in plan.steps):
+                self._tell_gone(plan)
+            else:
+                self._plans.append(plan)
+
+    def _tell_gone(self, plan: Plan) -> None:
+        for step in plan.steps:
+            assert isinstance(step, Drop), "told are drops"
+            here = step.units[step.units < self.units * self.unit_pages]
+            if len(here):
+                self._on_gone((here // self.unit_pages).astype(np.int32), step.reason)
+        outcome = Outcome(plan.id, tuple(None for _ in plan.steps))
+        self._issue(self._planner.settle(outcome, self.now()))
+
+    def _require(self, request: Request) -> None:
+        """What a request comes to must be true before the next step's work."""
+        self._issue(request.plans)
+        if not request.taken:
+            raise TierFull(
+                f"gpu: {len(request.rows)} pages are needed by the next step, and "
+                f"{self._planner.ready()} could be had at once"
+            )
+        self._needs += sorted(request.pending)
+
+    def _renew(self, units: Units, parents: Units, depths: Units, now: int, *, keep: bool) -> None:
+        """Units get other content: those that held none get frames, the others a new name.
+
+        keep: they keep their names, because what they hold stays beside the new.
+        """
+        heads = self._heads(units)
+        above = np.where(parents < 0, -1, self._heads(parents)).astype(np.int32)
+        vacant = self._planner.table.at[heads] == 0
+        if not (keep or vacant.all()):
+            old = ~vacant
+            self._planner.rename(heads[old], above[old], depths[old], now)
+        if vacant.any():
+            request = self._planner.allocate(
+                self._pages(units[vacant]), now, parents=above[vacant], depths=depths[vacant]
+            )
+            self._require(request)
+
+    def _note_written(self) -> None:
+        """Pages that are written have no copies below, from the moment that they are up."""
+        if len(self._writing):
+            up = self._planner.table.at[self._writing] == AT_GPU
+            self._planner.wrote(self._writing[up])
+            self._writing = self._writing[~up]
+
+    def _vacate(self, units: Units) -> None:
+        """Give up what these unused units hold, where nothing is under way with it."""
+        table = self._planner.table
+        heads = self._heads(units)
+        rests = np.logical_or.reduce([table.movable(heads, place) for place in TIERS])
+        idle = units[rests & table.fences.is_passed(table.fence[heads])]
+        if len(idle):
+            self._issue(self._planner.free(self._pages(idle), self.now()))
+            self._planner.take_reaped()
+
+    def _free_worthless(self, now: int) -> None:
+        if self._worthless:
+            units = np.fromiter(self._worthless, np.int32)
+            self._vacate(units)
+            gone = self._planner.table.at[self._heads(units)] == 0
+            self._worthless.difference_update(units[gone].tolist())
+
+    def _show_first(self, frames: int) -> None:
+        """Frames that the ranks show already are those of the first units, retired and empty."""
+        planner = self._planner
+        first = np.arange(frames // self.unit_pages, dtype=np.int32)
+        rows = self._pages(first)
+        request = planner.allocate(rows, 0)
+        (plan,) = request.plans
+        (show,) = (step for step in plan.steps if isinstance(step, Show))
+        assert np.array_equal(show.frames, rows), "frames are given out from the first on"
+        planner.settle(Outcome(plan.id, tuple(None for _ in plan.steps)), 0)
+        planner.free(self._pages(first[1:]), 0)
+        planner.take_reaped()
+        self._users[0] = 1
+        planner.fault(self._pages(first[:1]), "read", 0)
+
+    def _restore(self, held: list[Stored]) -> None:
+        """What the slabs of all ranks agree on may be adopted; the rest is forgotten."""
+        self._planner.open_attic(self._capacity[NVME])
+        common = agreed(held)
+        mine = [np.setdiff1d(h.slots, common.slots).astype(np.int32) for h in held]
+        self._forget = np.unique(np.concatenate(mine)) if mine else NO_SLOTS
+        self._planner.restore(common, 0)
+
+    def _set_marks(self) -> None:
+        frames = max(1, self._planner.allowed())
+        most = 1.0 - min(self._headroom * self.unit_pages, frames // 2) / frames
+        marks = evicting.marks(self._config)
+        marks[GPU] = Marks(min(marks[GPU].high, most), min(marks[GPU].low, most))
+        self._planner.marks = marks
+
+    def _obey_limit(self) -> None:
+        planner = self._planner
+        freed = planner.surrender()
+        if len(freed):
+            self._park = np.concatenate([self._park, freed])
+            self._parked = np.concatenate([self._parked, freed])
+        short = planner.short_of_limit(GPU) - len(self._backing)
+        if short > 0 and len(self._parked):
+            fresh, self._parked = self._parked[:short], self._parked[short:]
+            self._back = np.concatenate([self._back, fresh])
+            self._backing.update({frame: [] for frame in fresh.tolist()})
+
+    def _take_backed(self, report: Report) -> None:
+        """Frames with memory on every rank are ours again; those with none on one, on no rank."""
+        for frames, has in ((report.backed, True), (report.unbacked, False)):
+            for frame in frames.tolist():
+                self._backing[frame].append(has)
+        told = [frame for frame, has in self._backing.items() if len(has) == self._ranks]
+        good = [frame for frame in told if all(self._backing.pop(frame))]
+        bad = np.array(sorted(set(told) - set(good)), np.int32)
+        if good:
+            self._planner.grow(GPU, np.array(good, np.int32))
+        if len(bad):
+            log.warning("limit not reached: a device has no memory for %d pages", len(bad))
+            self._park = np.concatenate([self._park, bad])
+            self._parked = np.concatenate([self._parked, bad])
+            self._planner.limits[GPU] = self._planner.allowed()
+
+    def _grow(self, report: Report) -> None:
+        """Slots of the lower tiers that have memory on every rank by now."""
+        self._ready_of[report.rank] = report.ready
+        if len(self._ready_of) < self._ranks:
+            return
+        for place in (HOST, NVME):
+            ready = min(r[place] for r in self._ready_of.values())
+            if ready > self._ready[place]:
+                self._planner.grow(place, np.arange(self._ready[place], ready, dtype=np.int32))
+                self._ready[place] = ready
+
+
+def agreed(held: Sequence[Stored]) -> Stored:
+    """What all slabs have in the same slot under the same key, in the first one's order."""
+    first, *others = held
+    same = np.ones(len(first.slots), np.bool_)
+    for other in others:
+        where = {slot: i for i, slot in enumerate(other.slots.tolist())}
+        at = np.array([where.get(slot, -1) for slot in first.slots.tolist()], np.int64)
+        same &= at >= 0
+        if len(other.slots):
+            same &= (other.keys[at] == first.keys).all(axis=1)
+    return Stored(first.slots[same], first.keys[same], first.depths[same], first.tenants[same])

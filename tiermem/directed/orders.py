@@ -1,0 +1,79 @@
+"""What travels between a director and its ranks: numbers and arrays, so that all of it pickles."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from tiermem.attic import Stored
+from tiermem.plan import Outcome, Plan
+from tiermem.tier import Place, Slots
+
+NO_SLOTS: Slots = np.empty(0, np.int32)
+
+
+@dataclass(frozen=True, slots=True)
+class Hello:
+    """What a rank has. Its frames 0..shown-1 show the first pages of the range already.
+
+    capacities: slots that each tier will have at most; ready: slots that it has now. held: what
+    its kept slab holds, oldest first, or None where nothing is kept.
+    """
+
+    rank: int
+    page_bytes: int
+    shown: int
+    capacities: Mapping[Place, int]
+    ready: Mapping[Place, int]
+    routes: frozenset[tuple[Place, Place]]
+    held: Stored | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Orders:
+    """What every rank does before its next work, in this order.
+
+    step       grows by one with each; the fences in plans name steps
+    record     content that has come to the drive, for the slab's index
+    forget     slots of the drive whose content counts no more
+    park, back frames that give their memory back, that get it again
+    plans      to be started in this order
+    needs      plans, of these or earlier orders, that the work of this step waits for
+    receives   requests that wait for plans: told back once those have ended
+    """
+
+    step: int
+    plans: tuple[Plan, ...] = ()
+    needs: tuple[int, ...] = ()
+    record: Stored | None = None
+    forget: Slots = field(default_factory=lambda: NO_SLOTS)
+    park: Slots = field(default_factory=lambda: NO_SLOTS)
+    back: Slots = field(default_factory=lambda: NO_SLOTS)
+    receives: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Moved:
+    """What one route of a rank has moved so far: pages, and seconds during which it was busy."""
+
+    pages: int
+    busy_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What has become of orders since a rank's last report.
+
+    passed: the last step whose work has ended. ready: slots of each tier by now. backed: frames
+    that have memory again; unbacked: for which the device had none.
+    """
+
+    rank: int
+    passed: int
+    outcomes: tuple[Outcome, ...]
+    ready: Mapping[Place, int]
+    moved: Mapping[tuple[Place, Place], Moved]
+    backed: Slots = field(default_factory=lambda: NO_SLOTS)
+    unbacked: Slots = field(default_factory=lambda: NO_SLOTS)

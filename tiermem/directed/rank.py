@@ -1,0 +1,244 @@
+"""The executor of one rank: it carries out what a director orders, and reports what became of it.
+
+Everything here is called by the thread that drives the rank's device, in the order of its steps:
+`carry` before the step's work is queued, `mark` after it, `report` whenever the director may hear.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+
+from tiermem.assemble import Parts
+from tiermem.attic import Stored
+from tiermem.directed.orders import NO_SLOTS, Hello, Moved, Orders, Report
+from tiermem.errors import TierFailed, TierFull
+from tiermem.executor import Executor, Flight
+from tiermem.plan import Copy, Plan
+from tiermem.table import Rows
+from tiermem.tier import PASSED, TIERS, Addresses, Done, Fence, Place, Slots
+
+log = logging.getLogger(__name__)
+
+START_S = 120.0
+
+
+class Rank:
+    """One device's tiers under a director. Close it after the device's last work."""
+
+    def __init__(
+        self,
+        rank: int,
+        parts: Parts,
+        addresses: Callable[[Rows], Addresses],
+        *,
+        persist: bool = False,
+    ) -> None:
+        """parts: which it will close. addresses: of page rows, in one reservation.
+
+        persist: the slab of the parts is kept for the next start.
+        """
+        self.rank = rank
+        self._persist = persist
+        self._parts = parts
+        self._device = parts.device
+        self._addresses = addresses
+        self._executor = Executor(
+            window=parts.device.window,
+            routes=parts.routes,
+            zero=parts.device.zero,
+            addresses=addresses,
+            region_of=lambda rows: np.zeros(len(rows), np.uint16),
+            on_gone=lambda units, reason: None,  # the director tells the owner
+        )
+        self._flights: dict[int, Flight] = {}
+        self._ticks: deque[tuple[int, tuple[int, int] | None]] = deque()
+        self._passed = 0
+        self._backed = self._unbacked = NO_SLOTS
+        self._bare = NO_SLOTS  # frames that were to get memory, and have none
+        self._receiving: dict[str, set[int]] = {}
+        self._failed_rows: list[Rows] = []
+        self._closed = False
+
+    def start(self, pages: int) -> Hello:
+        """Zero all frames and show the first ones at the first pages. What this rank has.
+
+        pages: of the range; as many as there are frames are shown at most.
+        """
+        frames = self._capacity(Place.GPU)
+        every = np.arange(frames, dtype=np.int32)
+        self._finish(self._device.zero(every), "frames could not be zeroed")
+        first = every[: min(pages, frames)]
+        shown = self._device.window.show(self._addresses(first), first)
+        self._finish(shown, "the first pages could not be shown")
+        return Hello(
+            self.rank,
+            self._device.page_bytes,
+            len(first),
+            {place: self._capacity(place) for place in TIERS},
+            self._ready(),
+            frozenset(self._parts.routes),
+            self._held(),
+        )
+
+    # ---------------------------------------------------------------- steps
+
+    def carry(self, orders: Orders, stream: int | None) -> None:
+        """Start the plans; what the step needs has been done, or `stream` waits for it.
+
+        Raises TierFailed when something that the step needs could not be done.
+        """
+        slab = self._parts.slab
+        if slab is not None:
+            if len(orders.forget):
+                slab.forget(orders.forget)
+            if orders.record is not None:
+                r = orders.record
+                slab.record(r.slots, r.keys, r.depths, r.tenants, slab.sequences(r.slots))
+        if len(orders.park):
+            self._device.park(orders.park[~np.isin(orders.park, self._bare)])
+            self._bare = np.setdiff1d(self._bare, orders.park)
+        if len(orders.back):
+            self._back(orders.back)
+        for plan in orders.plans:
+            self._flights[plan.id] = self._executor.start(self._here(plan))
+        for request, plans in orders.receives.items():
+            self._receiving[request] = set(plans)
+        for plan_id in orders.needs:
+            self._await(plan_id, stream)
+
+    def mark(self, step: int, stream: int | None) -> None:
+        """The step's work is queued on `stream` (None: it has ended)."""
+        self._ticks.append((step, self._device.streams.tick(stream)))
+
+    def report(self) -> Report:
+        """What has ended since the last report; waits for nothing."""
+        ended = [flight for flight in self._flights.values() if flight.ready()]
+        outcomes = []
+        for flight in ended:
+            del self._flights[flight.plan.id]
+            outcome = flight.outcome()
+            outcomes.append(outcome)
+            self._note_failed(flight.plan, outcome.failed)
+        report = Report(
+            self.rank,
+            self._observe(),
+            tuple(outcomes),
+            self._ready(),
+            {route: Moved(c.pages, c.busy_s) for route, c in self._executor.counts().items()},
+            self._backed,
+            self._unbacked,
+        )
+        self._backed = self._unbacked = NO_SLOTS
+        return report
+
+    def received(self) -> tuple[set[str], Rows]:
+        """Requests all of whose plans have been reported, and page rows whose load failed."""
+        flying = set(self._flights)
+        done = {name for name, plans in self._receiving.items() if not plans & flying}
+        for name in done:
+            del self._receiving[name]
+        failed = np.concatenate([np.empty(0, np.int32), *self._failed_rows])
+        self._failed_rows.clear()
+        return done, failed
+
+    def wait(self, timeout_s: float) -> None:
+        """Until some plan has ended, or the timeout; at once if none is under way."""
+        flight = next(iter(self._flights.values()), None)
+        if flight is not None:
+            flight.wait(timeout_s)
+
+    def close(self) -> None:
+        """Give everything back; the device's work has ended. A second call does nothing."""
+        if self._closed:
+            return
+        self._closed = True
+        for flight in self._flights.values():
+            flight.wait()
+        self._parts.close()
+
+    # ---------------------------------------------------------------- parts
+
+    def _capacity(self, place: Place) -> int:
+        return self._parts.capacities.get(place, 0) if place in self._parts.tiers else 0
+
+    def _ready(self) -> dict[Place, int]:
+        tiers = self._parts.tiers
+        return {p: min(tiers[p].ready, self._capacity(p)) if p in tiers else 0 for p in TIERS}
+
+    def _held(self) -> Stored | None:
+        slab = self._parts.slab
+        if slab is None or not self._persist:
+            return None
+        found = slab.recovered()
+        old_first = slice(None, None, -1)
+        return Stored(
+            found.slots[old_first],
+            found.keys[old_first],
+            found.depths[old_first],
+            found.tenants[old_first],
+        )
+
+    def _back(self, frames: Slots) -> None:
+        try:
+            self._device.back(frames)
+        except TierFull as error:
+            log.warning("frames=%d not backed: %s", len(frames), error)
+            self._unbacked = np.concatenate([self._unbacked, frames])
+            self._bare = np.concatenate([self._bare, frames])
+        else:
+            self._backed = np.concatenate([self._backed, frames])
+
+    def _await(self, plan_id: int, stream: int | None) -> None:
+        flight = self._flights.get(plan_id)
+        if flight is None:
+            return  # it has ended, and was reported
+        if stream is not None and flight.order(stream):
+            return
+        flight.wait()
+        if flight.error is not None:
+            raise TierFailed(
+                f"rank {self.rank}: the step needs plan {plan_id}, which failed: {flight.error}"
+            )
+
+    def _here(self, plan: Plan) -> Plan:
+        """The plan with fences of steps as points on this rank's streams."""
+        steps = [
+            replace(step, after=self._fence(step.after))
+            if isinstance(step, Copy) and step.after.ticks
+            else step
+            for step in plan.steps
+        ]
+        return replace(plan, steps=tuple(steps))
+
+    def _fence(self, steps: Fence) -> Fence:
+        wanted = max(step for _, step in steps.ticks)
+        tick = None
+        for step, point in self._ticks:  # in order; the first at or behind the wanted step
+            tick = point
+            if step >= wanted:
+                break
+        return PASSED if tick is None else Fence((tick,))
+
+    def _observe(self) -> int:
+        passed = self._device.streams.passed()
+        while self._ticks:
+            step, tick = self._ticks[0]
+            if tick is not None and (tick[0] >= len(passed) or passed[tick[0]] < tick[1]):
+                break
+            self._passed = step
+            self._ticks.popleft()
+        return self._passed
+
+    def _note_failed(self, plan: Plan, failed: tuple[object, ...]) -> None:
+        for step, bad in zip(plan.steps, failed, strict=True):
+            if isinstance(step, Copy) and step.dst == Place.GPU and isinstance(bad, np.ndarray):
+                self._failed_rows.append(step.pages[bad])
+
+    def _finish(self, done: Done, what: str) -> None:
+        if not done.wait(START_S) or done.error is not None:
+            raise TierFailed(f"rank {self.rank}: {what}: {done.error or f'over {START_S:g} s'}")
