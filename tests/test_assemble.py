@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tiermem.assemble import assemble
+from tiermem.assemble import assemble, near
 from tiermem.config import Config, Gpu, Host, Nvme
 from tiermem.errors import ConfigError
 from tiermem.gpu.emulated import EmulatedDevice
@@ -57,3 +57,22 @@ def test_bytes_cross_between_gpu_and_drive_through_a_part_of_the_host_tier(
 def test_a_host_tier_too_small_for_the_way_to_the_drive_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"host\.capacity.*7 pages.*at least 8"):
         assemble(config(tmp_path, host=7))
+
+
+class OnNode:
+    """A device that says which node of host memory is nearest to it."""
+
+    def __init__(self, numa_node: int | None) -> None:
+        self.numa_node = numa_node
+
+
+def test_host_memory_is_populated_from_the_node_of_the_gpu(tmp_path: Path) -> None:
+    base = tmp_path / "sys/devices/system/node"
+    for node, cpus in ((0, "0-3"), (1, "4-7")):
+        (base / f"node{node}").mkdir(parents=True)
+        (base / f"node{node}/cpulist").write_text(cpus)
+    (base / "has_memory").write_text("0-1\n")
+    assert near(OnNode(1), tmp_path) == (4, 5, 6, 7)  # type: ignore[arg-type]
+    assert near(OnNode(None), tmp_path) == ()  # type: ignore[arg-type]
+    (base / "has_memory").write_text("0\n")
+    assert near(OnNode(0), tmp_path) == ()  # type: ignore[arg-type]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -162,7 +163,7 @@ def _add_host(config: Config, parts: Parts) -> None:
     if config.host.read_in_place:
         host = parts.readable = device.host_pages(capacity)
     else:
-        host = HostPool(device.page_bytes, capacity, register=register)
+        host = HostPool(device.page_bytes, capacity, register=register, cpus=near(device))
         parts.closers.append(host.close)
     parts.tiers[Place.HOST] = host
     down, up = device.routes(host)
@@ -178,6 +179,17 @@ def _register(device: Device) -> Register | None:
 
     pin = getattr(device, "register", None)
     return None if pin is None else Register(pin, device.unregister)  # type: ignore[attr-defined]
+
+
+def near(device: Device, root: str | os.PathLike[str] = "/") -> tuple[int, ...]:
+    """Processors of the GPU's NUMA node, where threads that populate host memory run, so that the
+    memory comes from there; () where there is one node or the device knows of none."""
+    from tiermem.host import numa
+
+    node = getattr(device, "numa_node", None)
+    if node is None or len(numa.nodes(root)) < 2:
+        return ()
+    return numa.cpus_of_node(node, root)
 
 
 def _add_nvme(config: Config, parts: Parts, ring_slots: int, persist: Persist) -> None:
@@ -235,7 +247,7 @@ def _add_bounced(parts: Parts, threads: DiskThreads, slots: int) -> None:
     device = parts.device
     rings = []
     for _ in range(2):
-        ring = HostPool(device.page_bytes, slots, register=_register(device))
+        ring = HostPool(device.page_bytes, slots, register=_register(device), cpus=near(device))
         parts.closers.append(ring.close)
         rings.append(ring)
     for ring in rings:

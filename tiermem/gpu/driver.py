@@ -20,6 +20,7 @@ SUCCESS: Final = 0
 OUT_OF_MEMORY: Final = 2
 NOT_READY: Final = 600
 _RELAXED: Final = 2  # CUstreamCaptureMode
+_HOST_NUMA_ID: Final = 134  # CUdevice_attribute
 
 # Codes after which nothing on the context works again: the device fell off the bus, or a kernel
 # left it with an error that only a new process clears.
@@ -285,6 +286,15 @@ class Context:
         value = ctypes.c_int()
         code = self.driver.attempt("cuDeviceGetAttribute", ctypes.byref(value), number, self.device)
         return value.value if code == SUCCESS else 0
+
+    @property
+    def numa_node(self) -> int | None:
+        """The node of host memory that is nearest to the device; None where none is known."""
+        node = ctypes.c_int(-1)
+        code = self.driver.attempt(
+            "cuDeviceGetAttribute", ctypes.byref(node), _HOST_NUMA_ID, self.device
+        )
+        return node.value if code == SUCCESS and node.value >= 0 else None
 
     @property
     def name(self) -> str:

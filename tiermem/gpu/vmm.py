@@ -19,7 +19,6 @@ log = logging.getLogger(__name__)
 
 _HAS_VMM: Final = 102  # CUdevice_attribute
 _HAS_WRITES: Final = 122
-_NUMA_NODE: Final = 134
 _HAS_HOST_VMM: Final = 141
 _REGISTER: Final = 1 | 2  # portable, mapped
 _LANES: Final = 512  # one page of words
@@ -40,7 +39,7 @@ class HostPages(CudaFrames):
                 f"{context.name}: the driver ({context.driver.version_text}) makes no host pages; "
                 "reading in place needs driver 550 or newer; set host.read_in_place = false"
             )
-        node = max(context.attribute(_NUMA_NODE), 0)
+        node = context.numa_node or 0
         self._window = window
         arena = Arena(context, Backing(context, HOST_NUMA, node), slot_bytes, slots)
         try:
@@ -177,6 +176,11 @@ class CudaDevice:
     def back(self, frames: Slots) -> None:
         self._refuse_closed()
         self.frames.arena.back(frames)
+
+    @property
+    def numa_node(self) -> int | None:
+        """The node of host memory that is nearest; None where none is known."""
+        return self.context.numa_node
 
     def register(self, address: int, nbytes: int) -> None:
         """Pin host memory for this device (and every other); without the interpreter lock."""
