@@ -161,3 +161,21 @@ def test_without_any_rate_the_command_says_how_to_get_one() -> None:
 def test_a_picture_without_a_crossing_has_no_mark() -> None:
     answers = answer(["Llama-3.1-8B"], (Source("disk", 0.1, 0.0, "made"),))
     assert "circle" not in draw(answers, "Llama-3.1-8B")
+
+
+def test_rates_of_the_cpu_device_are_said_to_mean_nothing_for_a_gpu(tmp_path: Path) -> None:
+    path = tmp_path / "r.json"
+    for device, said in (("cpu", True), ("cuda", False)):
+        write(result([row("host-gpu", "host", "gpu", [9.0])], device=device), path)
+        ran = CliRunner().invoke(runner(), [str(path)])
+        assert ("nothing about a GPU" in " ".join(ran.output.split())) == said
+
+
+def test_what_no_tier_uses_is_no_rate_to_load_at(tmp_path: Path) -> None:
+    rows = [
+        row("nvme-gpu", "nvme", "gpu:0", [3.0]),
+        msgspec.structs.replace(row("nvme-gpu", "nvme", "gpu:0", [9.0]), work="kvikio"),
+        msgspec.structs.replace(row("nvme-gpu", "nvme", "gpu:0", [8.0]), work="ceiling"),
+    ]
+    [source] = sources(result(rows))
+    assert source.gbps == 3.0

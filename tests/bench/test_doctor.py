@@ -12,18 +12,28 @@ from typer.testing import CliRunner
 
 from tests.bench.fixtures import machines
 from tiermem.bench.doctor import Diagnosis, command, examine, worst
-from tiermem.bench.doctor_disk import disk_lines, mount_of, try_direct
-from tiermem.bench.doctor_gpu import Cuda, gpu_lines, placement_lines, topology_lines
-from tiermem.bench.doctor_host import host_lines
+from tiermem.bench.doctor_disk import disk_lines, mount_of, probed, try_direct
+from tiermem.bench.doctor_engine import seam_lines
+from tiermem.bench.doctor_gpu import (
+    Cuda,
+    driver_version,
+    gpu_lines,
+    placement_lines,
+    topology_lines,
+)
+from tiermem.bench.doctor_host import host_lines, huge_bytes, pool_huge_bytes
 from tiermem.bench.doctor_software import configuration_lines, engine_lines
 from tiermem.bench.findings import Line
 from tiermem.bench.survey import survey
 from tiermem.config import Config, Gpu, Host, Nvme, load
+from tiermem.errors import ConfigError
+from tiermem.nvme.kvikio import Probe
 
 GIB = 1 << 30
 ABLE = Cuda(
     name="Made GPU",
     index=0,
+    driver="580.65.06",
     cuda="13.0",
     missing=(),
     memory_bytes=80 * GIB,
@@ -133,6 +143,104 @@ def captured(root: Path, shmem: str = "advise", maps: int = 65530) -> Path:
     (root / "proc/sys/vm/max_map_count").write_text(f"{maps}\n")
     (root / "dev/shm").mkdir(parents=True)
     return root
+
+
+SMAPS = """\
+7f0000000000-7f0000400000 rw-s 00000000 00:01 5 /memfd:tiermem-host (deleted)
+Size:               4096 kB
+ShmemPmdMapped:     2048 kB
+7f0000400000-7f0000800000 rw-s 00400000 00:01 5 /memfd:tiermem-host (deleted)
+ShmemPmdMapped:     4096 kB
+7f0000800000-7f0000c00000 rw-s 00000000 00:01 6 /memfd:other (deleted)
+ShmemPmdMapped:     4096 kB
+"""
+
+
+def test_huge_pages_of_a_range_are_those_of_its_mappings_only() -> None:
+    start = 0x7F0000000000
+    assert huge_bytes(SMAPS, start, start + (8 << 20)) == 6 << 20
+    assert huge_bytes(SMAPS, start, start + (4 << 20)) == 2 << 20
+    assert huge_bytes("", start, start + (8 << 20)) is None
+
+
+def test_on_this_machine_the_pool_itself_is_tried() -> None:
+    [line] = [line for line in host_lines(Config()) if line.area == "huge pages"]
+    tried = pool_huge_bytes()
+    if tried is None:
+        pytest.skip("the kernel shows no smaps here")
+    assert line.level == ("ok" if tried[0] == tried[1] else "note")
+    assert tried[1] == 8 << 20
+
+
+def test_the_version_of_the_driver_is_read_from_its_kernel_module(tmp_path: Path) -> None:
+    file = tmp_path / "proc/driver/nvidia/version"
+    file.parent.mkdir(parents=True)
+    file.write_text(
+        "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.65.06  Release Build  (x)\n"
+        "GCC version:  gcc version 12.2.0\n"
+    )
+    assert driver_version(tmp_path) == "580.65.06"
+    assert driver_version(tmp_path / "absent") is None
+
+
+def test_the_limit_of_a_cgroup_is_said_with_what_is_left_of_it(tmp_path: Path) -> None:
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/self/cgroup").write_text("0::/box\n")
+    (tmp_path / "proc/self/mountinfo").write_text(
+        "30 1 0:26 / /sys/fs/cgroup rw - cgroup2 cgroup2 rw\n"
+    )
+    box = tmp_path / "sys/fs/cgroup/box"
+    box.mkdir(parents=True)
+    (box / "memory.max").write_text(str(16 * GIB))
+    (box / "memory.current").write_text(str(4 * GIB))
+    [line] = [line for line in host_lines(Config(), tmp_path) if line.area == "cgroup"]
+    assert "16.0GiB, 12.0GiB of it left" in line.text
+    (box / "memory.max").write_text("max")
+    [line] = [line for line in host_lines(Config(), tmp_path) if line.area == "cgroup"]
+    assert "no memory limit" in line.text
+
+
+@pytest.mark.parametrize(
+    ("found", "mode", "level", "says"),
+    [
+        (Probe("gds", 5.0, 6.0), "auto", "ok", "GPUDirect Storage works: 5.0 GB/s written"),
+        (Probe("compat", 3.0, 3.5, "gds: refused; "), "auto", "ok", "compat path"),
+        (Probe("none", reason="gds: x; compat: y"), "auto", "ok", "posix O_DIRECT"),
+        (Probe("none", reason="gds: x; compat: y"), "kvikio", "problem", "compat: y"),
+    ],
+)
+def test_the_path_that_a_probe_found_is_said(
+    found: Probe, mode: str, level: str, says: str
+) -> None:
+    line = probed(found, "nvidia-fs is not loaded", mode)
+    assert line.level == level
+    assert says in line.text
+
+
+def test_a_drive_can_be_examined_without_a_configuration(tmp_path: Path) -> None:
+    ran = CliRunner().invoke(runner(), ["--nvme-path", str(tmp_path), "--json", "-"])
+    lines = json.loads(ran.stdout)["lines"]
+    assert {"O_DIRECT", "NVMe room", "GDS"} <= {line["area"] for line in lines}
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_engine_says_through_its_hook_which_seams_are_live() -> None:
+    def hook(config: Config) -> list[Line]:
+        return [Line("ok", "vllm seams", f"connector, {config.gpu.device}")]
+
+    def broken(config: Config) -> list[Line]:
+        raise ImportError("no module named vllm.v1.kv")
+
+    versions = {"vllm": "0.33.0"}
+    said = list(seam_lines("vllm", Config(), hook, versions))
+    assert said[-1] == Line("ok", "vllm seams", "connector, auto")
+    failed = list(seam_lines("vllm", Config(), broken, versions))[-1]
+    assert failed.level == "problem"
+    assert "ImportError: no module named vllm.v1.kv" in failed.text
+    [absent] = seam_lines("sglang", Config(), None, {})
+    assert (absent.level, absent.way_out) == ("problem", "pip install sglang")
+    with pytest.raises(ConfigError, match="vllm or sglang"):
+        list(seam_lines("lmcache", Config()))
 
 
 @pytest.mark.parametrize(("mode", "level"), [("never", "note"), ("advise", "ok"), ("always", "ok")])

@@ -6,6 +6,7 @@ import pytest
 
 from tests.bench.fixtures import machines
 from tiermem.bench.ends import link_gbps, place_of, relation
+from tiermem.bench.nvml import Gpu
 from tiermem.bench.survey import survey
 
 
@@ -56,7 +57,7 @@ def test_in_a_virtual_machine_only_the_link_of_the_device_itself_counts(tmp_path
     tree.gpu(lower, "0000:03:00.0", None)
     disk = tree.device("pci0000:00", "0000:00:02.0", 0x018000, ids=(0x1AF4, 0x1042))
     tree.write(f"devices/{disk}/virtio0/block/vda/size", "1000000")
-    gpu = machines.Gpu(0, "Made GPU", "0000:03:00.0", 80 << 30, 5, 5, 16, 16)
+    gpu = Gpu(0, "Made GPU", "0000:03:00.0", 80 << 30, 5, 5, 16, 16)
     tree.nvml([gpu])
     topology = survey(tmp_path)
     assert topology.virtual

@@ -16,7 +16,7 @@ from tiermem.bench.advice import Advice
 from tiermem.bench.links import Link
 from tiermem.bench.result import write
 from tiermem.bench.survey import Topology, measured, survey
-from tiermem.bench.topology import command
+from tiermem.bench.topology import command, missing
 from tiermem.bench.topology_svg import draw
 
 Machine = Callable[[Path], Path]
@@ -51,6 +51,16 @@ def test_the_theoretical_rate_of_a_link_follows_its_encoding(
 ) -> None:
     link = links.of_generation(generation, width)
     assert link.theoretical_gbps == pytest.approx(rate, abs=0.01)
+
+
+def test_what_a_reader_would_look_for_in_vain_is_said_to_be_missing(tmp_path: Path) -> None:
+    virtual = look(machines.virtual, tmp_path / "v")
+    assert missing(virtual) == [
+        "no NVMe drive on any PCIe bus that this system shows (there is vda)"
+    ]
+    empty = survey(tmp_path / "nothing")
+    assert [said.split(" on ")[0] for said in missing(empty)] == ["no GPU", "no NVMe drive"]
+    assert missing(look(machines.eight_gpus, tmp_path / "e")) == []
 
 
 def test_the_usable_rate_of_the_link_that_was_measured_is_what_was_measured() -> None:

@@ -241,7 +241,8 @@ def command(
     svg: Annotated[Path | None, typer.Option(help="Draw the first model into this file.")] = None,
 ) -> None:
     """From how many tokens on loading from host memory or NVMe beats computing again."""
-    found = {source.name: source for source in sources(result.read(measured))} if measured else {}
+    read = result.read(measured) if measured else None
+    found = {source.name: source for source in sources(read)} if read else {}
     for name, rate in (("host", host_gbps), ("NVMe", nvme_gbps)):
         if rate is not None:
             found[name] = Source(name, rate, 0.0, "given")
@@ -254,3 +255,9 @@ def command(
         output.save(svg, draw(answers, answers.answers[0].model))
     if not output.emit(answers, json):
         show(answers, Console())
+    if read is not None and read.device == "cpu":
+        Console(stderr=True).print(
+            "note: these rates are of the CPU device, which moves bytes within host memory: they "
+            "say nothing about a GPU",
+            style="yellow",
+        )

@@ -14,6 +14,7 @@ from rich.table import Table
 
 from tiermem.bench import output
 from tiermem.bench.doctor_disk import disk_lines
+from tiermem.bench.doctor_engine import seam_lines
 from tiermem.bench.doctor_gpu import ask, gpu_lines, placement_lines, topology_lines
 from tiermem.bench.doctor_host import host_lines
 from tiermem.bench.doctor_software import software_lines
@@ -35,19 +36,29 @@ EXIT: dict[Level, int] = {"ok": 0, "note": 0, "problem": 1}
 """For scripts: 1 when something that was asked for will not work."""
 
 
-def examine(file: Path | None = None, root: Path = Path("/")) -> Diagnosis:
+def examine(
+    file: Path | None = None,
+    root: Path = Path("/"),
+    *,
+    nvme_path: Path | None = None,
+    engine: str | None = None,
+) -> Diagnosis:
     """Run every check; a bad configuration is a finding, and the rest then runs on defaults.
 
-    root: where sys, proc and dev are looked for. Needs no GPU, no driver and no privilege.
+    root: where sys, proc and dev are looked for. nvme_path: instead of the configured one.
+    engine: whose integration is examined too. Needs no GPU, no driver and no privilege.
     """
     lines: list[Line] = []
+    overrides = {} if nvme_path is None else {"nvme.path": str(nvme_path)}
     try:
-        config = load(file)
+        config = load(file, overrides=overrides)
     except ConfigError as error:
         lines.append(problem("configuration", str(error), "correct it; see `tiermem config`"))
         config = Config()
     for check in _checks(config, root):
         lines += check()
+    if engine is not None:
+        lines += seam_lines(engine, config)
     return Diagnosis(worst=worst(lines), lines=tuple(lines))
 
 
@@ -86,12 +97,18 @@ def command(
     file: Annotated[
         Path | None, typer.Argument(help="TOML file; else the one of $TIERMEM_CONFIG.")
     ] = None,
+    nvme_path: Annotated[
+        Path | None, typer.Option(help="A directory on a drive, instead of nvme.path.")
+    ] = None,
+    engine: Annotated[
+        str | None, typer.Option(help="vllm or sglang: examine the integration with it too.")
+    ] = None,
     json: Annotated[str | None, typer.Option(help="Write JSON to this path, or to - .")] = None,
 ) -> None:
     """Say what works on this machine, and what to do; exit code 1 if there is a problem."""
     console = Console(stderr=True)
     with console.status("looking at the machine"):
-        diagnosis = examine(file)
+        diagnosis = examine(file, nvme_path=nvme_path, engine=engine)
     if not output.emit(diagnosis, json):
         show(diagnosis, Console())
     raise typer.Exit(EXIT[diagnosis.worst])

@@ -9,15 +9,19 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib import metadata, util
+from importlib import util
 from pathlib import Path
 
 from tiermem.bench.findings import Line, note, ok, problem
 from tiermem.config import Config
+from tiermem.nvme import kvikio
+from tiermem.nvme.kvikio import Probe
 from tiermem.units import format_bytes, format_exactly
 
 IN_MEMORY = frozenset({"tmpfs", "ramfs", "devtmpfs"})
 REMOTE = frozenset({"nfs", "nfs4", "cifs", "smb3", "9p", "virtiofs", "fuse", "fuseblk", "ceph"})
+PROBE_S = 12.0
+GDS_WAY_OUT = "pip install 'tiermem[gds]' and cupy, or nvme.mode = auto"
 COPYING = frozenset({"btrfs", "zfs", "overlay"})
 """File systems that write elsewhere instead of overwriting, so the slab's slots do not stay put."""
 
@@ -42,7 +46,7 @@ def disk_lines(config: Config, root: Path = Path("/")) -> Iterator[Line]:
     yield _file_system(path, mount, root)
     yield _room(config, folder)
     yield _writable(path, folder)
-    yield from _gds(config, root)
+    yield from _gds(config, root, folder)
 
 
 def _nearest(path: Path) -> Path:
@@ -153,22 +157,21 @@ def try_direct(folder: Path) -> bool:
         os.unlink(name)
 
 
-def _gds(config: Config, root: Path) -> Iterator[Line]:
-    """What is there for a direct way between GPU and NVMe; the tier itself probes and times it."""
+def _gds(config: Config, root: Path, folder: Path) -> Iterator[Line]:
+    """The direct way between GPU and NVMe: what is there for it, and which way bytes take."""
     mode = config.nvme.mode
-    if util.find_spec("kvikio") is None:
-        absent = "kvikio is not installed"
+    absent = [name for name in ("kvikio", "cupy") if util.find_spec(name) is None]
+    if absent:
+        text = f"not probed: {' and '.join(absent)} not installed"
         if mode == "kvikio":
-            yield problem("GDS", f"nvme.mode is kvikio, but {absent}", "pip install 'tiermem[gds]'")
+            yield problem("GDS", f"nvme.mode is kvikio, but {text}", GDS_WAY_OUT)
         else:
-            yield ok("GDS", f"{absent}: posix O_DIRECT carries the bytes")
+            yield ok("GDS", f"{text}; posix O_DIRECT carries the bytes")
         return
-    module = (root / "proc/driver/nvidia-fs/version").exists()
-    udev = (root / "run/udev").is_dir()
-    version = metadata.version("kvikio") if _installed("kvikio") else "unknown"
-    path = "nvidia-fs is loaded" if module else "nvidia-fs is not loaded: compatibility path"
-    yield ok("GDS", f"kvikio {version}, {path}; nvme.mode {mode}, probed when the tier opens")
-    if module and not udev:
+    loaded = (root / "proc/driver/nvidia-fs/version").exists()
+    module = f"nvidia-fs is {'' if loaded else 'not '}loaded"
+    yield probed(kvikio.probe(folder, timeout_s=PROBE_S), module, mode)
+    if loaded and not (root / "run/udev").is_dir():
         yield note(
             "GDS",
             "/run/udev is missing: cuFile can spin for ever in this container",
@@ -176,9 +179,14 @@ def _gds(config: Config, root: Path) -> Iterator[Line]:
         )
 
 
-def _installed(package: str) -> bool:
-    try:
-        metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return False
-    return True
+def probed(found: Probe, module: str, mode: str) -> Line:
+    """What a probe of kvikio in a child process says, against what nvme.mode asks for."""
+    why = f" ({found.reason.rstrip('; ')})" if found.reason else ""
+    if found.path == "none":
+        text = f"kvikio carries nothing here{why}; {module}"
+        if mode == "kvikio":
+            return problem("GDS", text, "nvme.mode = auto")
+        return ok("GDS", f"{text}; posix O_DIRECT carries the bytes")
+    rates = f"{found.write_gbps:.1f} GB/s written, {found.read_gbps:.1f} read"
+    way = "GPUDirect Storage works" if found.path == "gds" else "kvikio takes its compat path"
+    return ok("GDS", f"{way}: {rates}{why}; {module}; nvme.mode is {mode}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ class Cuda:
 
     name: str
     index: int
+    driver: str | None
     cuda: str
     missing: tuple[str, ...]
     """Optional driver calls that this driver lacks."""
@@ -57,6 +59,7 @@ def ask(index: int = 0) -> Cuda | str:
         return Cuda(
             name=context.name,
             index=index,
+            driver=driver_version(),
             cuda=cuda.version_text,
             missing=cuda.missing,
             memory_bytes=total.value,
@@ -70,6 +73,16 @@ def ask(index: int = 0) -> Cuda | str:
         return str(error)
     finally:
         context.close()
+
+
+def driver_version(root: Path = Path("/")) -> str | None:
+    """Of the kernel module, such as 580.65.06; None where there is none."""
+    try:
+        text = (root / "proc/driver/nvidia/version").read_text()
+    except OSError:
+        return None
+    found = re.search(r"Kernel Module.*?\s(\d+(?:\.\d+)+)\s", text)
+    return found[1] if found else None
 
 
 def _stored(file: Path) -> dict[str, float] | None:
@@ -87,7 +100,9 @@ def gpu_lines(config: Config, found: Cuda | str) -> Iterator[Line]:
     if isinstance(found, str):
         yield _no_driver(config.gpu.device, found)
         return
-    yield ok("driver", f"{found.name}, CUDA {found.cuda}, {format_bytes(found.memory_bytes)}")
+    version = found.driver or "of unknown version"
+    memory = format_bytes(found.memory_bytes)
+    yield ok("driver", f"{found.name}, driver {version}, CUDA {found.cuda}, {memory}")
     yield from _abilities(config, found)
     budget = config.gpu.budget
     if isinstance(budget, int) and budget > found.memory_bytes:

@@ -8,13 +8,17 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
+
 from tiermem.bench.findings import Line, note, ok, problem
 from tiermem.config import Config
 from tiermem.errors import ConfigError
 from tiermem.host import limits
+from tiermem.host.pinned import HUGE, HostPool
 from tiermem.units import format_bytes
 
 GIB = 1 << 30
+POOL_S = 10.0
 SMALL_SHM = GIB
 """Docker gives 64 MiB unless told otherwise; engines with several ranks fail below about this."""
 MAPS = 262_144
@@ -25,8 +29,9 @@ emulated device, 2026-11)."""
 def host_lines(config: Config, root: Path = Path("/")) -> Iterator[Line]:
     """root: where /proc and /sys are, for captured machines."""
     yield _memory(config, root)
+    yield _cgroup(root)
     yield _memlock()
-    yield _huge_pages(config, root)
+    yield _huge_pages(root, pool_huge_bytes() if root == Path("/") else None)
     yield _shared_memory(root)
     yield _mappings(config, root)
 
@@ -48,6 +53,15 @@ def _memory(config: Config, root: Path) -> Line:
     return ok("host memory", f"{text}; host.capacity takes {capacity:.0%} of it, {wanted}")
 
 
+def _cgroup(root: Path) -> Line:
+    """The tightest memory limit of a cgroup above us, whether or not it is what binds first."""
+    found = min(limits.cgroup_limits(root), key=lambda limit: limit.room, default=None)
+    if found is None:
+        return ok("cgroup", "no memory limit above this process is shown")
+    room = format_bytes(max(0, found.room))
+    return ok("cgroup", f"{found.source}: {format_bytes(found.total)}, {room} of it left")
+
+
 def _memlock() -> Line:
     soft, hard = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     if soft == resource.RLIM_INFINITY:
@@ -60,20 +74,49 @@ def _memlock() -> Line:
     )
 
 
-def _huge_pages(config: Config, root: Path) -> Line:
-    """The pinned pool is a memfd, so the setting for shared memory decides."""
-    file = root / "sys/kernel/mm/transparent_hugepage/shmem_enabled"
-    chosen = re.search(r"\[(\w+)\]", _text(file))
-    if chosen is None:
-        return note("huge pages", "the kernel does not say whether shared memory may have them")
-    if chosen[1] in ("always", "advise", "within_size", "force"):
-        return ok("huge pages", f"shared memory: {chosen[1]}")
+def _huge_pages(root: Path, tried: tuple[int, int] | None) -> Line:
+    """tried: what the pinned pool, a memfd, was given, which decides; else the system's setting."""
+    setting = root / "sys/kernel/mm/transparent_hugepage/shmem_enabled"
+    chosen = re.search(r"\[(\w+)\]", _text(setting))
+    says = "the kernel does not say" if chosen is None else f"the setting says {chosen[1]}"
+    if tried is not None:
+        got, wanted = tried
+        if got == wanted:
+            return ok("huge pages", f"the pinned pool gets them ({says}; tried)")
+        text = f"the pinned pool got {format_bytes(got)} of {format_bytes(wanted)} in them ({says})"
+    elif chosen is not None and chosen[1] in ("always", "advise", "within_size", "force"):
+        return ok("huge pages", f"shared memory: {says}")
+    else:
+        text = f"shared memory: {says}"
     return note(
         "huge pages",
-        f"shared memory: {chosen[1]}; disk I/O into 4 KiB pages reached 1.0 GiB/s where huge pages "
-        "reached 3.0 (2-core machine, 2026-11)",
-        f"echo advise > /{file.relative_to(root)}",
+        f"{text}; disk I/O into 4 KiB pages reached 1.0 GiB/s where huge pages reached 3.0 "
+        "(2-core machine, 2026-11)",
+        f"echo advise > /{setting.relative_to(root)}",
     )
+
+
+def pool_huge_bytes(slots: int = 4) -> tuple[int, int] | None:
+    """(bytes in huge pages, bytes) of a small pool made as the host tier's is; None if not told."""
+    with HostPool(HUGE, slots) as pool:
+        if not pool.wait_ready(slots, POOL_S):
+            return None
+        start = int(pool.addresses(np.zeros(1, np.int32))[0])
+        end = start + slots * HUGE
+        found = huge_bytes(_text(Path("/proc/self/smaps")), start, end)
+    return None if found is None else (found, slots * HUGE)
+
+
+def huge_bytes(smaps: str, start: int, end: int) -> int | None:
+    """Bytes of shared huge pages in the mappings within [start, end), by a smaps file."""
+    total, inside, seen = 0, False, False
+    for line in smaps.splitlines():
+        mapping = re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line)
+        if mapping:
+            inside = start <= int(mapping[1], 16) and int(mapping[2], 16) <= end
+        elif inside and line.startswith("ShmemPmdMapped:"):
+            seen, total = True, total + int(line.split()[1]) * 1024
+    return total if seen else None
 
 
 def _shared_memory(root: Path) -> Line:

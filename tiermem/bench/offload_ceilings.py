@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
+from tiermem.assemble import near
 from tiermem.bench import offload_verify as verify
 from tiermem.bench.offload_run import Run
 from tiermem.bench.result import Direction
@@ -94,10 +95,11 @@ def _cuda_ceilings(run: Run) -> None:
     from tiermem.gpu.copy import open_stream
     from tiermem.gpu.vmm import CudaDevice
 
-    device = CudaDevice(int(run.settings.device.partition(":")[2] or 0), COPY_BYTES, 2)
+    device = CudaDevice(run.settings.index, COPY_BYTES, 2)
     try:
         call = device.context.driver.call
-        with HostPool(COPY_BYTES, 2, register=Register(device.register, device.unregister)) as pool:
+        register = Register(device.register, device.unregister)
+        with HostPool(COPY_BYTES, 2, register=register, cpus=near(device)) as pool:
             pool.wait_ready(2, READY_S)
             slots = np.arange(2, dtype=np.int32)
             device.frames.wait_ready()
@@ -126,7 +128,7 @@ def driver_floors(run: Run, page: int) -> None:
     from tiermem.native import Kind, Program, group
 
     run.told.begin("driver floors: create, map, access, unmap, release")
-    context = Context(load(), int(run.settings.device.partition(":")[2] or 0))
+    context = Context(load(), run.settings.index)
     driver, n = context.driver, FLOOR_CALLS
     backing = Backing(context, DEVICE, context.device)
     times: dict[str, list[float]] = {}

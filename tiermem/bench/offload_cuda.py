@@ -37,7 +37,7 @@ def context_kept(settings: Settings) -> Iterator[None]:
         return
     from tiermem.gpu.driver import Context, load
 
-    context = Context(load(), int(settings.device.partition(":")[2] or 0))
+    context = Context(load(), settings.index)
     try:
         yield
     finally:
@@ -54,7 +54,7 @@ def in_place(run: Run, page: int) -> None:
     settings = Calibration(
         page_bytes=page, gather_below_down=KERNEL_ONLY, gather_below_up=KERNEL_ONLY
     )
-    index = int(run.settings.device.partition(":")[2] or 0)
+    index = run.settings.index
     device = CudaDevice(index, page, n, calibration=settings)
     try:
         _in_place(run, device, page, n)

@@ -47,7 +47,7 @@ def direct(run: Run, page: int) -> None:
         run.note(f"kvikio goes by {probe.path}: {probe.reason.rstrip('; ')}")
     from tiermem.gpu.vmm import CudaDevice
 
-    index = int(run.settings.device.partition(":")[2] or 0)
+    index = run.settings.index
     device = CudaDevice(index, page, PAGES, PAGES)
     try:
         device.frames.wait_ready()

@@ -81,6 +81,11 @@ class Settings:
     def cuda(self) -> bool:
         return self.device != "cpu"
 
+    @property
+    def index(self) -> int:
+        """Of the GPU."""
+        return int(self.device.partition(":")[2] or 0)
+
     def count(self, page: int) -> int:
         """Pages of the working set."""
         return max(128, self.work_bytes // page)
@@ -150,10 +155,14 @@ class Run:
 
         return self.take(laps())
 
-    def end_name(self, place: Place, gpu: int = 0) -> str:
-        """How a result file writes an end; the CPU device's frames are "gpu" without a number."""
+    def end_name(self, place: Place, gpu: int | None = None) -> str:
+        """How a result file writes an end; the CPU device's frames are "gpu" without a number.
+
+        gpu: which one; by default the one that is measured.
+        """
         if place is Place.GPU:
-            return f"gpu:{gpu}" if self.settings.cuda else "gpu"
+            which = self.settings.index if gpu is None else gpu
+            return f"gpu:{which}" if self.settings.cuda else "gpu"
         if place is Place.NVME and self.settings.nvme is not None:
             drive = drive_of(self.settings.nvme)
             return f"nvme:{drive}" if drive else "nvme"

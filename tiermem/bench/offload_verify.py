@@ -124,7 +124,7 @@ def copies(run: Run) -> Copies | None:
     if not torch.cuda.is_available():
         run.note("the link was not checked: this torch has no CUDA")
         return None
-    return TorchCopies(int(run.settings.device.partition(":")[2] or 0))
+    return TorchCopies(run.settings.index)
 
 
 def check_copies(run: Run, row: Row, tool: str, theirs_gbps: list[float]) -> None:

@@ -13,6 +13,7 @@ from rich.text import Text
 from rich.tree import Tree
 
 from tiermem.bench import output, result
+from tiermem.bench.graph import DRIVES
 from tiermem.bench.paths import Path as Way
 from tiermem.bench.survey import Topology, link_text, measured, node_text, survey
 from tiermem.bench.topology_svg import draw
@@ -29,8 +30,23 @@ def show(topology: Topology, console: Console, every_node: bool = False) -> None
         style = "bold red" if advice.level == "problem" else "yellow"
         text = f"{advice.where}: {advice.text}. {advice.way_out}"
         console.print(f"[{style}]{advice.level}[/] {escape(text)}", highlight=False)
+    for what in missing(topology):
+        console.print(what, markup=False, highlight=False)
     if topology.no_driver:
         console.print(f"GPUs are shown as sysfs sees them: {topology.no_driver}", markup=False)
+
+
+def missing(topology: Topology) -> list[str]:
+    """What a reader would look for in vain, so that its absence is no riddle."""
+    kinds = {place.kind for place in topology.places}
+    said = []
+    if "gpu" not in kinds:
+        said.append("no GPU on any PCIe bus that this system shows")
+    if "nvme" not in kinds:
+        others = [place.title for place in topology.places if place.kind in DRIVES]
+        more = f" (there is {', '.join(others)})" if others else ""
+        said.append(f"no NVMe drive on any PCIe bus that this system shows{more}")
+    return said
 
 
 def _tree(topology: Topology) -> Tree:
