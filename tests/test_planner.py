@@ -733,6 +733,42 @@ def test_spares_in_the_host_are_given_away_before_anything_moves_on() -> None:
     h.check()
 
 
+def drive_of_spares(spares: int) -> Harness:
+    """A full drive of eight slots: copies of pages on the GPU, and pages that are only there."""
+    h = Harness(gpu=8, host=0, nvme=8, regions=((24, 1, 0),))
+    written(h, *range(8))
+    down(h, NVME, *range(8))
+    for unit in range(8 - spares, 8):
+        assert h.use([unit], "read")
+    h.drain()
+    assert (h.pools[NVME].kept, h.pools[NVME].used) == (spares, 8 - spares)
+    return h
+
+
+def test_a_full_drive_gives_spares_away_before_pages_that_are_nowhere_else() -> None:
+    h = drive_of_spares(6)
+    for unit in range(8, 12):  # above a quarter of the drive there are four spares
+        written(h, unit)
+        down(h, NVME, unit)
+    assert h.gone == []
+    assert h.pools[NVME].kept == 2
+    assert h.planner.counts["gpu_nvme"] == 12
+    h.check_idle()
+
+
+def test_a_quarter_of_the_drive_stays_spares_as_long_as_pages_may_leave() -> None:
+    h = drive_of_spares(2)
+    for unit in range(8, 11):
+        written(h, unit)
+        demote(h, unit)
+        h.drain()
+        demote(h, unit)  # the room is there now
+        down(h, NVME, unit)
+    assert h.gone == [(0, "evicted"), (1, "evicted"), (2, "evicted")]
+    assert h.pools[NVME].kept == 2
+    h.check_idle()
+
+
 # ---------------------------------------------------------------- units, policies, purity
 
 

@@ -12,6 +12,7 @@ from itertools import islice
 import numpy as np
 
 from tiermem.attic import Attic
+from tiermem.descent import SPARE_SHARE
 from tiermem.plan import Copy, Plan
 from tiermem.table import DOOMED, LABELLED, STALE, Rows
 from tiermem.tier import AT_GPU, AT_HOST, GPU, HOST, NVME, Fence, Mask
@@ -21,9 +22,6 @@ IN_FLIGHT = 32
 a store that somebody waits for stands behind 64 MiB of these, 20 ms of a drive of 3 GB/s."""
 LOOKED_AT = 256
 """Units looked at in one call, so that pages in long use cost little."""
-SPARE_SHARE = 0.25
-"""Of a full drive: spares beyond this part are not worth another content's only copy."""
-
 _NO_ROWS = np.empty(0, np.int32)
 
 

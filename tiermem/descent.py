@@ -40,6 +40,9 @@ from tiermem.tier import (
 
 _NO_SLOTS = np.empty(0, np.int32)
 
+SPARE_SHARE = 0.25
+"""Of NVMe, for spares; docs/design.md says why."""
+
 
 class Descent(Books):
     """Verbs that make room below and take pages there."""
@@ -205,22 +208,28 @@ class Descent(Books):
     def _lower_slots(self, place: Place, n: int, now: int) -> tuple[list[Plan], Slots]:
         """Up to n slots of a lower tier, and plans that make more room there for later.
 
-        The host gives spares away first; NVMe keeps them longest, because they save writes.
+        The host gives all spares away first. On NVMe each saves a write, so a part of it stays
+        spares as long as pages may leave; above that they go before what is nowhere else.
         """
         pool = self.pools[place]
         slots = pool.take_free(min(n, pool.free))
-        short = n - len(slots)
-        if not short:
-            return [], slots
-        plans: list[Plan] = []
-        if place == AT_NVME:
-            coming = self._leaving(place)
-            plans = self._push_down(place, short - coming, now)
-            if plans or coming:
+        if place == AT_NVME and len(slots) < n:
+            over = max(0, pool.kept - int(SPARE_SHARE * pool.capacity))
+            slots = self._add_spares(slots, min(n, len(slots) + over), place)
+            short, coming = n - len(slots), self._leaving(place)
+            plans = self._push_down(place, short - coming, now) if short else []
+            if plans or (short and coming):
                 return plans, slots
+        return [], self._add_spares(slots, n, place)
+
+    def _add_spares(self, slots: Slots, n: int, place: Place) -> Slots:
+        """Up to n used slots: these, and those of the oldest spares."""
+        short = n - len(slots)
+        if short <= 0:
+            return slots
         _, kept = self._take_kept(place, short)
-        pool.release(kept[short:])
-        return plans, np.concatenate([slots, kept[:short]])
+        self.pools[place].release(kept[short:])
+        return np.concatenate([slots, kept[:short]])
 
     def _step_down(self, rows: Rows, src: Place, dst: Place, now: int) -> list[Plan]:
         """Clean pages with a spare in `dst` rest there from now on, without a transfer."""
