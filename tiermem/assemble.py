@@ -214,7 +214,11 @@ def _add_nvme(config: Config, parts: Parts, ring_slots: int, persist: Persist) -
             "pool; give it some capacity"
         )
     if ring_slots:
-        _add_bounced(parts, threads, ring_slots)
+        ring = _add_bounced(parts, threads, ring_slots)
+        if drive.why_not_direct(config, device, ring) is None:
+            _add_direct(parts, slab)
+    elif config.nvme.mode == "kvikio":
+        drive.why_not_direct(config, device, device.frames)
     for memory in memories:
         streams = device.streams if memory.place == Place.GPU else None
         for src, dst in ((memory.place, Place.NVME), (Place.NVME, memory.place)):
@@ -236,8 +240,8 @@ def _ring_slots(config: Config, parts: Parts) -> int:
     return slots
 
 
-def _add_bounced(parts: Parts, threads: DiskThreads, slots: int) -> None:
-    """GPU to drive and back, each through a ring of pinned slots of its own.
+def _add_bounced(parts: Parts, threads: DiskThreads, slots: int) -> Memory:
+    """GPU to drive and back, each through a ring of pinned slots of its own; one of the rings.
 
     A page on the drive comes up without a slot of the host tier, so a full one is not in its way.
     """
@@ -264,6 +268,23 @@ def _add_bounced(parts: Parts, threads: DiskThreads, slots: int) -> None:
     path = f"{drive.path_of(threads.slab)}, pinned ring, copy engine"
     _add_route(parts, BouncedRoute(legs[0], legs[1], down), path)
     _add_route(parts, BouncedRoute(legs[2], legs[3], up), path)
+    return up
+
+
+def _add_direct(parts: Parts, slab: Slab) -> None:
+    """Through kvikio instead, except for what an older version stored."""
+    from tiermem.nvme.kvikio import KvikioFile, KvikioRoute
+
+    device, ends = parts.device, (Place.GPU, Place.NVME)
+    file = KvikioFile(slab)
+    parts.closers.append(file.close)
+    for src, dst in (ends, ends[::-1]):
+        digest = device.digest()
+        parts.closers.append(digest.close)
+        route = KvikioRoute(
+            file, slab, device.frames, src, dst, digest, device.streams, parts.routes[src, dst]
+        )
+        _add_route(parts, route, "kvikio")
 
 
 def _add_route(parts: Parts, route: Route, path: str) -> None:

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from tiermem import units
 from tiermem.config import Config
 from tiermem.errors import ConfigError
+from tiermem.tier import Device, Memory
 
 if TYPE_CHECKING:
     from tiermem.nvme.crypt import Cipher
     from tiermem.nvme.kept import Persist
     from tiermem.nvme.slab import Slab
+
+log = logging.getLogger(__name__)
+
+_FIRST = np.zeros(1, np.int32)
 
 RANK = "rank0"
 """The name of a persisted slab where none is given."""
@@ -57,8 +66,6 @@ def open_slab(config: Config, page_bytes: int, slots: int, persist: Persist) -> 
 
     nvme = config.nvme
     assert nvme.path is not None, "a tier that is on has a path"
-    if nvme.mode == "kvikio":
-        raise ConfigError(f"nvme.mode = kvikio: {_why_no_kvikio()}; use auto or posix")
     return Slab(
         nvme.path,
         page_bytes,
@@ -89,9 +96,41 @@ def _cipher(config: Config, name: str) -> Cipher:
     return Cipher.of_process()
 
 
-def _why_no_kvikio() -> str:
-    """A direct route must check what it reads on the GPU, and nothing here can (nvme/kvikio)."""
-    from importlib.util import find_spec
+def why_not_direct(config: Config, device: Device, ring: Memory) -> str | None:
+    """Why GPU and drive are not to exchange bytes directly, through kvikio; None: they are.
 
-    missing = "" if find_spec("kvikio") else "the package is not installed, and "
-    return missing + "this build cannot verify bytes that never pass the host"
+    ring: host memory that the device reads, of which a slot is overwritten. Raises ConfigError if
+    nvme.mode = kvikio cannot be had. Takes seconds where kvikio is installed and mode is not posix.
+    """
+    from tiermem.nvme.kvikio import check_digest, probe
+
+    nvme = config.nvme
+    reason = _forbids_direct(config, device)
+    if reason is None:
+        assert nvme.path is not None, "a tier that is on has a path"
+        found = probe(nvme.path)
+        log.info("nvme probe %s", found)
+        if found.path == "none" or (nvme.mode == "auto" and not found.is_faster):
+            reason = str(found)
+    if reason is None:
+        digest = device.digest()
+        try:
+            if not check_digest(digest, int(ring.addresses(_FIRST)[0]), device.page_bytes):
+                reason = f"{device.name} computes other checksums than the processor"
+                log.warning("nvme %s: bytes take the way through the host", reason)
+        finally:
+            digest.close()
+    if reason is not None and nvme.mode == "kvikio":
+        raise ConfigError(f"nvme.mode = kvikio: {reason}; use auto or posix")
+    return reason
+
+
+def _forbids_direct(config: Config, device: Device) -> str | None:
+    """What rules a direct route out before anything is tried."""
+    if config.nvme.mode == "posix":
+        return "nvme.mode = posix"
+    if device.torch_device == "cpu":
+        return "it moves GPU memory, and gpu.device is the CPU"
+    if config.nvme.encrypt:
+        return "what it moves cannot be encrypted (nvme.encrypt)"
+    return None if find_spec("kvikio") else "the package is missing: pip install 'tiermem[gds]'"

@@ -3,6 +3,7 @@
  * A program is an array of `call`. A queue is one or more threads that run submitted programs.
  * A clock is a count that grows; queues count their ended submissions on one. No Python.h: the
  * caller chooses by the ctypes loader (CDLL or PyDLL) whether the interpreter lock is released.
+ * Last, a function that programs call: the checksum of a page.
  *
  * Locking: one mutex a clock (a queue's own clock guards the queue). No mutex is ever held while a
  * program runs, so a program may call back into Python. Memory: programs and outcomes belong to
@@ -503,4 +504,17 @@ int tm_queue_join(queue *q, int64_t timeout_ns)
         pthread_join(q->workers[i].thread, NULL);
     q->threads = 0;
     return 0;
+}
+
+/* ---- checksums of pages: nvme/digest.py ---- */
+
+enum { PIECE = 4096 };
+
+/* `hash` over the hashes of the 4 KiB pieces of `bytes`; n is a multiple of 4096, not 0. */
+uint64_t tm_hash_pieces(const char *bytes, uint64_t n, uint64_t (*hash)(const void *, size_t))
+{
+    uint64_t of[n / PIECE];
+    for (uint64_t i = 0; i < n / PIECE; i++)
+        of[i] = hash(bytes + i * PIECE, PIECE);
+    return hash(of, sizeof of);
 }

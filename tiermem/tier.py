@@ -186,6 +186,19 @@ class Streams(Protocol):
         """Block the calling thread until the fence has passed."""
 
 
+class Digest(Protocol):
+    """Computes checksums of pages where they are: XXH3-64 over the XXH3-64s of 4 KiB pieces."""
+
+    def __call__(self, addresses: Addresses) -> npt.NDArray[np.uint64]:
+        """uint64[n]: of the pages at these addresses, whose writers have ended; waits for it.
+
+        Raises DriverError.
+        """
+
+    def close(self) -> None:
+        """Nobody computes any more; a second call does nothing."""
+
+
 class Device(Protocol):
     """One GPU, or its stand-in on a CPU: address ranges, frames, window and streams."""
 
@@ -221,6 +234,9 @@ class Device(Protocol):
 
     def zero(self, frames: Slots) -> Done:
         """Fill frames with zeros through their aliases."""
+
+    def digest(self) -> Digest:
+        """What computes the checksums of frames at their aliases, made for one caller."""
 
     def park(self, frames: Slots) -> None:
         """Give the physical memory of frames back that are neither shown nor in use."""

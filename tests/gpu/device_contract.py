@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 
 from tiermem.errors import Closed, DriverError, TierMemError
+from tiermem.nvme.digest import digest as digest_of
+from tiermem.nvme.files import memory_at
 from tiermem.tier import (
     PASSED,
     Addresses,
@@ -112,6 +114,31 @@ class DeviceContract:
         return engine.read(None, int(address), 64)()[0]
 
     # -- frames ---------------------------------------------------------------------------
+
+    def test_the_checksum_of_a_frame_is_that_of_its_bytes(self, parts: Parts) -> None:
+        """Bit-equal to what processors compute, also after every one of some single-bit flips."""
+        device, engine = parts
+        host = engine.host(4)
+        down, up = device.routes(host)
+        digest = device.digest()
+        where = int(host.addresses(slots(2))[0])
+        page = np.frombuffer(memory_at(where, device.page_bytes), np.uint8)
+        rng = np.random.default_rng(11)
+        page[:] = rng.integers(0, 256, len(page), np.uint8)
+        finish(up.submit(slots(2), slots(5), PASSED))
+        seen = []
+        for bit in [*rng.integers(0, 8 * len(page), 6).tolist(), 0, 8 * len(page) - 1]:
+            finish(up.submit(slots(2), slots(3), PASSED))
+            seen.append(int(digest(device.frames.addresses(slots(3)))[0]))
+            assert seen[-1] == digest_of(page.data)
+            page[bit // 8] ^= 1 << bit % 8
+        assert len(set(seen)) == len(seen)
+        several = digest(device.frames.addresses(slots(5, 3, 5)))
+        assert several.tolist() == [seen[0], seen[-1], seen[0]]
+        assert len(digest(device.frames.addresses(slots()))) == 0
+        digest.close()
+        for route in (down, up):
+            route.close()
 
     def test_frames_are_backed_and_their_aliases_do_not_overlap(self, parts: Parts) -> None:
         device, _ = parts

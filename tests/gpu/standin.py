@@ -11,7 +11,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import xxhash
 
+from tiermem.gpu.digest import PIECE_BYTES
 from tiermem.gpu.driver import Driver
 
 SOURCE = Path(__file__).with_name("fake_cuda.c")
@@ -29,11 +31,25 @@ def library() -> str:
     return str(out)
 
 
+def _digest(pages: int, addresses: int, out: int, pieces: int) -> None:
+    """What the kernel of `gpu/digest.py` leaves; its text is tried in test_digest.py."""
+    where = (ctypes.c_uint64 * pages).from_address(addresses)
+    answers = (ctypes.c_uint64 * (pages * pieces)).from_address(out)
+    for page, address in enumerate(where):
+        for piece in range(pieces):
+            data = ctypes.string_at(address + piece * PIECE_BYTES, PIECE_BYTES)
+            answers[page * pieces + piece] = xxhash.xxh3_64_intdigest(data)
+
+
+_DIGEST = ctypes.CFUNCTYPE(None, *[ctypes.c_uint64] * 4)(_digest)
+
+
 class StandIn:
     """The driver and its fault switches; `reset` clears every planted fault."""
 
     def __init__(self) -> None:
         self._lib = ctypes.CDLL(library())
+        self._lib.fake_digest(_DIGEST)
         self._lib.fake_limit.argtypes = [ctypes.c_uint64]
         self._lib.fake_in_use.restype = ctypes.c_uint64
         self._lib.fake_hold.argtypes = [ctypes.c_uint64, ctypes.c_uint64]

@@ -13,9 +13,11 @@ import xxhash
 from tests.nvme.fakes import ArrayMemory, GatedStreams, ended, move, slots
 from tiermem.errors import Closed, ConfigError, PageLost, TierFailed
 from tiermem.nvme.crypt import Cipher
+from tiermem.nvme.digest import digest
 from tiermem.nvme.files import memory_at
-from tiermem.nvme.kvikio import KvikioRoute, Pending, probe
+from tiermem.nvme.kvikio import KvikioRoute, Pending, Probe, check_digest, probe
 from tiermem.nvme.posix import DiskThreads
+from tiermem.nvme.records import Algorithm
 from tiermem.nvme.slab import Slab, Words
 from tiermem.tier import PASSED, Addresses, Fence, Place
 
@@ -55,9 +57,21 @@ class PlainFile:
         pass
 
 
-def digest(addresses: Addresses) -> Words:
-    pages = (memory_at(int(a), SLOT) for a in addresses)
-    return np.array([xxhash.xxh3_64_intdigest(p) for p in pages], np.uint64)
+class PlainDigest:
+    """What a device does, on host memory."""
+
+    def __call__(self, addresses: Addresses) -> Words:
+        return np.array([digest(memory_at(int(a), SLOT)) for a in addresses], np.uint64)
+
+    def close(self) -> None:
+        pass
+
+
+class OtherDigest(PlainDigest):
+    """A device that computes something else."""
+
+    def __call__(self, addresses: Addresses) -> Words:
+        return super().__call__(addresses) ^ np.uint64(1)
 
 
 class Setup:
@@ -66,12 +80,18 @@ class Setup:
         self.file = PlainFile(self.slab)
         self.frames = ArrayMemory(SLOT, N, Place.GPU)
         ends = (Place.GPU, Place.NVME)
-        self.store = KvikioRoute(self.file, self.slab, self.frames, *ends, digest, streams)
-        self.load = KvikioRoute(self.file, self.slab, self.frames, *ends[::-1], digest)
+        self.threads = DiskThreads(self.slab)
+        other = self.threads.routes(self.frames)[1]
+        computes = PlainDigest()
+        self.store = KvikioRoute(self.file, self.slab, self.frames, *ends, computes, streams)
+        self.load = KvikioRoute(
+            self.file, self.slab, self.frames, *ends[::-1], computes, other=other
+        )
 
     def close(self) -> None:
         self.store.close()
         self.load.close()
+        self.threads.close()
         self.slab.close()
 
 
@@ -146,8 +166,67 @@ def test_an_encrypted_slab_has_no_direct_route(where: Path) -> None:
         pytest.raises(ConfigError, match="posix"),
     ):
         KvikioRoute(
-            PlainFile(slab), slab, ArrayMemory(SLOT, N), Place.GPU, Place.NVME, digest
+            PlainFile(slab), slab, ArrayMemory(SLOT, N), Place.GPU, Place.NVME, PlainDigest()
         )  # fmt: skip
+
+
+def test_a_page_damaged_by_one_bit_on_its_way_is_noticed(setup: Setup) -> None:
+    original = setup.frames.fill()
+    move(setup.store, EVERY, EVERY)
+    rng = np.random.default_rng(3)
+    damaged = ArrayMemory(SLOT, 1)
+    for bit in rng.integers(0, 8 * SLOT, 20).tolist():
+        damaged.bytes[0] = original[7]
+        damaged.bytes[0, bit // 8] ^= 1 << bit % 8
+        os.pwritev(setup.slab.fd, [memoryview(damaged.bytes[0])], setup.slab.offset(7))
+        assert move(setup.load, slots(7), slots(7)).failed == [0]
+
+
+def test_what_an_older_version_stored_is_loaded_through_the_host(where: Path) -> None:
+    """Its checksum is over the whole page, which no device computes here."""
+    setup = Setup(where)
+    setup.slab.algorithm = Algorithm.XXH3_64
+    original = setup.frames.fill()
+    sequences = setup.slab.begin_store(EVERY)
+    for slot in EVERY.tolist():
+        os.pwritev(setup.slab.fd, [memoryview(setup.frames.bytes[slot])], setup.slab.offset(slot))
+    whole = np.array([[xxhash.xxh3_64_intdigest(page)] for page in original], np.uint64)
+    setup.slab.end_store(EVERY, sequences, whole)
+    setup.slab.algorithm = Algorithm.XXH3_64_PIECES
+    setup.frames.bytes[:] = 1
+    move(setup.store, slots(3), slots(3))
+    setup.frames.bytes[:] = 0
+    assert move(setup.load, EVERY, EVERY).error is None
+    original[3] = 1
+    assert (setup.frames.bytes == original).all()
+    assert setup.threads.statistics().loaded == N
+    without = KvikioRoute(
+        setup.file, setup.slab, setup.frames, Place.NVME, Place.GPU, PlainDigest()
+    )
+    assert move(without, slots(2, 3), slots(2, 3)).failed == [0]
+    without.close()
+    setup.close()
+
+
+def test_a_device_that_computes_other_checksums_is_found_out() -> None:
+    memory = ArrayMemory(SLOT, 1)
+    at = int(memory.addresses(slots(0))[0])
+    assert check_digest(PlainDigest(), at, SLOT)
+    assert not check_digest(OtherDigest(), at, SLOT)
+
+
+@pytest.mark.parametrize(
+    ("found", "faster"),
+    [
+        (Probe("gds", 6.0, 6.0, "", 3.0, 3.0), True),
+        (Probe("compat", 3.1, 3.1, "", 3.0, 3.0), False),  # within the margin
+        (Probe("compat", 9.0, 1.0, "", 3.0, 3.0), False),
+        (Probe("gds", 3.0, 3.0), True),  # direct I/O is refused to the host
+        (Probe("none"), False),
+    ],
+)
+def test_a_direct_path_is_taken_if_pages_go_and_come_sooner(found: Probe, faster: bool) -> None:
+    assert found.is_faster is faster
 
 
 def test_the_probe_tells_why_there_is_no_direct_path(where: Path) -> None:
@@ -170,9 +249,17 @@ def test_a_probe_that_answers_names_the_path_that_it_took(where: Path, tmp_path:
     child = tmp_path / "python"
     child.write_text(
         '#!/bin/sh\n[ "$KVIKIO_COMPAT_MODE" = ON ] || { echo "no nvidia-fs" >&2; exit 1; }\n'
-        'echo \'{"write": 1.5, "read": 2.5}\'\n'
+        'echo \'{"write": 1.5, "read": 2.5, "posix_write": 3.0, "posix_read": 3.5}\'\n'
     )
     child.chmod(0o755)
     found = probe(where, python=str(child))
     assert (found.path, found.write_gbps, found.read_gbps) == ("compat", 1.5, 2.5)
+    assert (found.posix_write_gbps, found.posix_read_gbps) == (3.0, 3.5)
     assert "no nvidia-fs" in found.reason
+
+
+def test_a_child_that_moved_nothing_has_found_no_path(where: Path, tmp_path: Path) -> None:
+    child = tmp_path / "python"
+    child.write_text('#!/bin/sh\necho \'{"write": 0, "read": 2.5}\'\n')
+    child.chmod(0o755)
+    assert probe(where, python=str(child)).path == "none"

@@ -9,11 +9,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import xxhash
 
 from tests.nvme.fakes import ArrayMemory, Moved, move
 from tiermem.errors import PageLost
+from tiermem.nvme.fsck import fsck
+from tiermem.nvme.kept import Persist
 from tiermem.nvme.mover import native_calls
 from tiermem.nvme.posix import DiskThreads
+from tiermem.nvme.records import Algorithm
 from tiermem.nvme.slab import Slab
 from tiermem.tier import Route, Slots
 
@@ -55,6 +59,38 @@ def test_what_one_way_stores_the_other_way_loads(where: Path, native: bool, shif
         memory.bytes[:] = 0
         assert load(slab, not native, memory, disk).error is None
         assert (memory.bytes == original).all()
+
+
+def test_what_an_older_version_stored_is_readable_after_a_restart(
+    where: Path, native: bool
+) -> None:
+    """Its checksums are over whole pages; records say so, and what is stored now has others."""
+    memory = ArrayMemory(SLOT, N)
+    original = memory.fill()
+    keys = np.array([[slot + 1, 1] for slot in range(N)], np.uint64)
+    nothing = np.zeros(N, np.uint32)
+    with Slab(where, SLOT, N, persist=Persist("old"), prewrite=False) as slab:
+        slab.algorithm = Algorithm.XXH3_64
+        sequences = slab.begin_store(EVERY)
+        for slot in EVERY.tolist():
+            os.pwritev(slab.fd, [memoryview(memory.bytes[slot])], slab.offset(slot))
+        whole = [[xxhash.xxh3_64_intdigest(page)] for page in original]
+        slab.end_store(EVERY, sequences, np.array(whole, np.uint64))
+        assert slab.record(EVERY, keys, nothing, nothing).all()
+    with Slab(where, SLOT, N, persist=Persist("old"), prewrite=False) as slab:
+        assert set(slab.algorithms(EVERY).tolist()) == {Algorithm.XXH3_64}
+        memory.bytes[5] = 7
+        assert store(slab, native, memory, EVERY[:6]).error is None
+        assert set(slab.algorithms(EVERY[:6]).tolist()) == {Algorithm.XXH3_64_PIECES}
+        memory.bytes[:] = 0
+        assert load(slab, native, memory, EVERY).error is None
+        original[5] = 7
+        assert (memory.bytes == original).all()
+        memory.bytes[9, 100] ^= 4
+        os.pwritev(slab.fd, [memoryview(memory.bytes[9])], slab.offset(9))
+        assert load(slab, native, memory, EVERY).failed == [9]
+    (report,) = fsck(where)
+    assert (report.readable, report.torn) == (N - 7, 1)  # six were stored anew, without a key
 
 
 def test_checksums_are_the_same_both_ways(where: Path) -> None:

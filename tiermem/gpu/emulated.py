@@ -31,6 +31,7 @@ import numpy as np
 
 from tiermem.errors import Closed, DriverError
 from tiermem.gpu import mappings
+from tiermem.gpu.digest import ProcessorDigest
 from tiermem.gpu.emulated_frames import EmulatedFrames
 from tiermem.gpu.emulated_streams import EmulatedRoute, EmulatedStreams, Zeroing
 from tiermem.gpu.emulated_window import EmulatedWindow
@@ -137,6 +138,9 @@ class EmulatedDevice:
 
     def zero(self, frames: Slots) -> Done:
         return self._zeroing.submit(frames)
+
+    def digest(self) -> ProcessorDigest:
+        return ProcessorDigest(self.page_bytes)
 
     def park(self, frames: Slots) -> None:
         self._refuse_closed()

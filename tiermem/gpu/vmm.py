@@ -8,6 +8,7 @@ from typing import Final
 from tiermem.errors import Closed, DriverError
 from tiermem.gpu import calibrate
 from tiermem.gpu.copy import CudaRoute, Lane
+from tiermem.gpu.digest import FrameDigest
 from tiermem.gpu.driver import Context, Driver, load
 from tiermem.gpu.frames import DEVICE, HOST_NUMA, Arena, Backing, CudaFrames
 from tiermem.gpu.streams import CudaStreams, Gate, Words
@@ -81,6 +82,7 @@ class CudaDevice:
         self._closed = False
         self._lanes: list[Lane] = []
         self._host_pages: list[HostPages] = []
+        self._digests: list[FrameDigest] = []
         try:
             self._open(page_bytes, frames, most, guard, calibration)
         except BaseException:
@@ -169,6 +171,12 @@ class CudaDevice:
         with self._fill.lock, self.context:
             return self._fill.zero(self.frames.addresses(frames), self.page_bytes)
 
+    def digest(self) -> FrameDigest:
+        self._refuse_closed()
+        made = FrameDigest(self.context, self._lane().line, self.page_bytes)
+        self._digests.append(made)
+        return made
+
     def park(self, frames: Slots) -> None:
         self._refuse_closed()
         self.frames.arena.park(frames)
@@ -203,6 +211,8 @@ class CudaDevice:
         if self._closed:
             return
         self._closed = True
+        for digest in self._digests:
+            digest.close()
         for lane in self._lanes:
             lane.close()
         self.streams.close()

@@ -34,6 +34,7 @@ _PROTOTYPES: dict[str, tuple[type | None, tuple[type, ...]]] = {
     "tm_clock_new": (_U64, (_U64,)),
     "tm_clock_advance": (None, (_U64, _U64)),
     "tm_clock_free": (None, (_U64,)),
+    "tm_hash_pieces": (_U64, (_U64, _U64, _U64)),
     "tm_fence": (None, ()),
     "tm_run": (None, (_U64, _U64, _U64, _INT, _U64)),
     "tm_queue_new": (

@@ -10,11 +10,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import xxhash
 
 from tiermem.errors import ConfigError, PageLost
 from tiermem.nvme.catalog import newest_of_each_key
 from tiermem.nvme.crypt import TAG_BYTES, Cipher
+from tiermem.nvme.digest import is_intact
 from tiermem.nvme.files import Buffer, PosixIo, lock, open_named, read_whole
 from tiermem.nvme.journal import Journal, Replayed, replay
 from tiermem.nvme.kept import read_superblocks
@@ -159,9 +159,9 @@ def _verify_one(
     except OSError:
         return False
     first, second = (int(word) for word in record["checksum"])
-    if record["algorithm"] == Algorithm.XXH3_64:
-        return xxhash.xxh3_64_intdigest(buffer[:n]) == first
-    if record["algorithm"] != Algorithm.AES_256_GCM or cipher is None:
+    if record["algorithm"] != Algorithm.AES_256_GCM:
+        return is_intact(buffer[:n], first, int(record["algorithm"]))
+    if cipher is None:
         return False
     try:
         sequence = int(record["sequence"])

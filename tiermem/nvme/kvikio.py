@@ -4,9 +4,8 @@ With GPUDirect Storage the drive and the GPU exchange bytes directly; without it
 through bounce buffers of its own ("compat"). Which of the two really carries bytes is found by a
 probe in a child process, for cuFile can hang in a machine that is not set up for it (FACTS).
 
-Such a route never sees the bytes on the host, so it is given a digest: a function that computes
-the slab's checksum of pages where they are. There is none in it: without a digest a direct route
-cannot keep the promise that what is loaded is what was stored, and is not made.
+Such a route never sees the bytes on the host, so the device computes the slab's checksum where they
+are: before a store is recorded, and before a load counts.
 """
 
 from __future__ import annotations
@@ -18,9 +17,8 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -28,15 +26,28 @@ from typing import Protocol
 import numpy as np
 
 from tiermem.errors import Closed, ConfigError, DriverError, PageLost
+from tiermem.nvme.digest import digest as digest_of
+from tiermem.nvme.files import memory_at
 from tiermem.nvme.slab import Slab, Words
-from tiermem.tier import Addresses, Fence, Mask, Memory, Place, Slots, Streams
+from tiermem.tier import (
+    Addresses,
+    Digest,
+    Done,
+    Fence,
+    Mask,
+    Memory,
+    Place,
+    Route,
+    Slots,
+    Streams,
+)
 
 THREADS = 8
 PROBE_S = 60.0
 """A machine without /run/udev makes cuFile spin for ever: then the child is ended."""
 
-Digest = Callable[[Addresses], Words]
-"""uint64[n]: the checksum of the slot at each address, computed where the bytes are."""
+MARGIN = 1.05
+"""How much faster than the host's own calls a direct path must be for `auto` to take it."""
 
 
 class Pending(Protocol):
@@ -56,12 +67,35 @@ class DirectFile(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """What a child process found. path: gds, compat, or none with the reason."""
+    """What a child process found. path: gds, compat, or none with the reason.
+
+    posix_...: the same file and sizes through O_DIRECT calls to host memory, 0 where refused.
+    """
 
     path: str
     write_gbps: float = 0.0
     read_gbps: float = 0.0
     reason: str = ""
+    posix_write_gbps: float = 0.0
+    posix_read_gbps: float = 0.0
+
+    @property
+    def is_faster(self) -> bool:
+        """Whether a page goes there and back sooner than through the host, by a margin."""
+        if not (self.write_gbps and self.read_gbps):
+            return False
+        if not (self.posix_write_gbps and self.posix_read_gbps):
+            return True
+        took = 1 / self.write_gbps + 1 / self.read_gbps
+        return took * MARGIN < 1 / self.posix_write_gbps + 1 / self.posix_read_gbps
+
+    def __str__(self) -> str:
+        """For people."""
+        rates = f"{self.write_gbps:.2f} GB/s out, {self.read_gbps:.2f} back"
+        other = f"{self.posix_write_gbps:.2f} and {self.posix_read_gbps:.2f}"
+        if self.path == "none":
+            return f"kvikio does not work here ({self.reason})"
+        return f"kvikio {self.path} {rates}; O_DIRECT {other}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,8 +204,10 @@ class KvikioRoute:
         dst: Place,
         digest: Digest,
         streams: Streams | None = None,
+        other: Route | None = None,
     ) -> None:
-        """digest: of pages in `memory`, bit-equal to what the slab's other routes compute.
+        """digest: of pages in `memory`. other: the same way through the host, for slots whose
+        checksum is of another kind; without it they cannot be loaded.
 
         Raises ConfigError for an encrypted slab: what the drive writes is what the GPU holds.
         """
@@ -180,18 +216,22 @@ class KvikioRoute:
         self.src = src
         self.dst = dst
         self._file, self._slab, self._memory = file, slab, memory
-        self._digest, self._streams = digest, streams
+        self._digest, self._streams, self._other = digest, streams, other
         self._closed = False
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="tiermem-kvikio")
 
-    def submit(self, src: Slots, dst: Slots, after: Fence) -> DirectTransfer:
+    def submit(self, src: Slots, dst: Slots, after: Fence) -> Done:
         """Copy whole slots once `after` has passed; see `Route.submit`."""
         if self._closed:
             raise Closed("nvme: submit on a closed route")
         if after.ticks and self._streams is None:
             raise ValueError("a fence was given to a route that knows no streams")
-        done = DirectTransfer()
         storing = self.dst is Place.NVME
+        if not storing and self._other is not None:
+            algorithms, stored = self._slab.algorithms(src), self._slab.expected(src)[0] != 0
+            if (stored & (algorithms != self._slab.algorithm)).any():
+                return self._other.submit(src, dst, after)
+        done = DirectTransfer()
         frames, disk = (src, dst) if storing else (dst, src)
         addresses, disk = self._memory.addresses(frames), disk.copy()
         if storing:
@@ -242,6 +282,7 @@ class KvikioRoute:
     ) -> tuple[Mask, Exception | None]:
         known, checksums = self._slab.expected(disk)
         bad, error = self._move(self._file.pread, addresses, disk)
+        known[self._slab.algorithms(disk) != self._slab.algorithm] = 0
         other = ~bad & ((known == 0) | (self._digest(addresses) != checksums[:, 0]))
         if not other.any():
             return bad, error
@@ -272,21 +313,20 @@ class KvikioRoute:
         return bad, error
 
 
-@contextmanager
-def direct_routes(
-    slab: Slab, memory: Memory, digest: Digest, streams: Streams | None = None
-) -> Iterator[tuple[KvikioRoute, KvikioRoute]]:
-    """(GPU to NVMe, NVMe to GPU) through kvikio, closed in order."""
-    file = KvikioFile(slab)
-    gpu, nvme = memory.place, Place.NVME
-    store = KvikioRoute(file, slab, memory, gpu, nvme, digest, streams)
-    load = KvikioRoute(file, slab, memory, nvme, gpu, digest, streams)
-    try:
-        yield store, load
-    finally:
-        store.close()
-        load.close()
-        file.close()
+def check_digest(digest: Digest, address: int, nbytes: int) -> bool:
+    """Whether a device computes what processors do, tried on host memory that it can read too.
+
+    Overwrites that memory.
+    """
+    page = np.frombuffer(memory_at(address, nbytes), np.uint8)
+    rng = np.random.default_rng(nbytes)
+    where = np.array([address], np.uint64)
+    for _ in range(4):
+        page[:] = rng.integers(0, 256, nbytes, np.uint8)
+        if int(digest(where)[0]) != digest_of(page.data):
+            return False
+    page[rng.integers(nbytes)] ^= 1
+    return int(digest(where)[0]) == digest_of(page.data)
 
 
 def probe(directory: Path, *, timeout_s: float = PROBE_S, python: str = sys.executable) -> Probe:
@@ -302,7 +342,10 @@ def probe(directory: Path, *, timeout_s: float = PROBE_S, python: str = sys.exec
             if isinstance(told, str):
                 reason += f"{path}: {told}; "
                 continue
-            return Probe(path, told["write"], told["read"], reason)
+            return Probe(
+                path, told["write"], told["read"], reason,
+                told.get("posix_write", 0.0), told.get("posix_read", 0.0),
+            )  # fmt: skip
     return Probe("none", reason=reason.rstrip("; "))
 
 
@@ -318,13 +361,17 @@ def _ask(python: str, place: str, mode: str, timeout_s: float) -> dict[str, floa
         return f"no answer in {timeout_s:.0f} s"
     try:
         answer = json.loads(told.stdout.splitlines()[-1])
-        return {"write": float(answer["write"]), "read": float(answer["read"])}
-    except (IndexError, ValueError, KeyError, TypeError):
+        rates = {name: float(rate) for name, rate in answer.items()}
+        if not (rates["write"] > 0 and rates["read"] > 0):
+            return f"moved nothing: {rates}"
+        return rates
+    except (IndexError, ValueError, KeyError, TypeError, AttributeError):
         return (told.stderr.strip().splitlines() or ["no answer"])[-1]
 
 
 _CHILD = """
-import json, os, sys, tempfile, time
+import json, mmap, os, sys, tempfile, time
+from concurrent.futures import ThreadPoolExecutor
 import cupy, kvikio, kvikio.defaults
 kvikio.defaults.set({"num_threads": 8, "auto_direct_io_read": True, "auto_direct_io_write": True})
 n = 256 << 20
@@ -340,7 +387,23 @@ try:
         file.pread(back, n, 0, 2 << 20).get()
         read = time.perf_counter()
     assert bool((page == back).all()), "the pattern came back changed"
-    print(json.dumps({"write": n / (wrote - began) / 1e9, "read": n / (read - wrote) / 1e9}))
+    told = {"write": n / (wrote - began) / 1e9, "read": n / (read - wrote) / 1e9}
+    memory = mmap.mmap(-1, n)
+    view = memoryview(memory)
+    view[::4096] = bytes(n // 4096)
+    def each(call, direct):
+        began = time.perf_counter()
+        with ThreadPoolExecutor(8) as pool:
+            move = lambda at: call(direct, [view[at : at + (2 << 20)]], at)
+            list(pool.map(move, range(0, n, 2 << 20)))
+        return n / (time.perf_counter() - began) / 1e9
+    try:
+        direct = os.open(path, os.O_RDWR | os.O_DIRECT)
+        told["posix_write"], told["posix_read"] = each(os.pwritev, direct), each(os.preadv, direct)
+        os.close(direct)
+    except OSError:
+        pass
+    print(json.dumps(told))
 finally:
     os.close(fd)
     os.unlink(path)

@@ -8,21 +8,20 @@ whatever the program could not finish (a short read, an error) and say what went
 
 from __future__ import annotations
 
-import ctypes
 import functools
-import importlib.util
 import logging
 import mmap
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-import xxhash
 
 from tiermem.errors import DriverError, PageLost, TierFailed
-from tiermem.native import Calls, Kind, Program, function, group, pointer
+from tiermem.native import Calls, Kind, Program, function, group
+from tiermem.nvme.digest import digest, is_intact, native_digest
 from tiermem.nvme.files import Buffer, PosixIo, memory_at, read_whole, write_whole
-from tiermem.nvme.slab import GRAIN, Slab, Words
+from tiermem.nvme.records import Algorithm
+from tiermem.nvme.slab import GRAIN, Algorithms, Slab, Words
 from tiermem.nvme.superblock import HEADER_BYTES
 from tiermem.tier import Addresses, Mask, Slots
 
@@ -30,48 +29,46 @@ log = logging.getLogger(__name__)
 
 Longs = npt.NDArray[np.int64]
 
+_DIGEST = int(Algorithm.XXH3_64_PIECES)
+
 
 @dataclass(slots=True, eq=False)
 class Batch:
     """Entry i moves between addresses[i] and slot slots[i] of the slab.
 
-    sequences uint64[n], checksums uint64[n, 1] (a tag is 2): what a load must find, what a store
-    leaves; a store fills the checksums in.
+    sequences uint64[n], checksums uint64[n, 1] (a tag is 2), algorithms uint8[n]: what a load must
+    find, what a store leaves; a store fills the checksums in.
     """
 
     slots: Slots
     addresses: Addresses
     sequences: Words
     checksums: Words
+    algorithms: Algorithms
 
 
 @dataclass(frozen=True, slots=True)
 class NativeCalls:
-    """Addresses of the three functions that a program is made of."""
+    """Addresses of the three functions that a program is made of; digest: and its argument."""
 
     pread: int
     pwrite: int
-    hash64: int
+    digest: int
+    digest_with: int
 
 
 @functools.cache
 def native_calls() -> NativeCalls | None:
     """None where there is no compiler for programs, or xxhash does not show its C functions."""
-    sample = bytes(range(256)) * 16
     try:
-        spec = importlib.util.find_spec("xxhash._xxhash")
-        library = ctypes.CDLL("" if spec is None else spec.origin)
-        # The dispatching one picks AVX: 22 us a 2 MiB page against 58 (2-core, 2026-11).
-        found = getattr(library, "XXH3_64bits_dispatch", None) or library.XXH3_64bits
-        found.restype, found.argtypes = ctypes.c_uint64, [ctypes.c_char_p, ctypes.c_size_t]
-        if found(sample, len(sample)) != xxhash.xxh3_64_intdigest(sample):
-            return None
-        calls = NativeCalls(function("pread64"), function("pwrite64"), pointer(found))
-        Program(group(function("getpid"), Kind.PLAIN)).run_holding()
-    except (AttributeError, OSError, DriverError) as error:
+        found = native_digest()
+    except (OSError, DriverError) as error:
         log.info("nvme moves slots one by one reason=%s", error)
         return None
-    return calls
+    if found is None:
+        log.info("nvme moves slots one by one reason=xxhash hides its functions")
+        return None
+    return NativeCalls(function("pread64"), function("pwrite64"), *found)
 
 
 class _Rows:
@@ -130,12 +127,13 @@ class Mover:
 
         moved: what `transfer` said. What did not move whole is moved here, one by one.
         """
-        hashes = self._hash(batch, entries) if moved.any() else batch.checksums[entries, 0]
+        hashes = self._digest(batch, entries) if moved.any() else batch.checksums[entries, 0]
         if write:
             batch.checksums[entries, 0] = np.where(moved, hashes, batch.checksums[entries, 0])
             good = moved
         else:
             good = moved & (hashes == batch.checksums[entries, 0])
+            good &= batch.algorithms[entries] == _DIGEST  # others are looked at one by one
         one = self._store_one if write else self._load_one
         errors: dict[int, Exception] = {}
         for i in () if good.all() else np.flatnonzero(~good) + entries.start:
@@ -153,9 +151,9 @@ class Mover:
 
     # -- a group as one program ------------------------------------------------------------
 
-    def _hash(self, batch: Batch, entries: slice) -> Words:
+    def _digest(self, batch: Batch, entries: slice) -> Words:
         assert self._native is not None
-        rows = self._rows_of(self._native.hash64, entries.stop - entries.start)
+        rows = self._rows_of(self._native.digest, entries.stop - entries.start)
         return rows.run({0: batch.addresses[entries]}).view(np.uint64)
 
     def _rows_of(self, call: int, n: int) -> _Rows:
@@ -163,8 +161,8 @@ class Mover:
         rows = self._rows.get((call, n))
         if rows is None:
             nothing, size = np.zeros(n, np.uint64), self.slab.slot_bytes
-            if call == self._native.hash64:
-                calls = group(call, Kind.PLAIN, nothing, size)
+            if call == self._native.digest:
+                calls = group(call, Kind.PLAIN, nothing, size, self._native.digest_with)
             else:
                 calls = group(call, Kind.POINTER, self.slab.fd, nothing, size, nothing)
             rows = self._rows[call, n] = _Rows(calls)
@@ -191,7 +189,7 @@ class Mover:
                 bounce = self._bounce()[: slab.slot_bytes]
                 bounce[:] = source
                 source = bounce
-            batch.checksums[i] = xxhash.xxh3_64_intdigest(source)
+            batch.checksums[i] = digest(source)
         write_whole(slab.io, slab.fd, source, slab.offset(slot))
 
     def _load_one(self, batch: Batch, i: int) -> None:
@@ -209,7 +207,7 @@ class Mover:
                 self._bounce(), n, (first, second), target, slab.salt, sequence, slot
             )
             return
-        if xxhash.xxh3_64_intdigest(landing) != int(batch.checksums[i, 0]):
+        if not is_intact(landing, int(batch.checksums[i, 0]), int(batch.algorithms[i])):
             raise PageLost(
                 f"nvme: slot {slot} holds other bytes than were stored; compute the page again"
             )

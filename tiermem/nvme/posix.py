@@ -431,11 +431,13 @@ class PosixRoute:
         if storing:
             sequences = slab.begin_store(disk_slots)
             checksums = np.zeros((n, slab.checksum_words), np.uint64)
+            algorithms = np.full(n, slab.algorithm, np.uint8)
         else:
             sequences, checksums = slab.expected(disk_slots)
+            algorithms = slab.algorithms(disk_slots)
         done = Transfer(n, self._threads)
         addresses = self._memory.addresses(memory_slots)
-        batch = Batch(disk_slots.copy(), addresses, sequences, checksums)
+        batch = Batch(disk_slots.copy(), addresses, sequences, checksums, algorithms)
         job = _Job(self, batch, after, done)
         self._threads.begin(self, n)
         try:

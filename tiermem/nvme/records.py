@@ -31,7 +31,7 @@ RECORD = np.dtype(
         ("seal", "<u4"),
     ]
 )
-"""checksum: the first word for XXH3_64, both for the tag of AES_256_GCM. length: bytes that the
+"""checksum: the first word for an XXH3, both for the tag of AES_256_GCM. length: bytes that the
 codec left of the page; slot_bytes for codec 0, the only one so far."""
 
 BYTES = 64
@@ -53,7 +53,10 @@ class Algorithm(IntEnum):
     """What the checksum of a slot is."""
 
     XXH3_64 = 1
+    """over the whole page; read, and written no more"""
     AES_256_GCM = 2
+    XXH3_64_PIECES = 3
+    """over the XXH3_64s of its 4 KiB pieces (digest.py)"""
 
 
 def _constants() -> npt.NDArray[np.uint64]:

@@ -50,6 +50,7 @@ PREWRITE_BYTES = 8 << 20
 EPOCH_SHIFT = 40
 
 Words = npt.NDArray[np.uint64]
+Algorithms = npt.NDArray[np.uint8]
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +113,8 @@ class Slab:
         self.salt = os.urandom(4)
         """Tells slabs under one key apart (crypt.py)."""
         self.checksum_words = 1 if cipher is None else 2
+        self.algorithm = Algorithm.XXH3_64_PIECES if cipher is None else Algorithm.AES_256_GCM
+        """Of the checksums of what is stored from now on."""
         self._path = private_directory(path)
         self._floor = floor_bytes
         self._byte_cap = byte_cap if byte_cap is not None else bytes_for(capacity, slot_bytes)
@@ -124,6 +127,7 @@ class Slab:
         self._failure: OSError | None = None
         self._checksum: Words = np.zeros((0, self.checksum_words), np.uint64)
         self._sequence: Words = np.zeros(0, np.uint64)
+        self._algorithm: Algorithms = np.zeros(0, np.uint8)
         self._thread: threading.Thread | None = None
         self._kept: Kept | None = None
         if persist is None:
@@ -261,12 +265,19 @@ class Slab:
         """
         with self._lock:
             self._checksum[slots] = checksums
+            self._algorithm[slots] = self.algorithm
             self._sequence[slots] = sequences
 
     def expected(self, slots: Slots) -> tuple[Words, Words]:
         """(sequences, checksums) that these slots should hold; sequence 0: nothing to be read."""
         with self._lock:
             return self._sequence[slots], self._checksum[slots]
+
+    def algorithms(self, slots: Slots) -> Algorithms:
+        """uint8[n]: the `Algorithm` of the checksum of each slot that holds anything."""
+        with self._lock:
+            found: Algorithms = self._algorithm[slots]
+            return found
 
     def forget(self, slots: Slots) -> None:
         """These slots hold nothing any more; on disk too before this returns."""
@@ -389,9 +400,9 @@ class Slab:
 
     def _set_columns(self, capacity: int) -> None:
         n = min(capacity, self._capacity)
-        for name in ("_checksum", "_sequence"):
+        for name in ("_checksum", "_sequence", "_algorithm"):
             old = getattr(self, name)
-            new = np.zeros((capacity, *old.shape[1:]), np.uint64)
+            new = np.zeros((capacity, *old.shape[1:]), old.dtype)
             new[:n] = old[:n]
             setattr(self, name, new)
         if self._catalog is not None:
@@ -446,10 +457,12 @@ class Slab:
         self._capacity = kept.slots
         self._checksum = np.zeros((self._capacity, self.checksum_words), np.uint64)
         self._sequence = np.zeros(self._capacity, np.uint64)
+        self._algorithm = np.zeros(self._capacity, np.uint8)
         found = kept.attach(self._journal_limit(), self._lock, self._records)
         slots = found["slot"].astype(np.int32)
         self._sequence[slots] = found["sequence"]
         self._checksum[slots] = found["checksum"][:, : self.checksum_words]
+        self._algorithm[slots] = found["algorithm"]
         highest = int(slots.max()) + 1 if len(slots) else 0
         ready = max(kept.superblock.ready, highest) if self._prewrite else self._capacity
         self._ready = min(self._capacity, ready)
@@ -469,7 +482,7 @@ class Slab:
         assert catalog is not None
         made = np.zeros(len(slots), RECORD)
         made["kind"] = Kind.PUT
-        made["algorithm"] = Algorithm.XXH3_64 if self.cipher is None else Algorithm.AES_256_GCM
+        made["algorithm"] = self._algorithm[slots]
         made["slot"], made["length"] = slots, self.slot_bytes
         made["sequence"] = self._sequence[slots]
         made["checksum"][:, : self.checksum_words] = self._checksum[slots]
