@@ -18,17 +18,36 @@ MADE := $(VENV)/.made
 RUN_READY := $(VENV)/.ready-to-run
 TEST_READY := $(VENV)/.ready-to-test
 
+# An engine and a release of it, each in an environment of its own that the target makes.
+ENGINES := .engines
+SGLANG ?= 0.5.17
+SGLANG_PYTHON := $(ENGINES)/sglang-$(SGLANG)/bin/python
+
+.PHONY: test-engines-sglang matrix-sglang
 .PHONY: demo test lint format types bench clean help
 .DEFAULT_GOAL := help
 
 help: ## this list
-	@sed -n 's/^\([a-z]*\):.*## /  make \1  /p' $(MAKEFILE_LIST)
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1  /p' $(MAKEFILE_LIST)
 
 demo: $(RUN_READY) ## replay chats and agents over three tiers, every page verified
 	$(BIN)/tiermem demo $(ARGS)
 
 test: $(TEST_READY) ## all tests that need neither a GPU nor an engine
 	$(BIN)/python -m pytest $(ARGS)
+
+test-engines-sglang: $(TEST_READY) $(ENGINES)/sglang-$(SGLANG)/.ready ## SGLang (SGLANG=0.5.17) on a CPU
+	TIERMEM_SGLANG_PYTHON=$(abspath $(SGLANG_PYTHON)) \
+		$(BIN)/python -m pytest -m engine tests/integrations -k sglang $(ARGS)
+
+matrix-sglang: ## the same for every release that is tested, one after the other
+	$(MAKE) test-engines-sglang SGLANG=0.5.17
+	$(MAKE) test-engines-sglang SGLANG=0.5.21
+	$(MAKE) test-engines-sglang SGLANG=0.5.23
+
+$(ENGINES)/sglang-$(SGLANG)/.ready: scripts/make_sglang_environment.py pyproject.toml
+	$(PYTHON) scripts/make_sglang_environment.py $(ENGINES)/sglang-$(SGLANG) $(SGLANG)
+	@touch $@
 
 lint: $(TEST_READY) ## ruff: rules and format
 	$(BIN)/ruff check .

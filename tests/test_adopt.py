@@ -16,7 +16,7 @@ import pytest
 
 from tiermem.assemble import assemble
 from tiermem.config import Config, Gpu, Host, Nvme, Trace
-from tiermem.errors import ConfigError, NotOurs, PageLost, TierFull
+from tiermem.errors import ConfigError, NotOurs, PageInUse, PageLost, TierFull
 from tiermem.keyindex import Keys
 from tiermem.nvme.slab import bytes_for
 from tiermem.nvme.superblock import HEADER_BYTES
@@ -520,3 +520,35 @@ def test_an_encrypted_slab_is_warm_under_its_key_only(
 def test_a_mode_that_cannot_be_had_is_refused_with_the_reason(where: Path) -> None:
     with pytest.raises(ConfigError, match=r"nvme\.mode = kvikio: .*use auto or posix"):
         Space.open(config(where, mode="kvikio"))
+
+
+def test_pages_that_are_shelved_leave_their_content_on_the_drive(
+    reopen: Callable[..., Space],
+) -> None:
+    space = reopen()
+    region = space.reserve(64 * PAGE)
+    pages = fill(region, range(1, 25))
+    space.drain()
+    places = region.where(pages)
+    region.shelve(pages)
+    space.drain()
+    assert (region.where(pages) == AT_NONE).all()
+    found = region.adopt(keys_of(range(1, 25)))
+    back = np.flatnonzero(found >= 0)
+    assert (places[back] != AT_NONE).all()
+    assert set(np.flatnonzero(places == AT_NVME)) <= set(back)
+    assert len(back) >= 20  # the others were on the GPU alone
+    assert right(region, found[back], [int(n) + 1 for n in back])
+
+
+def test_pages_that_are_pinned_are_not_shelved(reopen: Callable[..., Space]) -> None:
+    space = reopen()
+    region = space.reserve(64 * PAGE)
+    pages = fill(region, range(1, 9))
+    with region.use(pages[:1]):
+        with pytest.raises(PageInUse):
+            region.shelve(pages)
+        space.drain()
+        assert (region.where(pages) != AT_NONE).all()
+    with pytest.raises(NotOurs):
+        region.shelve([60])

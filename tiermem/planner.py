@@ -306,6 +306,15 @@ class Planner(InPlace):
         self._doom(rows, now)
         return self._reap()
 
+    def shelve(self, rows: Rows, now: int) -> list[Plan]:
+        """Free pages; labelled content that has a copy on the drive stays there, in the attic."""
+        table = self.table
+        if not table.at[rows].all() or (table.flags[rows] & DOOMED).any():
+            return self.free(rows, now)  # which says what is wrong, before anything is changed
+        if not (table.pins[rows] + table.waiters[rows]).any():
+            self._shelve(rows, now)
+        return self.free(rows, now)
+
     def finished(self, rows: Rows, facts: RequestFacts, now: int) -> None:
         """Tell the policies what is known of a request that ended (pages deepest first)."""
         heads = self.table.heads(rows)

@@ -318,6 +318,16 @@ class Region:
         if len(rows):
             self._pager.free(rows)
 
+    def shelve(self, pages: Sequence[int] | Pages) -> None:
+        """Free pages, and leave labelled content that is on the drive to be adopted again.
+
+        With nvme.persist; else the same as `free`, and it raises as that does.
+        """
+        rows = self._rows(pages)
+        if len(rows):
+            planner = self._pager.planner
+            self._pager.decide(lambda: planner.shelve(rows, self._space.now()))
+
     def where(self, pages: Sequence[int] | Pages | None = None) -> npt.NDArray[np.uint8]:
         """uint8[n]: the Place of each page at this moment (default: of all)."""
         table = self._pager.planner.table

@@ -218,9 +218,20 @@ class Space:
             return self._speeds()
 
     def budget(self) -> int:
-        """GPU pages that may be used at once now: those that there are, up to the limit."""
+        """GPU pages that may be used at once now: those that there are, up to the limit.
+
+        Of a device that is shared: what is held, and what is free and could be had.
+        """
+        lease = None if self._sharing is None else self._sharing.statistics()
+        if lease is not None:
+            return min(lease.cap, max(lease.floor, lease.held + lease.free)) // self.page_bytes
         with self.pager.lock:
             return self._planner.allowed()
+
+    @property
+    def shared(self) -> bool:
+        """Whether other processes may take and give memory of this device."""
+        return self._sharing is not None
 
     # ---------------------------------------------------------------- limits and live changes
 

@@ -22,7 +22,7 @@ One row a page, numpy columns, no I/O and no lock. Only `planner.py` writes it.
    HOST ── _show_in_place ─▶ HOST→HOST ── _land_in_place ─▶ HOST, read at its address (IN_PLACE);
            a write, a read too many, a free and every way down hide it first
    NONE ── adopt ─▶ NVME, in the slot of a page of the attic, which becomes NONE
-   closing, labelled, copy on NVMe ── _shelve ─▶ the slot is the attic's, whose page was NONE
+   closing, shelve; labelled, on NVMe ── _shelve ─▶ the slot is the attic's, whose page was NONE
 
 What an address shows (`shown`): NOTHING ─ _load, allocate ▶ FRAME ─ _land_down ▶ RETIRED (lazy) or
 HIDING (eager); RETIRED ─ stolen ▶ HIDING ─ settle ▶ NOTHING; RETIRED ─ _take_back ▶ FRAME;

@@ -1,0 +1,153 @@
+"""A real SGLang engine in a child process: what to serve, how it is configured, and its answer."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+PYTHON = "TIERMEM_SGLANG_PYTHON"
+"""Names the interpreter of an environment with SGLang: `make test-engines-sglang` makes one."""
+
+_NAMED = os.environ.get(PYTHON, "")  # read before the session's fixture removes our variables
+
+CHILD = Path(__file__).with_name("sglang_child.py")
+PAGE = 16384
+"""Bytes of a page of the child's model: 16 tokens, 2 layers, 2 KV heads of 32 float32."""
+
+LONG_S = 600
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """Requests (seed, length) that are sent at once. meanwhile: commands of tiermem, in turn."""
+
+    prompts: Sequence[tuple[int, int]]
+    new: int = 24
+    flush: bool = False
+    meanwhile: Sequence[Sequence[str]] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Scenario:
+    """toml: tiermem's configuration; None: without tiermem. kill: SIGKILL at the end."""
+
+    rounds: Sequence[Round]
+    options: Mapping[str, object] = field(default_factory=dict)
+    toml: str | None = None
+    env: Mapping[str, str] = field(default_factory=dict)
+    kill: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """How a child ended. rounds: for each request tokens, logprobs, cached, reason (or error)."""
+
+    status: int
+    log: str
+    rounds: list[list[dict[str, Any]]]
+    metrics: list[str]
+
+    def outputs(self) -> list[list[tuple[list[int], list[float]]]]:
+        """Tokens and their log probabilities; fails if a request had no answer."""
+        assert self.rounds, self.log[-3000:]
+        return [[(r["tokens"], r["logprobs"]) for r in requests] for requests in self.rounds]
+
+    def cached(self, round_: int) -> list[int]:
+        return [request["cached"] for request in self.rounds[round_]]
+
+    def moved(self, src: str, dst: str, rank: int = 0) -> int:
+        """Pages that arrived on a route."""
+        found = re.search(
+            rf'tiermem_route_pages_total\{{dst="{dst}",src="{src}"\}} (\S+)', self.metrics[rank]
+        )
+        return int(float(found.group(1))) if found else 0
+
+    def counted(self, event: str, rank: int = 0) -> int:
+        found = re.search(rf'tiermem_events_total\{{event="{event}"\}} (\S+)', self.metrics[rank])
+        return int(float(found.group(1))) if found else 0
+
+
+def python() -> str:
+    """The interpreter, or the test is skipped."""
+    if not _NAMED or not Path(_NAMED).exists():
+        pytest.skip(f"${PYTHON} names no environment with SGLang: make test-engines-sglang")
+    return _NAMED
+
+
+def run(scenario: Scenario, folder: Path, model: Path) -> Ended:
+    """Serve a scenario in `folder`, which may hold what an earlier run left there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    ranks = int(str(scenario.options.get("tp_size", 1)))
+    ports = _free_ports(ranks) if scenario.toml is not None else []
+    answer = folder / "answer.json"
+    answer.unlink(missing_ok=True)
+    given = {
+        "model": str(model),
+        "options": dict(scenario.options),
+        "rounds": [
+            {"prompts": r.prompts, "new": r.new, "flush": r.flush, "meanwhile": r.meanwhile}
+            for r in scenario.rounds
+        ],
+        "ports": ports,
+        "answer": str(answer),
+        "kill": scenario.kill,
+    }
+    (folder / "scenario.json").write_text(json.dumps(given))
+    env = {
+        **{k: v for k, v in os.environ.items() if not k.startswith("TIERMEM")},
+        "TRITON_INTERPRET": "1",
+        "SGLANG_USE_CPU_ENGINE": "0",
+        "SGLANG_CPU_OMP_THREADS_BIND": "|".join("0" * ranks),
+        "HF_HUB_OFFLINE": "1",
+        "XDG_RUNTIME_DIR": str(folder),
+        **scenario.env,
+    }
+    if scenario.toml is not None:
+        config = folder / "tiermem.toml"
+        config.write_text(f"{scenario.toml}\n[metrics]\nport = {ports[0]}\n")
+        env |= {"TIERMEM": "1", "TIERMEM_CONFIG": str(config)}
+    log = folder / "log.txt"
+    with log.open("wb") as out:
+        child = subprocess.Popen(
+            [python(), str(CHILD), str(folder / "scenario.json")],
+            stdout=out, stderr=out, cwd=folder, env=env, start_new_session=True,
+        )  # fmt: skip
+        try:
+            status = child.wait(LONG_S)
+        finally:
+            _end_group(child.pid)
+    made = json.loads(answer.read_text()) if answer.exists() else {"rounds": [], "metrics": []}
+    text = log.read_text(errors="replace")
+    return Ended(status, text, made["rounds"], made["metrics"])
+
+
+def _end_group(group: int) -> None:
+    """The scheduler and others that the child may have left behind."""
+    try:
+        os.killpg(group, signal.SIGKILL)
+    except ProcessLookupError:
+        return
+
+
+def _free_ports(count: int) -> list[int]:
+    """Ports next to one another that nobody listens on."""
+    for first in range(20000 + os.getpid() % 20000, 60000, 10):
+        ports = list(range(first, first + count))
+        if all(_is_free(port) for port in ports):
+            return ports
+    raise AssertionError("no free ports")
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) != 0

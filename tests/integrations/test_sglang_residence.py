@@ -1,0 +1,202 @@
+"""Who holds which pages: over a real space whose budget is smaller than what is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.test_region import PAGE, config
+from tiermem.errors import TierFull
+from tiermem.integrations.sglang_residence import Residence
+from tiermem.region import Region
+from tiermem.space import Space
+from tiermem.tier import Place
+
+FRAMES = 6
+PAGES = 24
+
+
+@pytest.fixture
+def space(tmp_path: Path) -> Iterator[Space]:
+    with Space.open(config(tmp_path, gpu=FRAMES, host=PAGES, nvme=0)) as space:
+        yield space
+        space.check()
+
+
+@pytest.fixture
+def region(space: Space) -> Region:
+    return space.reserve(PAGES * PAGE, numbered=True)
+
+
+@pytest.fixture
+def residence(region: Region) -> Iterator[Residence]:
+    residence = Residence(region, lambda: None)
+    yield residence
+    residence.reset()
+    region.unpin([0])
+
+
+def fill(region: Region, pages: list[int]) -> None:
+    words = region.view(np.int64)
+    for page in pages:
+        words[page] = 1000 + page
+
+
+def holds(region: Region, pages: list[int]) -> bool:
+    words = region.view(np.int64)
+    return all((words[page] == 1000 + page).all() for page in pages)
+
+
+def on_gpu(region: Region, pages: list[int]) -> bool:
+    return bool((region.where(pages) == Place.GPU).all())
+
+
+def run(residence: Residence, region: Region, request: str, pages: list[int]) -> None:
+    """A request that is new, computes all its pages and ends."""
+    residence.follow(request, pages)
+    residence.ensure([request])
+    fill(region, pages)
+    residence.release(request)
+
+
+def test_page_0_is_on_the_gpu_whatever_happens(region: Region, residence: Residence) -> None:
+    for i in range(4):
+        run(residence, region, f"r{i}", list(range(1 + 5 * i, 6 + 5 * i)))
+        assert on_gpu(region, [0])
+
+
+def test_a_prefix_comes_back_with_its_bytes_at_its_address(
+    region: Region, residence: Residence
+) -> None:
+    run(residence, region, "a", [1, 2, 3])
+    run(residence, region, "b", [4, 5, 6, 7, 8])
+    assert not on_gpu(region, [1, 2, 3])
+    residence.follow("c", [1, 2, 3, 9])
+    residence.ensure(["c"])
+    assert on_gpu(region, [1, 2, 3, 9])
+    assert holds(region, [1, 2, 3])
+
+
+def test_pages_that_a_request_holds_stay_until_the_last_one_lets_go(
+    region: Region, residence: Residence
+) -> None:
+    run(residence, region, "a", [1, 2])
+    residence.follow("b", [1, 2, 3])
+    residence.follow("c", [1, 2, 4])
+    residence.ensure(["b", "c"])
+    fill(region, [3, 4])
+    residence.release("b")
+    residence.follow("d", [5])
+    residence.ensure(["d"])
+    residence.extend("d", [6])
+    residence.ensure(["d"])  # takes the frame of page 3, which nobody holds
+    assert on_gpu(region, [1, 2, 4, 5, 6])
+    assert not on_gpu(region, [3])
+
+
+def test_a_batch_of_exactly_the_budget_runs_and_one_page_more_is_refused(
+    region: Region, residence: Residence
+) -> None:
+    residence.follow("a", [1, 2, 3, 4, 5])
+    residence.ensure(["a"])
+    residence.extend("a", [6])
+    with pytest.raises(TierFull):
+        residence.ensure(["a"])
+    residence.release("a")
+    residence.follow("b", [7])
+    residence.ensure(["b"])
+    assert on_gpu(region, [7])
+
+
+def test_requests_that_are_not_in_the_batch_make_way_and_keep_what_they_wrote(
+    region: Region, residence: Residence
+) -> None:
+    residence.follow("waits", [1, 2, 3])
+    residence.ensure(["waits"])
+    fill(region, [1, 2, 3])
+    residence.follow("runs", [4, 5, 6, 7])
+    residence.ensure(["runs"])
+    assert residence.let_go == 1
+    assert on_gpu(region, [4, 5, 6, 7])
+    residence.release("runs")
+    residence.extend("waits", [8])
+    residence.ensure(["waits"])
+    assert holds(region, [1, 2, 3])
+    region.view(np.int64)[3] = 77  # its unfinished page is written again
+    run(residence, region, "other", [9])
+    residence.release("waits")
+    run(residence, region, "more", [10, 11, 12, 13, 14])
+    residence.follow("again", [1, 2, 3])
+    residence.ensure(["again"])
+    assert (region.view(np.int64)[3] == 77).all()
+
+
+def test_a_request_whose_pages_were_exchanged_lets_go_of_the_old_ones(
+    region: Region, residence: Residence
+) -> None:
+    run(residence, region, "a", [1, 2])
+    residence.follow("b", [3, 4, 5])
+    residence.ensure(["b"])
+    residence.follow("b", [1, 2, 5])
+    residence.forget(np.array([3, 4], np.int32))
+    residence.ensure(["b"])
+    assert on_gpu(region, [1, 2, 5])
+    assert (region.where([3, 4]) == Place.NONE).all()
+
+
+def test_pages_that_are_freed_while_somebody_is_said_to_hold_them_are_let_go(
+    region: Region, residence: Residence
+) -> None:
+    residence.follow("a", [1, 2, 3])
+    residence.ensure(["a"])
+    residence.forget(np.array([2], np.int32))
+    assert residence.pages("a") == [1]
+    assert region.where([1, 2]).tolist() == [Place.GPU, Place.NONE]
+
+
+def test_pages_that_were_handed_out_and_never_used_need_no_memory(
+    region: Region, residence: Residence
+) -> None:
+    residence.follow("a", [1, 2])
+    residence.release("a")
+    residence.forget(np.array([1, 2], np.int32))
+    assert (region.where([1, 2]) == Place.NONE).all()
+
+
+def test_only_what_is_living_goes_on_holding(region: Region, residence: Residence) -> None:
+    for request, pages in (("a", [1, 2]), ("b", [3, 4])):
+        residence.follow(request, pages)
+        residence.ensure([request])
+    residence.release_others({"b"})
+    assert residence.pages("a") is None
+    run(residence, region, "c", [5, 6, 7])
+    assert on_gpu(region, [3, 4])
+
+
+def test_a_page_that_the_tiers_dropped_is_not_valid(region: Region, residence: Residence) -> None:
+    run(residence, region, "a", [1, 2, 3])
+    residence.gone(np.array([2], np.int32), "dropped")
+    assert residence.valid(np.array([1, 2, 3], np.int32)).tolist() == [True, False, True]
+    region.free([2])
+
+
+def test_what_waits_is_brought_up_as_far_as_there_is_room(
+    space: Space, region: Region, residence: Residence
+) -> None:
+    run(residence, region, "a", [1, 2, 3])
+    run(residence, region, "b", [4, 5, 6, 7, 8])
+    residence.forget(np.array([4, 5, 6], np.int32))
+    residence.promote(np.array([1, 2, 3], np.int32))
+    space.drain()
+    assert on_gpu(region, [1, 2])
+
+
+def test_a_flush_leaves_only_the_padding(region: Region, residence: Residence) -> None:
+    run(residence, region, "a", [1, 2, 3])
+    residence.follow("b", [4, 5])
+    residence.ensure(["b"])
+    residence.reset()
+    assert np.flatnonzero(region.where()).tolist() == [0]

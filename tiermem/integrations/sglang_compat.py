@@ -1,0 +1,216 @@
+"""Where SGLang's releases differ, or have no public word for what we ask. Runs inside SGLang."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+
+from tiermem.integrations.sglang_engine import Agree, Engine, alone
+from tiermem.integrations.sglang_pages import Pages
+
+_NO_PAGES = np.empty(0, np.int32)
+
+
+# ---------------------------------------------------------------- ranks and streams
+
+
+def agreement(scheduler: Any) -> Agree:
+    """The least of numbers over the tensor-parallel ranks of this scheduler."""
+    return alone if scheduler.tp_group.world_size == 1 else least_over(scheduler.tp_cpu_group)
+
+
+def least_over(group: Any) -> Agree:
+    """The least of numbers over a process group that works on the CPU."""
+    import torch
+
+    def agree(numbers: list[int]) -> list[int]:
+        tensor = torch.tensor(numbers, dtype=torch.int64)
+        torch.distributed.all_reduce(tensor, op=torch.distributed.ReduceOp.MIN, group=group)
+        return [int(number) for number in tensor.tolist()]
+
+    return agree
+
+
+def forward_stream(scheduler: Any) -> int | None:
+    """The CUDA stream that batches run on; None on a CPU."""
+    if str(scheduler.device).startswith("cpu"):
+        return None
+    import torch
+
+    if scheduler.enable_overlap:
+        return int(scheduler.forward_stream.cuda_stream)
+    return int(torch.cuda.current_stream().cuda_stream)
+
+
+# ---------------------------------------------------------------- requests
+
+
+def _kv(req: Any) -> Any:
+    """What holds a request's lengths; from 0.5.19 on a record of its own."""
+    return req.kv if hasattr(req.kv, "kv_committed_len") else req
+
+
+def page_count(engine: Engine, req: Any) -> int:
+    """Pages that a request has in the pool."""
+    return -(-int(req.kv.kv_allocated_len) // engine.layout.page_size)
+
+
+def committed_tokens(req: Any) -> Sequence[int]:
+    """The tokens of a finished request whose KV is written."""
+    tokens: Sequence[int] = (req.origin_input_ids + req.output_ids)[: _kv(req).kv_committed_len]
+    return tokens
+
+
+def written_tokens(req: Any) -> Sequence[int]:
+    """The tokens of a running request whose KV is written, or queued to be."""
+    end = req.extend_range.end if hasattr(req, "extend_range") else req.extend_end
+    tokens: Sequence[int] = req.full_untruncated_fill_ids[:end]
+    return tokens
+
+
+def extra_of(req: Any) -> str | None:
+    """What tells apart equal tokens with other KV."""
+    salt = getattr(req, "cache_salt", None)
+    return req.extra_key if salt is None else f"{req.extra_key}\0{salt}"
+
+
+def keeps(req: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether `release_kv_cache(req, tree, ...)` puts the request into the tree."""
+    wanted = args[0] if args else kwargs.get("checkpoint", kwargs.get("is_insert", True))
+    return bool(wanted) and not getattr(req, "skip_radix_cache_insert", False)
+
+
+def row(engine: Engine, pool: Any, reqs: list[Any]) -> list[Pages]:
+    """The pages of each request, from `req_to_token`. On a GPU this waits for its copy."""
+    import torch
+
+    size = engine.layout.page_size
+    counts = [page_count(engine, req) for req in reqs]
+    slots = [req.req_pool_idx if hasattr(req, "req_pool_idx") else req.kv.req_pool_idx
+             for req in reqs]  # fmt: skip
+    firsts = [
+        pool.req_to_token[slot, : count * size : size]
+        for slot, count in zip(slots, counts, strict=True)
+    ]
+    numbers = engine.page_numbers(torch.cat(firsts).cpu().numpy())
+    return np.split(numbers, np.cumsum(counts)[:-1])
+
+
+# ---------------------------------------------------------------- the tree
+
+
+def caches_nothing(tree: Any) -> bool:
+    """Whether prefix caching is off."""
+    return bool(getattr(tree, "disable", False)) or type(tree).__name__ == "ChunkCache"
+
+
+def matched_pages(engine: Engine, tree: Any, req: Any) -> Pages:
+    """The cached pages that a request was just matched with."""
+    if hasattr(req, "prefix_indices"):
+        indices = req.prefix_indices
+    else:
+        indices = tree.path_device_indices(req.last_node)[: req.prefix_len]
+    if not len(indices):
+        return _NO_PAGES
+    return engine.page_numbers(indices[:: engine.layout.page_size].cpu().numpy())
+
+
+def probe(engine: Engine, tree: Any, req: Any) -> Pages:
+    """The pages that are cached of a request that has just been queued."""
+    type(req).init_next_round_input.__wrapped__(req, tree)
+    return matched_pages(engine, tree, req)
+
+
+@contextmanager
+def _locked(tree: Any, node: Any) -> Iterator[None]:
+    """Nothing from the root to this node is evicted."""
+    if hasattr(tree, "lock"):
+        lock = tree.lock(node)
+        try:
+            yield
+        finally:
+            tree.unlock(lock)
+    else:
+        tree.inc_lock_ref(node)
+        try:
+            yield
+        finally:
+            tree.dec_lock_ref(node)
+
+
+def make_room(tree: Any, req: Any, tokens: int) -> None:
+    """Evict so much from the tree, if it must be, without what the request was matched with."""
+    from sglang.srt.mem_cache.common import evict_from_tree_cache
+
+    with _locked(tree, req.last_node):
+        evict_from_tree_cache(tree, tokens)
+
+
+def _key(req: Any, tokens: Any) -> Any:
+    from sglang.srt.mem_cache.radix_cache import RadixKey
+
+    salt = {"cache_salt": req.cache_salt} if hasattr(req, "cache_salt") else {}
+    return RadixKey(tokens, req.extra_key, **salt)
+
+
+def insert(engine: Engine, tree: Any, req: Any, matched: int, pages: Pages) -> None:
+    """These pages follow the `matched` ones that the request was matched with."""
+    import torch
+    from sglang.srt.mem_cache.base_prefix_cache import InsertParams
+
+    size = engine.layout.page_size
+    device = tree.token_to_kv_pool_allocator.device
+    firsts = torch.from_numpy(engine.first_indices(pages)).to(device)
+    fresh = (firsts[:, None] + torch.arange(size, device=device)).reshape(-1)
+    if hasattr(req, "prefix_indices"):
+        known = req.prefix_indices[: matched * size]
+    else:
+        known = tree.path_device_indices(req.last_node)[: matched * size]
+    tokens = req.full_untruncated_fill_ids[: (matched + len(pages)) * size]
+    value = torch.cat((known.to(torch.int64), fresh))
+    tree.insert(InsertParams(key=_key(req, tokens), value=value))
+
+
+def uproot(engine: Engine, tree: Any, req: Any, good: int) -> None:
+    """The tree forgets what it has behind the first `good` pages of a request.
+
+    The plain radix tree gives up just that branch; any other one everything that nobody uses.
+    """
+    from sglang.srt.mem_cache.base_prefix_cache import EvictParams, MatchPrefixParams
+
+    if type(tree).__name__ != "RadixCache" or getattr(tree, "enable_kv_cache_events", False):
+        tree.evict(EvictParams(num_tokens=tree.evictable_size()))
+        return
+    tokens = req.full_untruncated_fill_ids[: good * engine.layout.page_size]
+    node = req.last_node
+    result = tree.match_prefix(MatchPrefixParams(key=_key(req, tokens)))
+    top = result.last_device_node if good else tree.root_node
+    while node.parent is not top:
+        node = node.parent
+    _cut(tree, node)
+
+
+def _cut(tree: Any, node: Any) -> None:
+    if node.lock_ref:
+        return
+    for child in list(node.children.values()):
+        _cut(tree, child)
+    if not node.children:
+        tree.token_to_kv_pool_allocator.free(node.value)
+        tree._delete_leaf(node)
+
+
+# ---------------------------------------------------------------- gates
+
+
+def withhold(budget: Any, tokens: int) -> None:
+    """So many tokens are not to be had; `PrefillBudget` from 0.5.21 on, `PrefillAdder` before."""
+    if hasattr(budget, "total_offset"):
+        budget.total_offset += tokens
+        budget.current_offset += tokens
+    else:
+        budget.rem_total_token_offset += tokens
+        budget.cur_rem_token_offset += tokens

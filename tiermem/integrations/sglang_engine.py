@@ -1,0 +1,238 @@
+"""tiermem in one of SGLang's scheduler processes: its space, and what it knows of its requests.
+
+Every tensor-parallel rank is such a process with a space of its own. What SGLang decides by our
+numbers (how many pages fit, how much of a prefix is there) is agreed on by all ranks first;
+what is only our own business (where a page is, when it moves) is not.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from tiermem.config import Config
+from tiermem.errors import PageLost, TierFull
+from tiermem.integrations.sglang_gates import Gates
+from tiermem.integrations.sglang_keys import KeyChain
+from tiermem.integrations.sglang_layout import PageMajor
+from tiermem.integrations.sglang_pages import FreePages, Pages
+from tiermem.integrations.sglang_residence import PADDING, Residence
+from tiermem.integrations.sglang_sizes import Sizes, opened
+from tiermem.space import Space
+from tiermem.tier import AT_NONE
+
+if TYPE_CHECKING:
+    import torch
+
+log = logging.getLogger(__name__)
+
+Agree = Callable[[list[int]], list[int]]
+"""The least of each number over all ranks; every rank calls it at the same point."""
+
+LOOK_EVERY = 16
+"""Rounds of the scheduler between two looks at a budget that takes more than a lock to learn."""
+
+
+def alone(numbers: list[int]) -> list[int]:
+    """`Agree` where there is one rank."""
+    return numbers
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """rank: the name of this process's slab. fingerprint: what its bytes mean."""
+
+    rank: str
+    fingerprint: Mapping[str, str]
+
+
+class Engine:
+    """Opens the space, which lives as long as the process."""
+
+    def __init__(
+        self, config: Config, layout: PageMajor, sizes: Sizes, identity: Identity, pages: int
+    ) -> None:
+        """pages: of SGLang's pool, without the padding; at most sizes.virtual."""
+        self.layout = layout
+        self.stream: int | None = None
+        self.agree: Agree = alone
+        self.space = Space.open(
+            opened(config, sizes, layout.page_bytes),
+            rank=identity.rank,
+            fingerprint=identity.fingerprint,
+        )
+        self._persists = config.nvme.enabled and config.nvme.persist
+        self._may_lose = config.nvme.enabled
+        self.region = self.space.reserve(
+            (pages + 1) * layout.page_bytes, name="sglang-kv", on_gone=self._gone, numbered=True
+        )
+        self.residence = Residence(self.region, lambda: self.stream)
+        self._budget = self.space.budget()
+        self._round = 0
+        self.gates = Gates(pages, layout.page_size, lambda: self._budget)
+        self._chains: dict[Hashable, KeyChain] = {}
+        self._labelled: dict[Hashable, int] = {}
+        self._served = False
+        self._salt: str | None = None
+
+    # ---------------------------------------------------------------- memory
+
+    def buffer(self, part: int, dtype: torch.dtype, row_shape: Sequence[int]) -> torch.Tensor:
+        """The tensor [rows, *row_shape] of one layer's K, V or latent over the whole range."""
+        rows = self.layout.rows(self.gates.pages + 1)
+        return self.region.tensor(dtype, (rows, *row_shape), offset=self.layout.offset(part))
+
+    def blank_padding(self, first: torch.Tensor) -> None:
+        """What padded tokens read is zeros, as in SGLang's own buffers.
+
+        first: the tensor of part 0, whose storage begins with page 0.
+        """
+        nbytes = self.layout.page_bytes
+        first.view(-1)[: nbytes // first.element_size()].zero_()
+
+    def free_pages(self) -> FreePages:
+        """All pages of the pool, none of them in use: for a pool that is made, or flushed.
+
+        A flush may mean that the weights have changed: content gets other names from then on, so
+        that what was kept before is not found again by this process, nor what it keeps later by
+        another one.
+        """
+        self.residence.reset()
+        self._chains.clear()
+        self._labelled.clear()
+        if self._served:
+            self._salt = os.urandom(16).hex()
+        self._served = True
+        return FreePages(self.gates.pages, self._freed)
+
+    def _freed(self, pages: Pages) -> None:
+        self.residence.forget(pages)
+
+    def _gone(self, pages: Pages, reason: str) -> None:
+        self.residence.gone(pages, reason)
+
+    # ---------------------------------------------------------------- rounds of the scheduler
+
+    def look(self) -> None:
+        """Take over a budget that has changed; all ranks in the same round."""
+        self._round += 1
+        cheap = self.agree is alone and not self.space.shared
+        if cheap or self._round % LOOK_EVERY == 1:
+            [self._budget] = self.agree([self.space.budget()])
+
+    # ---------------------------------------------------------------- prefixes
+
+    def promote(self, pages: Pages) -> None:
+        """A request that waits has these cached pages: bring them up as far as there is room."""
+        self.residence.promote(pages)
+
+    def usable(self, pages: Pages) -> int:
+        """How many of these cached pages, from the first on, can be read, on all ranks.
+
+        What is on a drive is read and verified now, so that a step never meets a page that is not
+        what was written.
+        """
+        if not len(pages):
+            return 0
+        good = self._leading(pages)
+        if self._may_lose:
+            self._read(pages[:good])
+            good = self._leading(pages[:good])
+            [good] = self.agree([good])
+        return good
+
+    def _leading(self, pages: Pages) -> int:
+        valid = self.residence.valid(pages)
+        return len(pages) if valid.all() else int(np.argmin(valid))
+
+    def _read(self, pages: Pages) -> None:
+        """Load what rests on the drive; what cannot be read is lost from then on."""
+        away = self.residence.on_drive(pages)
+        most = max(1, (self._budget - 1) // 4)
+        for start in range(0, len(away), most):
+            some = away[start : start + most]
+            try:
+                self.region.pin(some)
+            except PageLost as error:
+                log.warning("lost pages=%d: %s", len(some), error)
+            except TierFull:
+                return  # the batch that needs them makes room, or says why it cannot
+            else:
+                self.region.unpin(some)
+
+    # ---------------------------------------------------------------- content that is kept
+
+    @property
+    def persists(self) -> bool:
+        """Whether content outlives its pages, on a drive."""
+        return self._persists
+
+    def label(self, request: Hashable, tokens: Sequence[int], extra: str | None) -> None:
+        """The first whole pages of a request hold these tokens, and are its tree's from now on."""
+        held = self.residence.pages(request)
+        if not self._persists or held is None:
+            return
+        count = min(len(tokens) // self.layout.page_size, len(held))
+        done = self._labelled.get(request, 0)
+        if count <= done:
+            return
+        chain = self._chains.get(request)
+        if chain is None:
+            chain = self._chains[request] = self._chain(extra)
+        keys = chain.keys(tokens, count)[done:]
+        pages = np.array(held[done:count], np.int32)
+        here = self.residence.valid(pages) & (pages != PADDING)
+        if here.any():
+            self.region.label(pages[here], keys[here])
+        self._labelled[request] = count
+
+    def release(self, request: Hashable) -> None:
+        """A request has ended or was sent back: it holds nothing."""
+        self.residence.release(request)
+        self._chains.pop(request, None)
+        self._labelled.pop(request, None)
+
+    def kept(self, tokens: Sequence[int], extra: str | None, matched: int, pages: int) -> int:
+        """How many pages after the first `matched` of this prompt the drive has kept, agreed on."""
+        if not self._persists or pages <= matched:
+            return 0
+        keys = self._chain(extra).keys(tokens, pages)[matched:]
+        places = self.space.find(keys)
+        absent = np.flatnonzero(places == AT_NONE)
+        [count] = self.agree([int(absent[0]) if len(absent) else len(keys)])
+        return count
+
+    def adopt(self, tokens: Sequence[int], extra: str | None, matched: int, pages: Pages) -> int:
+        """Free pages take over what the drive kept of a prompt; how many, from the first on.
+
+        The rest of `pages` holds nothing. The same number on all ranks.
+        """
+        keys = self._chain(extra).keys(tokens, matched + len(pages))[matched:]
+        depths = np.arange(matched, matched + len(pages), dtype=np.int32)
+        deepest_first = slice(None, None, -1)
+        found = self.region.adopt(
+            keys[deepest_first], pages[deepest_first], depths=depths[deepest_first]
+        )[deepest_first]
+        missing = np.flatnonzero(found < 0)
+        [count] = self.agree([int(missing[0]) if len(missing) else len(pages)])
+        self.residence.adopted(pages[found >= 0])
+        return count
+
+    def _chain(self, extra: str | None) -> KeyChain:
+        salted = extra if self._salt is None else f"{self._salt}\0{extra}"
+        return KeyChain(self.layout.page_size, salted)
+
+    def page_numbers(self, indices: npt.NDArray[np.integer]) -> Pages:
+        """int32[n]: the pages of token indices of SGLang, one index a page."""
+        numbers: Pages = (indices // (self.layout.page_size * self.layout.stride)).astype(np.int32)
+        return numbers
+
+    def first_indices(self, pages: Pages) -> npt.NDArray[np.int64]:
+        """int64[n]: the index of the first token of each page, as SGLang knows it."""
+        return pages.astype(np.int64) * (self.layout.page_size * self.layout.stride)

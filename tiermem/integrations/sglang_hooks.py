@@ -1,0 +1,271 @@
+"""What runs before, after and around functions of SGLang, in a scheduler's process.
+
+A hook takes the function that it replaces where it runs around one, its result where it runs after
+it, then that function's own arguments. SGLang is untyped: its objects are `Any` here and nowhere
+else. What differs between its releases is in `sglang_compat`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from tiermem.integrations import sglang_compat as compat
+from tiermem.integrations import sglang_state as state
+from tiermem.integrations.sglang_engine import Engine
+from tiermem.integrations.sglang_pages import Pages
+from tiermem.integrations.sglang_pool import Plan
+from tiermem.integrations.sglang_releases import refuse_dead_hooks
+
+log = logging.getLogger(__name__)
+
+_plans: list[Plan] = []
+
+
+# ---------------------------------------------------------------- memory
+
+
+def profile(original: Callable[..., int], configurator: Any, *args: Any, **kwargs: Any) -> int:
+    """Around `_profile_available_bytes`: the bytes of all pages that have an address."""
+    stock = original(configurator, *args, **kwargs)
+    plan = Plan.of(configurator, stock)
+    _plans[:] = [plan]
+    return plan.pool_bytes
+
+
+def make_mha_buffers(original: Callable[..., None], pool: Any) -> None:
+    """Around `MHATokenToKVPool._create_buffers_normal`."""
+    engine = _begin(pool, (pool.head_num, pool.head_dim))
+    if pool.kv_cache_layout != "nhd" or pool.v_head_dim != pool.head_dim:
+        raise state.NotLive(
+            f"tiermem: KV layout {pool.kv_cache_layout}, head sizes {pool.head_dim} and "
+            f"{pool.v_head_dim}: the layout must be nhd, and keys as long as values"
+        )
+    shape = (pool.head_num, pool.head_dim)
+    parts = [engine.buffer(i, pool.store_dtype, shape) for i in range(2 * pool.layer_num)]
+    pool.k_buffer, pool.v_buffer = parts[0::2], parts[1::2]
+    engine.blank_padding(parts[0])
+
+
+def make_mla_buffers(original: Callable[..., None], pool: Any) -> None:
+    """Around `MLATokenToKVPool._create_buffers`."""
+    if pool.use_dsa:
+        raise state.NotLive("tiermem: sparse attention (DSA) keeps an index beside its KV cache")
+    shape = (1, pool.kv_cache_dim)
+    engine = _begin(pool, shape)
+    pool.kv_buffer = [engine.buffer(i, pool.store_dtype, shape) for i in range(pool.layer_num)]
+    engine.blank_padding(pool.kv_buffer[0])
+
+
+def _begin(pool: Any, row_shape: tuple[int, int]) -> Engine:
+    plan = _plans.pop() if _plans else None
+    if plan is None:
+        raise state.NotLive(
+            "tiermem: SGLang makes a KV pool whose size it did not ask for (a draft model, or a "
+            "second pool); one pool in a process"
+        )
+    plan.refuse_unlike(pool, row_shape)
+    engine = plan.open(pool.size // pool.page_size)
+    state.begin(engine)
+    return engine
+
+
+def tell_size(result: Any, pool: Any) -> Any:
+    """After `get_kv_size_bytes`: each of the pool's tensors reaches over all of it."""
+    total = state.engine().region.nbytes
+    return (total // 2, total - total // 2) if isinstance(result, tuple) else total
+
+
+# ---------------------------------------------------------------- the scheduler
+
+
+def ready(result: None, scheduler: Any, *args: Any, **kwargs: Any) -> None:
+    """After `Scheduler.__init__`: everything is as it must be, or the engine stops here."""
+    from tiermem.integrations.sglang_allocator import PageMajorAllocator
+
+    engine = state.engine()
+    refuse_dead_hooks()
+    if not isinstance(scheduler.token_to_kv_pool_allocator, PageMajorAllocator):
+        kind = type(scheduler.token_to_kv_pool_allocator).__name__
+        raise state.NotLive(
+            f"tiermem: SGLang allocates with {kind}, which numbers no pages of ours"
+        )
+    engine.agree = compat.agreement(scheduler)
+    engine.stream = compat.forward_stream(scheduler)
+    engine.look()
+    longest = engine.gates.longest_request() - 1
+    scheduler.max_req_len = min(scheduler.max_req_len, longest)
+    scheduler.max_req_input_len = min(scheduler.max_req_input_len, longest - 5)
+    log.info(
+        "serving pages=%d page_bytes=%d resident=%d longest_request=%d",
+        engine.gates.pages,
+        engine.layout.page_bytes,
+        engine.space.budget(),
+        scheduler.max_req_len,
+    )
+
+
+def look(scheduler: Any, *args: Any, **kwargs: Any) -> None:
+    """Before `get_next_batch_to_run`: what has changed by itself since the last round."""
+    state.engine().look()
+    scheduler.token_to_kv_pool_allocator.pages.settle()
+
+
+def step(scheduler: Any, batch: Any, *args: Any, **kwargs: Any) -> None:
+    """Before `run_batch`: every page that the batch touches is on the GPU, or will be in time."""
+    engine = state.engine()
+    living = {*batch.reqs, *scheduler.running_batch.reqs}
+    if scheduler.last_batch is not None:
+        living.update(scheduler.last_batch.reqs)
+    if scheduler.chunked_req is not None:
+        living.add(scheduler.chunked_req)
+    engine.residence.release_others(living)
+    stale = [req for req in batch.reqs if not _is_followed(engine, req)]
+    if stale:
+        _read_rows(engine, batch, stale)
+    engine.residence.ensure(batch.reqs)
+
+
+def clip(result: None, scheduler: Any, req: Any) -> None:
+    """After `init_req_max_new_tokens`: a request that never fits is not let in."""
+    engine = state.engine()
+    room = engine.gates.longest_request() - 1 - len(req.origin_input_ids)
+    params = req.sampling_params
+    params.max_new_tokens = max(0, min(params.max_new_tokens, room))
+    params.min_new_tokens = min(params.min_new_tokens, params.max_new_tokens)
+
+
+def queued(result: None, scheduler: Any, req: Any, *args: Any, **kwargs: Any) -> None:
+    """After `_add_request_to_queue`: what is cached of its prompt starts on its way up."""
+    engine = state.engine()
+    tree = scheduler.tree_cache
+    if compat.caches_nothing(tree):
+        return
+    pages = compat.probe(engine, tree, req)
+    whole = (len(req.full_untruncated_fill_ids) - 1) // engine.layout.page_size
+    kept = engine.kept(req.full_untruncated_fill_ids, compat.extra_of(req), len(pages), whole)
+    if kept:
+        pages = np.concatenate([pages, _adopt(engine, scheduler, req, len(pages), kept)])
+    if len(pages):
+        engine.promote(pages)
+
+
+def _adopt(engine: Engine, scheduler: Any, req: Any, matched: int, count: int) -> Pages:
+    """The tree learns of pages that the drive has kept. Returns these pages."""
+    allocator, tree = scheduler.token_to_kv_pool_allocator, scheduler.tree_cache
+    compat.make_room(tree, req, count * engine.layout.page_size)
+    [count] = engine.agree([min(count, len(allocator.pages))])
+    pages = allocator.take_pages(count) if count else None
+    if pages is None:
+        return np.empty(0, np.int32)
+    tokens = req.full_untruncated_fill_ids
+    good = engine.adopt(tokens, compat.extra_of(req), matched, pages)
+    if good < count:
+        allocator.give_pages(pages[good:])
+    if good:
+        compat.insert(engine, tree, req, matched, pages[:good])
+    taken: Pages = pages[:good]
+    return taken
+
+
+# ---------------------------------------------------------------- gates
+
+
+def withhold(result: None, budget: Any, *args: Any, **kwargs: Any) -> None:
+    """After the constructor of what counts a prefill's tokens: less than SGLang's own count."""
+    compat.withhold(budget, state.engine().gates.withheld_tokens())
+
+
+def fits_decode(original: Callable[..., bool], batch: Any, *args: Any, **kwargs: Any) -> bool:
+    """Around `check_decode_mem`: the next step fits into the pool, and onto the GPU."""
+    if not original(batch, *args, **kwargs):
+        return False
+    needed = batch.new_tokens_required_next_decode(*args, **kwargs)
+    free = batch.token_to_kv_pool_allocator.available_size()
+    spare = state.engine().gates.spare_tokens(free, batch.tree_cache.evictable_size())
+    return bool(spare >= needed)
+
+
+# ---------------------------------------------------------------- requests and their pages
+
+
+def extended(result: Any, batch: Any) -> None:
+    """After `alloc_for_extend`: which pages each request has now."""
+    engine = state.engine()
+    size = engine.layout.page_size
+    taken = batch.token_to_kv_pool_allocator.taken
+    unknown = []
+    for req, prefix, new in zip(batch.reqs, batch.prefix_lens, taken, strict=True):
+        held = engine.residence.pages(req)
+        whole = -(-prefix // size)
+        if not whole or (held is not None and len(held) == whole):
+            engine.residence.follow(req, [*(held or ())[:whole], *new.tolist()])
+        else:
+            unknown.append(req)
+    if unknown:
+        _read_rows(engine, batch, unknown)
+
+
+def decoded(result: Any, batch: Any, token_per_req: int) -> None:
+    """After `alloc_for_decode`: further pages of some requests."""
+    engine = state.engine()
+    for req, new in zip(batch.reqs, batch.token_to_kv_pool_allocator.taken, strict=True):
+        if len(new) and engine.residence.pages(req) is not None:
+            engine.residence.extend(req, new.tolist())
+
+
+def shared(original: Callable[..., None], req: Any, tree: Any, *args: Any, **kwargs: Any) -> None:
+    """Around what puts a running request into the tree: it may get the tree's pages for its own."""
+    engine = state.engine()
+    allocator = tree.token_to_kv_pool_allocator
+    before = allocator.released
+    original(req, tree, *args, **kwargs)
+    if compat.caches_nothing(tree):
+        return
+    if allocator.released != before:
+        numbers = compat.row(engine, tree.req_to_token_pool, [req])[0]
+        engine.residence.follow(req, numbers.tolist())
+    engine.label(req, compat.written_tokens(req), compat.extra_of(req))
+
+
+def released(original: Callable[..., None], req: Any, tree: Any, *args: Any, **kwargs: Any) -> None:
+    """Around `release_kv_cache`: what the tree takes over gets its name, the rest is let go."""
+    engine = state.engine()
+    if compat.keeps(req, args, kwargs) and not compat.caches_nothing(tree):
+        engine.label(req, compat.committed_tokens(req), compat.extra_of(req))
+    original(req, tree, *args, **kwargs)
+    engine.release(req)
+
+
+def matched(
+    original: Callable[..., None], req: Any, tree: Any = None, *args: Any, **kwargs: Any
+) -> None:
+    """Around `init_next_round_input`: a prefix counts as far as its bytes are there."""
+    original(req, tree, *args, **kwargs)
+    if tree is None or compat.caches_nothing(tree):
+        return
+    engine = state.engine()
+    pages = compat.matched_pages(engine, tree, req)
+    good = engine.usable(pages)
+    if good < len(pages):
+        log.warning("lost prefix pages=%d of %d: computed again", len(pages) - good, len(pages))
+        compat.uproot(engine, tree, req, good)
+        original(req, tree, *args, **kwargs)
+        left = len(compat.matched_pages(engine, tree, req))
+        if left > good:
+            raise state.NotLive(f"tiermem: {left} pages of a prefix are in use, {good} are there")
+
+
+def _is_followed(engine: Engine, req: Any) -> bool:
+    held = engine.residence.pages(req)
+    return held is not None and len(held) == compat.page_count(engine, req)
+
+
+def _read_rows(engine: Engine, batch: Any, reqs: list[Any]) -> None:
+    """Which pages these requests have, from SGLang's own table; waits for the GPU."""
+    rows = compat.row(engine, batch.req_to_token_pool, reqs)
+    for req, numbers in zip(reqs, rows, strict=True):
+        engine.residence.follow(req, numbers.tolist())

@@ -1,0 +1,256 @@
+"""Which pages must be on the GPU for which request, and how they get there.
+
+A request holds its pages from its first batch on until it is released; so a step costs something
+only for what is new in it. Pages that several requests share are pinned once. Everything else may
+leave by the policies, after the work that was queued on the forward stream when it was released.
+
+One thread, SGLang's scheduler, makes all calls but `gone`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Collection, Hashable, Iterable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from tiermem.errors import NotOurs, TierFull
+from tiermem.planner import Access
+from tiermem.region import Hint
+from tiermem.tier import AT_GPU, AT_LOST, AT_NONE, AT_NVME, Mask
+
+log = logging.getLogger(__name__)
+
+Pages = npt.NDArray[np.int32]
+_NO_PAGES = np.empty(0, np.int32)
+PADDING = 0
+
+
+class PagedRegion(Protocol):
+    """What this module uses of a `Region`."""
+
+    @property
+    def pages(self) -> int: ...
+
+    def allocate(self, n: int, *, pages: Pages, depths: Pages) -> Pages: ...
+
+    def pin(self, pages: Pages, access: Access = "read", stream: int | None = None) -> None: ...
+
+    def unpin(self, pages: Pages, stream: int | None = None) -> None: ...
+
+    def touch(self, pages: Pages) -> None: ...
+
+    def hint(self, pages: Pages, hint: Hint) -> None: ...
+
+    def shelve(self, pages: Pages) -> None: ...
+
+    def where(self, pages: Pages) -> npt.NDArray[np.uint8]: ...
+
+
+@dataclass(slots=True)
+class _Held:
+    """Pages of a request in the order of its tokens; the first `pinned` of them are pinned."""
+
+    pages: list[int] = field(default_factory=list)
+    pinned: int = 0
+    written: int = -1
+    """A page that was let go unfinished: it will be written again."""
+
+
+class Residence:
+    """The pages of one engine's pool."""
+
+    def __init__(self, region: PagedRegion, stream: Callable[[], int | None]) -> None:
+        """stream: the one that the engine's next work is queued on. Page 0 becomes resident."""
+        self._region = region
+        self._stream = stream
+        self._held: dict[Hashable, _Held] = {}
+        self._users = np.zeros(region.pages, np.int32)
+        self._backed = np.zeros(region.pages, np.bool_)
+        self.let_go = 0
+        """Requests whose pages had to leave while they were not in the batch."""
+        padding = np.array([PADDING], np.int32)
+        region.allocate(1, pages=padding, depths=padding)
+        region.pin(padding, "write")
+        self._backed[PADDING] = True
+
+    # ---------------------------------------------------------------- what requests hold
+
+    def follow(self, request: Hashable, pages: Iterable[int]) -> None:
+        """These are all pages of a request, in order; it keeps the pins on what is unchanged."""
+        new = list(pages)
+        held = self._held.get(request)
+        if held is None:
+            self._held[request] = _Held(new)
+            return
+        same = 0
+        while same < held.pinned and same < len(new) and new[same] == held.pages[same]:
+            same += 1
+        self._unpin(held, same)
+        held.pages = new
+
+    def extend(self, request: Hashable, pages: Iterable[int]) -> None:
+        """A request has further pages."""
+        self._held[request].pages.extend(pages)
+
+    def pages(self, request: Hashable) -> list[int] | None:
+        """The pages of a request, in order; None if it is not followed. Not to be changed."""
+        held = self._held.get(request)
+        return None if held is None else held.pages
+
+    def release(self, request: Hashable) -> None:
+        """A request has ended, or left the GPU: it holds nothing. Twice is fine."""
+        held = self._held.pop(request, None)
+        if held is not None and held.pinned:
+            deepest_first = np.array(held.pages[: held.pinned][::-1], np.int32)
+            self._region.touch(deepest_first)
+            self._unpin(held, 0)
+
+    def release_others(self, living: Collection[Hashable]) -> None:
+        """Release every request that is not among these."""
+        for request in [r for r in self._held if r not in living]:
+            self.release(request)
+
+    # ---------------------------------------------------------------- before a step
+
+    def ensure(self, batch: Collection[Hashable]) -> None:
+        """All pages of these requests may be touched by what is queued on the stream next.
+
+        Loads from host memory are waited for by the stream, those from a drive by the caller.
+        Raises TierFull if they do not fit into the budget together, PageLost.
+        """
+        lacking = [held for r in batch if (held := self._held[r]).pinned < len(held.pages)]
+        if not lacking:
+            return
+        try:
+            self._pin(lacking)
+        except TierFull:
+            waiting = [h for r, h in self._held.items() if r not in batch and h.pinned]
+            if not waiting:
+                raise
+            for held in waiting:
+                held.written = held.pages[held.pinned - 1]
+                self._unpin(held, 0)
+            self.let_go += len(waiting)
+            self._pin(lacking)
+
+    def _pin(self, lacking: list[_Held]) -> None:
+        stream = self._stream()
+        pages = np.array([p for h in lacking for p in h.pages[h.pinned :]], np.int32)
+        pages = np.unique(pages[self._users[pages] == 0])
+        fresh = pages[~self._backed[pages]]
+        old = pages[self._backed[pages]]
+        again = np.array([h.written for h in lacking if h.written >= 0], np.int32)
+        rewritten = old[np.isin(old, again)]
+        taken: list[Pages] = []
+        try:
+            for some, access in ((old[~np.isin(old, again)], "read"), (rewritten, "write")):
+                if len(some):
+                    self._region.pin(some, access, stream)  # type: ignore[arg-type]
+                    taken.append(some)
+            if len(fresh):
+                self._allocate(fresh, lacking)
+                self._region.pin(fresh, "write")
+        except BaseException:
+            for some in taken:
+                self._region.unpin(some, stream)
+            raise
+        for held in lacking:
+            self._users[held.pages[held.pinned :]] += 1
+            held.pinned = len(held.pages)
+            held.written = -1
+
+    def _allocate(self, fresh: Pages, lacking: list[_Held]) -> None:
+        depth_of = {p: i for h in lacking for i, p in enumerate(h.pages[h.pinned :], h.pinned)}
+        depths = np.array([depth_of[p] for p in fresh.tolist()], np.int32)
+        deepest_first = np.argsort(-depths, kind="stable")
+        self._region.allocate(len(fresh), pages=fresh[deepest_first], depths=depths[deepest_first])
+        self._backed[fresh] = True
+
+    def _unpin(self, held: _Held, keep: int) -> None:
+        """Pins of all but the first `keep` pages are given back."""
+        left = np.array(held.pages[keep : held.pinned], np.int32)
+        held.pinned = min(held.pinned, keep)
+        if not len(left):
+            return
+        self._users[left] -= 1
+        idle = left[self._users[left] == 0]
+        if len(idle):
+            self._region.unpin(idle, self._stream())
+
+    # ---------------------------------------------------------------- what the pool holds
+
+    def forget(self, pages: Pages) -> None:
+        """The engine has freed these pages: they are dropped in all tiers.
+
+        Only content that has a name and a copy on a drive that is kept stays there.
+        """
+        if self._users[pages].any():
+            self._let_go_of(set(pages.tolist()))
+        while True:
+            backed = pages[self._backed[pages]]
+            if not len(backed):
+                return
+            try:
+                self._region.shelve(backed)
+            except NotOurs:  # one was dropped just now, by itself
+                alive = self._region.where(backed) != AT_NONE
+                self._backed[backed[~alive]] = False
+                if alive.all():
+                    raise
+                continue
+            self._backed[backed] = False
+            return
+
+    def _let_go_of(self, pages: set[int]) -> None:
+        for held in self._held.values():
+            for i, page in enumerate(held.pages):
+                if page in pages:
+                    self._unpin(held, i)
+                    del held.pages[i:]
+                    break
+
+    def gone(self, pages: Pages, reason: str) -> None:
+        """The tiers dropped or lost pages that the engine still counts on. From any thread."""
+        log.debug("gone pages=%d reason=%s", len(pages), reason)
+        self._backed[pages] = False
+
+    def valid(self, pages: Pages) -> Mask:
+        """bool[n]: which of these pages still have their bytes, as far as is known."""
+        mask: Mask = self._backed[pages]
+        if mask.any():
+            mask = mask.copy()
+            mask[mask] = self._alive(pages[mask])
+        return mask
+
+    def _alive(self, pages: Pages) -> Mask:
+        places = self._region.where(pages)
+        alive: Mask = (places != AT_LOST) & (places != AT_NONE)
+        return alive
+
+    def adopted(self, pages: Pages) -> None:
+        """The region has taken over bytes for these pages from an earlier run."""
+        self._backed[pages] = True
+
+    def promote(self, pages: Pages) -> None:
+        """These pages will be wanted soon, the first of them first."""
+        backed = pages[self._backed[pages]]
+        if len(backed):
+            away = backed[self._region.where(backed) != AT_GPU]
+            if len(away):
+                self._region.hint(away, Hint.SOON)
+
+    def on_drive(self, pages: Pages) -> Pages:
+        """Those of these pages that rest on a drive."""
+        backed = pages[self._backed[pages]]
+        found: Pages = backed[self._region.where(backed) == AT_NVME] if len(backed) else _NO_PAGES
+        return found
+
+    def reset(self) -> None:
+        """The engine has flushed its cache: every page but the padding is free."""
+        self.release_others(())
+        pages = np.flatnonzero(self._backed).astype(np.int32)
+        self.forget(pages[pages != PADDING])

@@ -1,0 +1,95 @@
+"""How large SGLang's pool is: frames on the GPU and pages with an address, from a configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from tiermem import drive, units
+from tiermem.assemble import survey
+from tiermem.config import Config, load
+from tiermem.errors import ConfigError
+from tiermem.integrations.sglang_gates import RESERVED
+
+LEAST_FRAMES = 3
+"""Padding, a page to read and a page to write."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """Pages of one rank in each tier."""
+
+    gpu: int
+    host: int
+    nvme: int
+
+    @property
+    def virtual(self) -> int:
+        """Pages that SGLang may hand out.
+
+        Each has a place below the GPU, so that a whole batch can give way to another one; with
+        small tiers below, those that are on the GPU at once.
+        """
+        return max(self.gpu - RESERVED, self.host + self.nvme)
+
+
+def rank_config(config: Config, page_bytes: int, device: str, ranks: int, rank: int = 0) -> Config:
+    """The configuration of one of `ranks` processes on this machine that serve one model.
+
+    gpu.budget is each one's; host memory and drive are shared out equally. Metrics come on the
+    port of rank 0 and those behind it. device: "cpu", "cuda:0".
+    """
+    given = config.settings()
+    overrides: dict[str, object] = {"gpu.page": page_bytes, "gpu.device": device}
+    for key in ("host.capacity", "nvme.capacity"):
+        size = given[key]
+        assert isinstance(size, int | float), "capacities are sizes"
+        overrides[key] = size // ranks if isinstance(size, int) else size / ranks
+    if config.metrics.port is not None:
+        overrides["metrics.port"] = config.metrics.port + rank
+    if config.trace.path is not None and rank:
+        overrides["trace.path"] = str(config.trace.path.with_suffix(f".rank{rank}"))
+    if config.nvme.path is None:
+        del overrides["nvme.capacity"]
+    return _overridden(config, overrides)
+
+
+def plan(
+    config: Config, page_bytes: int, stock_bytes: int, agree: Callable[[list[int]], list[int]]
+) -> Sizes:
+    """What fits on this machine: at most what SGLang itself found free, the same on all ranks.
+
+    config: of one rank. agree: the least of each number over all ranks.
+    """
+    ground = survey(config)
+    gpu = min(ground.sizes.gpu, stock_bytes) // page_bytes
+    host = ground.sizes.host // page_bytes
+    nvme = drive.slots_in(config, ground.sizes.nvme, page_bytes)
+    sizes = Sizes(*agree([gpu, host, nvme]))
+    if sizes.gpu < LEAST_FRAMES:
+        raise ConfigError(
+            f"sglang: {sizes.gpu} pages of {units.format_bytes(page_bytes)} fit on the GPU, at "
+            f"least {LEAST_FRAMES} are needed (gpu.budget = {ground.sizes.gpu} bytes, SGLang found "
+            f"{stock_bytes} free); raise gpu.budget or --mem-fraction-static"
+        )
+    return sizes
+
+
+def opened(config: Config, sizes: Sizes, page_bytes: int) -> Config:
+    """The configuration that a rank's space is opened with: sizes that all ranks agreed on."""
+    from tiermem.nvme.slab import bytes_for
+
+    overrides: dict[str, object] = {
+        "gpu.budget": sizes.gpu * page_bytes,
+        "host.capacity": sizes.host * page_bytes,
+    }
+    if sizes.nvme:
+        overrides["nvme.capacity"] = bytes_for(sizes.nvme, page_bytes)
+    return _overridden(config, overrides)
+
+
+def _overridden(config: Config, overrides: dict[str, object]) -> Config:
+    """A configuration whose file is still followed while it runs, with other values."""
+    given = config.settings()
+    kept = {key: given[key] for key in given if config.source(key) in ("code", "override")}
+    return load(config.file, overrides={**kept, **overrides})
