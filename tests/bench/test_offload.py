@@ -264,9 +264,10 @@ class CountingFile:
 
 def test_kvikio_is_given_each_page_at_its_own_offset_and_no_more_than_the_depth() -> None:
     told, file = Everything(), CountingFile(PAGE)
-    run = Run(replace(settings(Path("/")), nvme=None), survey(Path("/nonexistent")), told)
+    run = Run(settings(None), survey(Path("/nonexistent")), told)
     frames, offsets = [100 * i for i in range(40)], [7 + 1000 * i for i in range(40)]
-    offload_direct.rows(run, file, frames, offsets, PAGE, "kvikio made")
+    ways = list(offload_direct.measured(run.settings, file, frames, offsets, PAGE))
+    offload_direct.add(run, ways, PAGE, "kvikio made")
     assert [(one.route, one.group, one.work) for one in run.rows] == [
         ("gpu-nvme", 8, "kvikio"), ("gpu-nvme", 32, "kvikio"),
         ("nvme-gpu", 8, "kvikio"), ("nvme-gpu", 32, "kvikio"),
@@ -274,9 +275,23 @@ def test_kvikio_is_given_each_page_at_its_own_offset_and_no_more_than_the_depth(
     pairs = set(zip(frames, offsets, strict=True))
     assert file.writes == file.reads == pairs
     assert (file.most, file.flying) == (32, 0)
-    assert run.written > 0
+    assert run.written > offload_direct.PAGES * PAGE
     with pytest.raises(TierFailed, match=f"moved 5 of {PAGE}"):
-        offload_direct.rows(run, CountingFile(5), frames, offsets, PAGE, "kvikio made")
+        list(offload_direct.measured(run.settings, CountingFile(5), frames, offsets, PAGE))
+
+
+def test_a_child_of_kvikio_that_crashes_or_prints_its_laps_is_understood(tmp_path: Path) -> None:
+    """Stands for Python: a script that is called in its place."""
+    told = tmp_path / "told"
+    told.write_text('#!/bin/sh\necho noise; echo "[[true, 8, [[1000000000, 0.5, 0.1]]]]"\n')
+    crashed = tmp_path / "crashed"
+    crashed.write_text("#!/bin/sh\necho why >&2; kill -SEGV $$\n")
+    for script in (told, crashed):
+        script.chmod(0o700)
+    [way] = offload_direct.ask(settings(tmp_path), PAGE, True, str(told))
+    assert (way.storing, way.depth, way.laps) == (True, 8, [Lap(1_000_000_000, 0.5, 0.1)])
+    with pytest.raises(TierFailed, match="ended with -11"):
+        offload_direct.ask(settings(tmp_path), PAGE, True, str(crashed))
 
 
 def test_without_kvikio_the_direct_way_is_left_out_and_said(tmp_path: Path) -> None:

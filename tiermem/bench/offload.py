@@ -93,8 +93,8 @@ def _of_cuda(settings: Settings, cell: float) -> Iterator[Section]:
         yield Section(name, 1, cell + 0.5, partial(cuda.in_place, page=page))
     if settings.nvme is not None:
         by_kvikio = partial(direct.direct, page=settings.pages[0])
-        n = direct.steps()
-        yield Section("GPU to NVMe by kvikio", n, 3.0 + n * cell, by_kvikio)
+        each = 2 * len(direct.DEPTHS) * cell
+        yield Section("GPU to NVMe by kvikio", direct.STEPS, 12.0 + each, by_kvikio)
     count = gpus()
     if count > 1:
         several = partial(cuda.together, page=settings.pages[0], count=count)

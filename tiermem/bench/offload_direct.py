@@ -1,20 +1,25 @@
 """GPU memory to the drive and back through kvikio: what a direct route could carry.
 
-No tier uses it: nothing here can check on the GPU what was read (`nvme/kvikio`). Which way kvikio
-really takes is found by a probe in a child process first, because cuFile can hang.
+No tier uses it: what was read is not checked here. A probe finds which way kvikio really takes, and
+both it and the measurement run in child processes, because cuFile can hang and can crash.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import json
+import subprocess
+import sys
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 
-from tiermem.bench.offload_run import Run
+from tiermem.bench.offload_run import Run, Settings, for_a_while
 from tiermem.bench.rig import Lap, Watch
 from tiermem.errors import TierFailed
 from tiermem.nvme import kvikio
@@ -26,6 +31,16 @@ from tiermem.units import format_exactly
 PAGES = 128
 DEPTHS = (8, 32)
 PROBE_S = 12.0
+CHILD_S = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """One direction at one depth."""
+
+    storing: bool
+    depth: int
+    laps: list[Lap]
 
 
 def direct(run: Run, page: int) -> None:
@@ -45,49 +60,79 @@ def direct(run: Run, page: int) -> None:
         return
     if probe.reason:
         run.note(f"kvikio goes by {probe.path}: {probe.reason.rstrip('; ')}")
+    run.told.begin(f"GPU to NVMe and back by kvikio, {format_exactly(page)}")
+    add(run, ask(run.settings, page, probe.path == "compat"), page, f"kvikio {probe.path}")
+
+
+def add(run: Run, ways: Sequence[Way], page: int, path: str) -> None:
+    """A row for each."""
+    run.written += PAGES * page
+    for way in ways:
+        ends = (GPU, NVME) if way.storing else (NVME, GPU)
+        names = (run.end_name(ends[0]), run.end_name(ends[1]))
+        if way.storing:
+            run.written += sum(lap.nbytes for lap in way.laps)
+        run.add(names, page, way.depth, way.laps, f"{path}, unchecked", work="kvikio")
+
+
+def ask(settings: Settings, page: int, compat: bool, python: str = sys.executable) -> list[Way]:
+    """What a child process measures. Raises TierFailed when it hangs, crashes or says nothing."""
+    command = [python, "-m", "tiermem.bench.offload_direct", str(settings.nvme), str(page)]
+    command += [str(settings.index), str(settings.seconds), str(settings.rounds), str(int(compat))]
+    try:
+        told = subprocess.run(command, capture_output=True, text=True, timeout=CHILD_S, check=False)
+    except subprocess.TimeoutExpired:
+        raise TierFailed(f"kvikio: no answer in {CHILD_S:.0f} s") from None
+    if told.returncode != 0:
+        said = (told.stderr.strip().splitlines() or ["nothing"])[-1]
+        raise TierFailed(f"kvikio: the child ended with {told.returncode} and said: {said}")
+    ways = json.loads(told.stdout.splitlines()[-1])
+    return [Way(storing, depth, [Lap(*lap) for lap in laps]) for storing, depth, laps in ways]
+
+
+def main(arguments: Sequence[str]) -> None:
+    """The child: measure on a slab and frames of its own, and print the laps as JSON."""
     from tiermem.gpu.vmm import CudaDevice
 
-    index = run.settings.index
+    directory, page, index = Path(arguments[0]), int(arguments[1]), int(arguments[2])
+    settings = Settings(
+        device=f"cuda:{index}",
+        pages=(page,),
+        rounds=int(arguments[4]),
+        seconds=float(arguments[3]),
+        work_bytes=PAGES * page,
+        nvme=directory,
+    )
     device = CudaDevice(index, page, PAGES, PAGES)
-    try:
-        device.frames.wait_ready()
-        frames = device.frames.addresses(np.arange(PAGES, dtype=np.int32)).tolist()
-        slab = Slab(run.settings.nvme, page, PAGES)
-        try:
-            slab.wait_ready(PAGES)
-            run.written += PAGES * page
-            file = KvikioFile(slab, compat=probe.path == "compat")
-            try:
-                offsets = [slab.offset(i) for i in range(PAGES)]
-                with device.context:
-                    rows(run, file, frames, offsets, page, f"kvikio {probe.path}, unchecked")
-            finally:
-                file.close()
-        finally:
-            slab.close()
-    finally:
-        device.close()
+    slab = Slab(directory, page, PAGES)
+    device.frames.wait_ready()
+    slab.wait_ready(PAGES)
+    frames = device.frames.addresses(np.arange(PAGES, dtype=np.int32)).tolist()
+    offsets = [slab.offset(i) for i in range(PAGES)]
+    file = KvikioFile(slab, compat=bool(int(arguments[5])))
+    with device.context:
+        ways = list(measured(settings, file, frames, offsets, page))
+    file.close()
+    slab.close()
+    device.close()
+    laps = [[(lap.nbytes, lap.took_s, lap.cpu_s) for lap in way.laps] for way in ways]
+    told = [(way.storing, way.depth, found) for way, found in zip(ways, laps, strict=True)]
+    sys.stdout.write(json.dumps(told) + "\n")
 
 
-def rows(
-    run: Run,
+def measured(
+    settings: Settings,
     file: DirectFile,
     frames: Sequence[int],
     offsets: Sequence[int],
     page: int,
-    path: str,
-) -> None:
+) -> Iterator[Way]:
     """frames, offsets: where each page is in memory and in the file. Writes before it reads."""
     for storing in (True, False):
         call = file.pwrite if storing else file.pread
-        ends = (GPU, NVME) if storing else (NVME, GPU)
-        names = (run.end_name(ends[0]), run.end_name(ends[1]))
         for depth in DEPTHS:
-            run.told.begin(f"{names[0]} to {names[1]} by kvikio, {format_exactly(page)} x {depth}")
-            laps = run.for_a_while(partial(_lap, call, frames, offsets, page, depth))
-            if storing:
-                run.written += sum(lap.nbytes for lap in laps)
-            run.add(names, page, depth, laps, path, work="kvikio")
+            lap = partial(_lap, call, frames, offsets, page, depth)
+            yield Way(storing, depth, for_a_while(lap, settings))
 
 
 def _lap(
@@ -122,6 +167,9 @@ def _end(pending: Pending, page: int) -> None:
         raise TierFailed(f"kvikio moved {moved} of {page} bytes")
 
 
-def steps() -> int:
-    """How many measurements `direct` announces."""
-    return 1 + 2 * len(DEPTHS)
+STEPS = 2
+"""Measurements that `direct` announces."""
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

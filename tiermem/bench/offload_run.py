@@ -67,7 +67,7 @@ class Settings:
     device: str
     pages: tuple[int, ...]
     rounds: int
-    """At most; see `Run.take`."""
+    """At most; see `take`."""
     seconds: float
     """Of one round of a bare route; rounds of the pager move a working set, however long."""
     work_bytes: int
@@ -136,24 +136,12 @@ class Run:
         return alone_per_s()
 
     def take(self, laps: Laps) -> list[Lap]:
-        """A round of warm-up, then rounds until they agree, at least LEAST and at most `rounds`."""
-        most = self.settings.rounds
-        with closing(laps):
-            next(laps)
-            found: list[Lap] = []
-            while len(found) < min(LEAST, most) or (len(found) < most and not _steady(found)):
-                found.append(next(laps))
-        return found
+        """As many rounds as are needed: see `take`."""
+        return take(laps, self.settings.rounds)
 
     def for_a_while(self, lap: Callable[[float], Lap]) -> list[Lap]:
         """Rounds of something that can be done for any number of seconds."""
-
-        def laps() -> Laps:
-            yield lap(WARM_UP * self.settings.seconds)
-            while True:
-                yield lap(self.settings.seconds)
-
-        return self.take(laps())
+        return for_a_while(lap, self.settings)
 
     def end_name(self, place: Place, gpu: int | None = None) -> str:
         """How a result file writes an end; the CPU device's frames are "gpu" without a number.
@@ -264,6 +252,27 @@ class Run:
             names.append(context.name)
             context.close()
         return msgspec.structs.replace(found, gpus=tuple(names), cuda=driver.version_text)
+
+
+def take(laps: Laps, most: int) -> list[Lap]:
+    """A round of warm-up, then rounds until they agree, at least LEAST and at most `most`."""
+    with closing(laps):
+        next(laps)
+        found: list[Lap] = []
+        while len(found) < min(LEAST, most) or (len(found) < most and not _steady(found)):
+            found.append(next(laps))
+    return found
+
+
+def for_a_while(lap: Callable[[float], Lap], settings: Settings) -> list[Lap]:
+    """Rounds of something that can be done for any number of seconds, after a short warm-up."""
+
+    def laps() -> Laps:
+        yield lap(WARM_UP * settings.seconds)
+        while True:
+            yield lap(settings.seconds)
+
+    return take(laps(), settings.rounds)
 
 
 def _steady(laps: Sequence[Lap]) -> bool:
