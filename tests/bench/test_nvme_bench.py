@@ -9,8 +9,11 @@ import msgspec
 import pytest
 from rich.console import Console
 
-from tiermem.bench import fio, nvme
+from tests.nvme.test_kvikio import PlainFile
+from tiermem.bench import fio, nvme, nvme_gpu
 from tiermem.errors import ConfigError
+from tiermem.gpu.emulated import EmulatedDevice
+from tiermem.nvme.kvikio import Probe
 from tiermem.nvme.mover import native_calls
 
 pytestmark = pytest.mark.skipif(native_calls() is None, reason="no C compiler")
@@ -66,3 +69,47 @@ def test_what_fio_says_when_it_cannot_run_is_passed_on(tmp_path: Path) -> None:
 def test_options_that_cannot_be_meant_are_refused(tmp_path: Path, options: dict[str, str]) -> None:
     with pytest.raises(ConfigError, match="--"):
         nvme.command(tmp_path, **options)  # type: ignore[arg-type]
+
+
+def test_the_ways_between_a_device_and_the_drive_are_measured_beside_their_legs(
+    tmp_path: Path,
+) -> None:
+    device = EmulatedDevice(64 << 10, 32)
+    try:
+        found = nvme_gpu.measure(device, tmp_path / "slab", pages=32, seconds=0.02, rounds=2)
+    finally:
+        device.close()
+    names = ["disk", "link", "ring of 8", "ring of 16", "ring of 32"]
+    assert [(w.direction, w.way) for w in found.ways] == [
+        (direction, name) for direction in ("GPU to NVMe", "NVMe to GPU") for name in names
+    ]
+    assert all(way.gbps > 0 and len(way.rounds_gbps) == 2 for way in found.ways)
+    compared = [way.way for way in found.ways if way.of_slower_leg is not None]
+    assert compared == names[2:] * 2
+    assert found.digest_agrees
+    assert found.digest_gbps > 0
+    whole = nvme.run(
+        tmp_path / "all", page=64 << 10, nbytes=1 << 20, depths=(1,), seconds=0.01, rounds=1,
+        gpu="cpu",
+    )  # fmt: skip
+    assert whole.gpu is not None
+    assert msgspec.json.decode(msgspec.json.encode(whole), type=nvme.Result) == whole
+    out = io.StringIO()
+    nvme.show(whole, Console(file=out, width=200))
+    assert "ring of 64" in out.getvalue()
+    assert "as the processor's" in out.getvalue()
+
+
+def test_kvikio_is_measured_where_its_probe_finds_a_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(nvme_gpu, "find_spec", lambda name: object())
+    monkeypatch.setattr(nvme_gpu, "probe", lambda where: Probe("gds", 3.0, 3.0))
+    monkeypatch.setattr(nvme_gpu, "KvikioFile", PlainFile)
+    device = EmulatedDevice(64 << 10, 8)
+    try:
+        found = nvme_gpu.measure(device, tmp_path / "slab", pages=8, seconds=0.02, rounds=1)
+    finally:
+        device.close()
+    assert [way.way for way in found.ways if way.of_slower_leg] == ["ring of 8", "kvikio (gds)"] * 2
+    assert "kvikio gds" in found.probe

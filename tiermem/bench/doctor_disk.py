@@ -189,4 +189,5 @@ def probed(found: Probe, module: str, mode: str) -> Line:
         return ok("GDS", f"{text}; posix O_DIRECT carries the bytes")
     rates = f"{found.write_gbps:.1f} GB/s written, {found.read_gbps:.1f} read"
     way = "GPUDirect Storage works" if found.path == "gds" else "kvikio takes its compat path"
-    return ok("GDS", f"{way}: {rates}{why}; {module}; nvme.mode is {mode}")
+    taken = "takes it" if found.is_faster or mode == "kvikio" else "goes through the host"
+    return ok("GDS", f"{way}: {rates}{why}; {module}; nvme.mode is {mode} and {taken}")

@@ -25,15 +25,17 @@ from rich.table import Table
 from tiermem import units
 from tiermem.bench import fio, output
 from tiermem.bench.machine import Machine, machine
-from tiermem.errors import ConfigError
+from tiermem.bench.nvme_gpu import GpuTable, measure
+from tiermem.errors import ConfigError, DriverError
 from tiermem.host.pinned import HostPool
 from tiermem.nvme.kept import Persist
 from tiermem.nvme.mover import Batch, Mover, native_calls
 from tiermem.nvme.posix import DiskThreads
 from tiermem.nvme.slab import Slab
-from tiermem.tier import PASSED, Addresses, Done, Mask, Memory, Place, Route, Slots
+from tiermem.tier import PASSED, Addresses, Device, Done, Mask, Memory, Place, Route, Slots
 
 DEPTHS = (1, 8, 32)
+GPU_PAGES = 128
 Sample = tuple[float, float]
 """Of one round: GB/s, and processor time a page in us."""
 ABSENT = "fio is not installed: apt install fio; its columns are empty and nothing is compared"
@@ -79,6 +81,8 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
     seconds: float
     rows: tuple[Row, ...]
     notes: tuple[str, ...]
+    gpu: GpuTable | None = None
+    """None where there is no GPU."""
 
 
 class BareMover(Mover):
@@ -219,13 +223,16 @@ def run(
     seconds: float = 1.0,
     rounds: int = 5,
     engines: Sequence[str] = fio.ENGINES,
+    gpu: str = "off",
     told: Callable[[str], None] = lambda text: None,
 ) -> Result:
     """Measure in a new directory under `where`, which is removed again.
 
     page: bytes of a slot; nbytes: size of the file and of the host memory used; seconds: of one
     measurement, of which a round has three in each direction at each depth, in turns;
-    engines: of fio, the first that works; told: progress.
+    engines: of fio, the first that works; gpu: whose ways to the drive are measured after that:
+    "auto" (the first GPU, if there is one), "cuda:1", "cpu" (the CPU device) or "off"; told:
+    progress.
     Raises ConfigError without native calls, for the plain way would measure the interpreter.
     """
     if native_calls() is None:
@@ -245,6 +252,7 @@ def run(
             )
         finally:
             bench.close()
+        table = _gpu_table(gpu, place / "gpu", page, seconds, rounds, told)
     finally:
         shutil.rmtree(place)
     return Result(
@@ -256,7 +264,40 @@ def run(
         seconds=seconds,
         rows=rows,
         notes=tuple(notes),
+        gpu=table,
     )
+
+
+def _gpu_table(
+    gpu: str, where: Path, page: int, seconds: float, rounds: int, told: Callable[[str], None]
+) -> GpuTable | None:
+    """The ways between a device and the drive; None without one, or where it is not wanted."""
+    device = _device(gpu, page)
+    if device is None:
+        return None
+    try:
+        return measure(device, where, pages=GPU_PAGES, seconds=seconds, rounds=rounds, told=told)
+    finally:
+        device.close()
+
+
+def _device(gpu: str, page: int) -> Device | None:
+    if gpu == "off":
+        return None
+    if gpu == "cpu":
+        from tiermem.gpu.emulated import EmulatedDevice
+
+        return EmulatedDevice(page, GPU_PAGES)
+    from tiermem.gpu.vmm import CudaDevice
+
+    try:
+        device = CudaDevice(0 if gpu == "auto" else int(gpu.partition(":")[2]), page, GPU_PAGES)
+    except DriverError:
+        if gpu == "auto":
+            return None
+        raise
+    device.frames.wait_ready(GPU_PAGES)
+    return device
 
 
 def _measure(
@@ -340,8 +381,29 @@ def show(found: Result, console: Console) -> None:
         style="dim",
         highlight=False,
     )
-    for note in found.notes:
+    if found.gpu is not None:
+        _show_gpu(found.gpu, console)
+    for note in (*found.notes, *(found.gpu.notes if found.gpu else ())):
         console.print(f"note: {note}", style="yellow", highlight=False, markup=False)
+
+
+def _show_gpu(found: GpuTable, console: Console) -> None:
+    size = units.format_bytes(found.page_bytes)
+    table = Table(title=f"{found.device} and the drive, pages of {size}, GB/s")
+    for heading in ("", "way", "rate", "rounds", "of the slower leg"):
+        table.add_column(heading, justify="right" if heading == "rate" else "left")
+    for way in found.ways:
+        spread = f"{min(way.rounds_gbps):.2f}-{max(way.rounds_gbps):.2f}"
+        ratio = _text(way.of_slower_leg, ".0%")
+        table.add_row(way.direction, way.way, f"{way.gbps:.2f}", spread, ratio)
+    console.print(table)
+    same = "as the processor's" if found.digest_agrees else "OTHER than the processor's"
+    console.print(
+        f"Checksums on the device: {found.digest_gbps:.1f} GB/s, {same}. {found.probe}.",
+        style="dim",
+        highlight=False,
+        markup=False,
+    )
 
 
 def _rates(row: Row, way: str) -> str:
@@ -362,6 +424,9 @@ def command(
     depths: Annotated[str, typer.Option(help="Pages in flight.")] = "1,8,32",
     seconds: Annotated[float, typer.Option(help="Length of one measurement.")] = 1.0,
     rounds: Annotated[int, typer.Option(help="Rounds; medians are shown.")] = 5,
+    gpu: Annotated[str, typer.Option(help="Whose way to the drive: auto, cuda:0, cpu, off.")] = (
+        "auto"
+    ),
     json: Annotated[str | None, typer.Option(help="Write JSON to this path, or to - .")] = None,
 ) -> None:
     """Measure the NVMe tier against fio, on the same file in the same run."""
@@ -374,6 +439,7 @@ def command(
             depths=_numbers(depths),
             seconds=seconds,
             rounds=rounds,
+            gpu=gpu,
             told=status.update,
         )
     if not output.emit(found, json):
