@@ -18,7 +18,7 @@ from rich.console import Console
 
 from tiermem import cli
 from tiermem.bench import stat
-from tiermem.config import Config, Gpu, Host, Metrics, Prefetch
+from tiermem.config import Config, Gpu, Host, Metrics, Prefetch, Shadow
 from tiermem.metrics import EVENTS, LOOPBACK, Endpoint, SpaceCollector
 from tiermem.policies.base import PrefetchQuality
 from tiermem.space import Space
@@ -139,6 +139,21 @@ def test_the_quality_of_prefetch_is_sent_as_it_is_documented() -> None:
     assert told["tiermem_prefetch_wasted_bytes_total",] == PAGE
     for sample in ours:
         assert all(f"`{value}`" in DOCS for value in sample.labels.values())
+
+
+def test_policies_on_trial_are_sent_as_it_is_documented() -> None:
+    trial = Shadow(policies=("lru",), sample=1.0)
+    with Space.open(msgspec.structs.replace(SMALL, shadow=trial)) as space:
+        families = list(SpaceCollector(space.statistics).collect())
+    ours = [s for f in families for s in f.samples if s.name.startswith("tiermem_shadow")]
+    assert {s.name for s in ours} == documented("shadow")
+    assert {(s.labels["policy"], s.labels["running"]) for s in ours} == {
+        ("classq", "true"),
+        ("lru", "false"),
+    }
+    whats = {s.labels["what"] for s in ours if "what" in s.labels}
+    assert all(f"`{what}`" in DOCS for what in whats)
+    assert len(whats) == 4
 
 
 def test_a_state_of_every_slot_adds_up_to_what_was_configured(busy_space: Space) -> None:

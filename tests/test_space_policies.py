@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
+import msgspec
 import numpy as np
 import pytest
 
 from tiermem import Config, Evict, Gpu, Host, Space
 from tiermem.bench import simulate, traces
-from tiermem.config import Trace
-from tiermem.errors import ConfigError, NotOurs
+from tiermem.bench.replay import Facts
+from tiermem.config import Shadow, Trace
+from tiermem.errors import BadPolicy, ConfigError, NotOurs
 from tiermem.policies.base import Candidates, EvictionBase, Ids
 from tiermem.policies.lru import LRU
 from tiermem.policies.recompute import ModelSpeed
@@ -212,3 +215,62 @@ def test_a_page_whose_frame_still_shows_it_costs_no_load() -> None:
         space.drain()
         assert region.where([7, 8]).tolist() == [Place.HOST] * 2
         assert region.split([7, 8], 16, FAST).load == 2
+
+
+def on_trial(policies: tuple[str, ...], tier: Literal["gpu", "host"] = "gpu") -> Config:
+    given = configured(Evict(gpu="s3fifo", gpu_params={"small": 0.2}))
+    return msgspec.structs.replace(given, shadow=Shadow(policies=policies, sample=1.0, tier=tier))
+
+
+def serve(region: Region, rounds: int, first: int = 0) -> None:
+    """Three sessions of four pages each take turns, then end; contents are named by keys."""
+    pages: dict[int, np.ndarray] = {}
+    for i in range(3 * rounds):
+        session = i % 3
+        if session not in pages:
+            keys = np.arange(4, 0, -1, dtype=np.uint64) + np.uint64(100 * (first + session + 1))
+            pages[session] = region.allocate(4, depths=[3, 2, 1, 0], keys=keys)
+        with region.use(pages[session]):
+            pass
+        region.finished(pages[session], Facts(session, i // 3))
+    region.free(np.concatenate([pages[session] for session in (2, 0, 1)]))
+
+
+def test_policies_on_trial_report_beside_the_one_that_runs() -> None:
+    with Space.open(on_trial(("lru", "fifo"))) as space, space.reserve(32 * PAGE) as region:
+        serve(region, rounds=5)
+        rows = space.statistics().shadow
+        assert [row.policy for row in rows] == ["s3fifo(small=0.2)", "lru", "fifo"]
+        assert [row.running for row in rows] == [True, False, False]
+        assert {(row.requests, row.accesses) for row in rows} == {(15, 60)}
+        lru = rows[1]
+        assert (lru.hits, lru.written) == (0, 52), "12 pages in turn over 8: LRU holds none in time"
+        assert lru.written_bytes == 52 * PAGE
+        assert lru.stall_s > 0, "what is missed is loaded from the host"
+        # With the host's 16 more everything stays.
+        assert "shadow.tier" in space.apply(on_trial(("lru",), tier="host"))
+        serve(region, rounds=2)
+        lru = space.statistics().shadow[1]
+        assert (lru.accesses, lru.hits, lru.stall_s) == (24, 12, 0.0)
+        serve(region, rounds=1)  # the same contents in other pages
+        lru = space.statistics().shadow[1]
+        assert (lru.accesses, lru.hits) == (36, 24)
+        serve(region, rounds=1, first=3)  # other contents in the same pages
+        lru = space.statistics().shadow[1]
+        assert (lru.accesses, lru.hits) == (48, 24)
+        with pytest.raises(BadPolicy, match="lru"):
+            space.apply(on_trial(("lruu",)))
+        assert len(space.statistics().shadow) == 2
+        space.apply(msgspec.structs.replace(on_trial(()), shadow=Shadow()))
+        assert space.statistics().shadow == ()
+        space.check()
+
+
+def test_an_imagined_tier_counts_in_units() -> None:
+    with Space.open(on_trial(("lru",))) as space:
+        region = space.reserve(32 * PAGE, unit_pages=4)
+        for unit in range(3):
+            pages = region.allocate(4)
+            region.finished(pages, Facts(unit, 1))
+        lru = space.statistics().shadow[1]
+        assert (lru.accesses, lru.written, lru.written_bytes) == (3, 1, 4 * PAGE)

@@ -8,7 +8,19 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from tiermem.config import Config, Evict, Gpu, Host, Log, Metrics, Nvme, Prefetch, Share, Trace
+    from tiermem.config import (
+        Config,
+        Evict,
+        Gpu,
+        Host,
+        Log,
+        Metrics,
+        Nvme,
+        Prefetch,
+        Shadow,
+        Share,
+        Trace,
+    )
     from tiermem.config import load as load
     from tiermem.errors import (
         BadPolicy,
@@ -47,6 +59,7 @@ __all__ = [
     "PageLost",
     "Prefetch",
     "Region",
+    "Shadow",
     "Share",
     "Space",
     "TierFailed",

@@ -50,6 +50,8 @@ class Attic(Descent):
         if len(rows):
             self.contents.label(rows, page_keys(keys, len(rows) // len(keys)))
             table.flags[rows] |= LABELLED
+            if self.onlooker is not None:
+                self.onlooker.named(table.heads(rows), keys[:, 0])
             self._note_stored(rows)
             self._note_unsaved(rows)
 
@@ -118,6 +120,8 @@ class Attic(Descent):
         table.at[old] = AT_NONE
         table.flags[old] = 0
         self._rest_on_drive(rows, slots, keys, now)
+        if self.onlooker is not None:
+            self.onlooker.named(heads, keys[:: shelved.shape[1], 0])
         self._note_stored(rows[np.isin(old, self._noted())])
         self.counts["adopted"] += len(rows)
         return plans

@@ -16,7 +16,7 @@ import numpy as np
 from tiermem.contents import Contents
 from tiermem.errors import TierFailed
 from tiermem.plan import Copy, Drop, Hide, Plan, Request, Show, ShowInPlace, Step
-from tiermem.policies.base import Admission, Keys, PrefetchGauge
+from tiermem.policies.base import Admission, Keys, Onlooker, PrefetchGauge
 from tiermem.ranking import Ranking
 from tiermem.table import (
     DOOMED,
@@ -99,6 +99,7 @@ class Books:
         self.limits: dict[Place, int] = {}
         self.admission: Admission | None = None  # who is asked before a write to NVMe
         self.gauge: PrefetchGauge | None = None  # told what becomes of pages loaded ahead
+        self.onlooker: Onlooker | None = None  # follows requests, for policies on trial
         self._admitted: set[int] = set()  # units that may be written and found no slot yet
         self.crossover: Crossover | None = None  # None: nothing is read in place
         self.growing: set[Place] = set()  # tiers that will have more slots without our doing

@@ -33,6 +33,7 @@ from tiermem.sections import (
     Metrics,
     Nvme,
     Prefetch,
+    Shadow,
     Share,
     Trace,
 )
@@ -52,6 +53,7 @@ __all__ = [
     "Metrics",
     "Nvme",
     "Prefetch",
+    "Shadow",
     "Share",
     "Trace",
     "changed",
@@ -85,6 +87,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     nvme: Nvme = Nvme()
     evict: Evict = Evict()
     prefetch: Prefetch = Prefetch()
+    shadow: Shadow = Shadow()
     share: Share = Share()
     trace: Trace = Trace()
     metrics: Metrics = Metrics()

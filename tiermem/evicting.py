@@ -1,4 +1,4 @@
-"""From the [evict] and [nvme] sections to the rankings and the admission rule of a planner."""
+"""From the sections of a configuration to the policies, rules and trials of a planner."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from tiermem.config import Config
 from tiermem.policies.admission import Budgeted
 from tiermem.policies.base import Admission, Eviction
 from tiermem.policies.registry import load
+from tiermem.policies.shadow import Shadow
 from tiermem.ranking import Ranking
 from tiermem.table import PageTable
 from tiermem.tier import TIERS, Place
@@ -67,3 +68,25 @@ def asked(rule: Admission, config: Config, unit_bytes: int) -> Admission | None:
     if budget is None:
         return None if config.nvme.admit == "all" else rule
     return Budgeted(rule, float(budget), unit_bytes)
+
+
+def shadow(config: Config, slots: Mapping[Place, int], unit_pages: int) -> Shadow | None:
+    """The policies on trial beside the GPU's, which is the first of them; None: there are none.
+
+    slots: that each tier has; unit_pages: of the largest unit. Raises BadPolicy.
+    """
+    if not config.shadow.policies:
+        return None
+    running = config.evict.gpu
+    if config.evict.gpu_params:
+        given = ", ".join(f"{name}={value!r}" for name, value in config.evict.gpu_params.items())
+        running = (
+            f"{running.removesuffix(')')}, {given})" if "(" in running else f"{running}({given})"
+        )
+    held = sum(slots[place] for place in shadow_tiers(config)) // unit_pages
+    return Shadow([running, *config.shadow.policies], held, config.shadow.sample, running)
+
+
+def shadow_tiers(config: Config) -> tuple[Place, ...]:
+    """The tiers that policies on trial hold together."""
+    return TIERS[: TIERS.index(Place[config.shadow.tier.upper()]) + 1]

@@ -15,6 +15,7 @@ from prometheus_client import CollectorRegistry, start_http_server
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from tiermem.policies.base import ShadowReport
 from tiermem.stats import (
     LeaseStatistics,
     PrefetchStatistics,
@@ -75,6 +76,8 @@ class SpaceCollector(Collector):
             yield from _lease(now.lease)
         if now.prefetch is not None:
             yield from _prefetch(now.prefetch)
+        if now.shadow:
+            yield from _shadow(now.shadow)
         yield CounterMetricFamily(
             "tiermem_faults", "calls of use() that had to wait for a page", now.fault.n
         )
@@ -174,6 +177,28 @@ def _prefetch(now: PrefetchStatistics) -> Iterator[Metric]:
     yield CounterMetricFamily(
         "tiermem_prefetch_wasted_bytes", "loaded ahead and never used", quality.wasted_bytes
     )
+
+
+def _shadow(reports: tuple[ShadowReport, ...]) -> Iterator[Metric]:
+    labels = ["policy", "running"]
+    units = CounterMetricFamily(
+        "tiermem_shadow_units", "what policies on trial would have done", labels=[*labels, "what"]
+    )
+    written = CounterMetricFamily(
+        "tiermem_shadow_written_bytes", "what they would have passed down", labels=labels
+    )
+    stall = GaugeMetricFamily(
+        "tiermem_shadow_stall_seconds", "time to load what they would have missed", labels=labels
+    )
+    failed = GaugeMetricFamily("tiermem_shadow_failed", "1 = the trial ended", labels=labels)
+    for report in reports:
+        who = [report.policy, str(report.running).lower()]
+        for what in ("accesses", "hits", "prefix_hits", "written"):
+            units.add_metric([*who, what], getattr(report, what))
+        written.add_metric(who, report.written_bytes)
+        stall.add_metric(who, report.stall_s)
+        failed.add_metric(who, float(bool(report.failed)))
+    yield from (units, written, stall, failed)
 
 
 def _events(now: Statistics) -> Metric:

@@ -100,6 +100,8 @@ class Planner(InPlace):
         table.at[back] = AT_GPU
         table.flags[back] = DIRTY
         self.rankings[GPU].inserted(heads, keys, now)
+        if self.onlooker is not None:
+            self.onlooker.named(heads, keys)
         if not ready:
             blank = rows[~shown]
             table.at[blank] = AT_LOST
@@ -191,6 +193,8 @@ class Planner(InPlace):
         here = units[table.at[units] == AT_GPU]
         self._leave_tier(GPU, here, now)
         self._entered(GPU, here, now)
+        if self.onlooker is not None:
+            self.onlooker.named(units, None)
 
     def pin_one(self, row: int, write: bool, now: int) -> bool:
         """The fast path of `fault` and `touch` for one page that rests on the GPU."""
@@ -322,6 +326,8 @@ class Planner(InPlace):
             here = heads[self.table.at[heads] == int(place)]
             if len(here):
                 ranking.finished(here, facts, now)
+        if self.onlooker is not None:
+            self.onlooker.finished(heads, facts, now)
 
     def prefetch(self, rows: Rows, now: int) -> list[Plan]:
         """Load pages that rest below, as far as room is free without moving anything else.

@@ -30,6 +30,7 @@ from tiermem.settings import (
     size,
     sized,
     text,
+    texts,
 )
 
 CUDA_PAGE = 2 * 2**20
@@ -185,6 +186,22 @@ class Prefetch(Section, frozen=True, kw_only=True):
         return self.name not in ("off", "none")
 
 
+class Shadow(Section, frozen=True, kw_only=True):
+    """Policies on trial beside the one that runs: they rank a sample, and move nothing."""
+
+    keys: ClassVar[dict[str, Key]] = {
+        "policies": Key(texts(r"\S.*", '"lru", "s3fifo(small=0.2)"'), "candidates; [] = no trial"),
+        "sample": Key(mark, "part of the sessions that they see, and of the capacity"),
+        "tier": Key(
+            choice("gpu", "host", "nvme"),
+            "gpu | host | nvme: they hold what the tiers down to this one hold together",
+        ),
+    }
+    policies: Setting[tuple[str, ...]] = default(())
+    sample: float = 0.0625
+    tier: Literal["gpu", "host", "nvme"] = "gpu"
+
+
 class Share(Section, frozen=True, kw_only=True):
     """What this process may claim of a GPU that several engines share."""
 
@@ -248,7 +265,7 @@ class Log(Section, frozen=True, kw_only=True):
 SECTIONS: Mapping[str, type[Section]] = MappingProxyType(
     {
         cls.__name__.lower(): cls
-        for cls in (Gpu, Host, Nvme, Evict, Prefetch, Share, Trace, Metrics, Log)
+        for cls in (Gpu, Host, Nvme, Evict, Prefetch, Shadow, Share, Trace, Metrics, Log)
     }
 )
 KEYS = tuple(f"{name}.{key}" for name, cls in SECTIONS.items() for key in cls.keys)
@@ -256,6 +273,7 @@ RUNNING = frozenset(
     [f"{tier}.{mark}" for tier in ("gpu", "host", "nvme") for mark in ("high", "low")]
     + [f"evict.{key}" for key in Evict.keys]
     + [f"prefetch.{key}" for key in Prefetch.keys]
+    + [f"shadow.{key}" for key in Shadow.keys]
     + ["nvme.admit", "nvme.save_s", "nvme.write_budget", "log.level"]
 )
 """Keys that may change while a space is open."""

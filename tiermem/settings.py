@@ -228,6 +228,20 @@ def arguments(given: object) -> Mapping[str, object]:
     return dict(given)
 
 
+def texts(pattern: str, example: str) -> Reader:
+    """Texts that match `pattern` each: an array, or one text with commas outside parentheses."""
+    one = text(pattern, example)
+
+    def read(given: object) -> tuple[str, ...]:
+        if isinstance(given, str):
+            given = [part.strip() for part in re.split(r",(?![^()]*\))", given) if part.strip()]
+        if not isinstance(given, list | tuple):
+            raise ValueError(f"must be an array such as [{example}]")
+        return tuple(str(one(part)) for part in given)
+
+    return read
+
+
 def optional(read: Reader, word: str = "off") -> Reader:
     """None where nothing or `word` was given, else what `read` makes of it."""
     return lambda given: None if given is None or given == word else read(given)
@@ -251,6 +265,8 @@ def literal(value: object) -> str:
         return json.dumps(str(value), ensure_ascii=False)
     if isinstance(value, bool):
         return str(value).lower()
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(literal, value))}]"
     if isinstance(value, Mapping):
         inner = ", ".join(f"{name} = {literal(each)}" for name, each in value.items())
         return f"{{ {inner} }}" if inner else "{}"

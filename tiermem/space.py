@@ -28,9 +28,10 @@ from tiermem.pager import Pager
 from tiermem.plan import Plan
 from tiermem.planner import Planner
 from tiermem.policies.admission import Budgeted, admission
-from tiermem.policies.base import Admission
+from tiermem.policies.base import Admission, ShadowReport
 from tiermem.policies.prefetch import Prefetch, Quality
 from tiermem.policies.recompute import RouteSpeed
+from tiermem.policies.shadow import Shadow
 from tiermem.region import READ_IN_PLACE, OnGone, ReadInPlace, Region
 from tiermem.sharing import Sharing
 from tiermem.stats import Pace, RouteStatistics, Statistics, TierStatistics
@@ -101,6 +102,7 @@ class Space:
         )
         self._rule = admission(config.nvme.admit)
         self._planner.admission = self._asked(self._rule, config)
+        self._shadow = self._planner.onlooker = self._on_trial(config)
         self._foresight: Foresight | None = None
         self._set_foresight(config, load_prefetch(config))
         self._watched = WatchedFile(config.file) if config.file else None
@@ -178,7 +180,10 @@ class Space:
         pages = -(-wanted // unit_bytes) * unit_pages
         address = self.device.reserve(pages * self.page_bytes)
         with self.pager.lock:
+            larger = unit_pages > self._planner.table.max_unit_pages
             extent = self._planner.table.extend(pages, unit_pages, tenant)
+            if larger:  # imagined tiers hold fewer of them
+                self._shadow = self._planner.onlooker = self._on_trial(self.config)
             title = name or f"region-{len(self._regions)}"
             region = Region(self, extent, address, title, on_gone, numbered, in_place)
             self._regions.append(region)
@@ -270,7 +275,10 @@ class Space:
         }
         looks_ahead = any(key.startswith("prefetch.") for key in keys)
         ahead = load_prefetch(config) if looks_ahead else None
+        begins = any(key.startswith(("shadow.", "evict.gpu")) for key in keys)
+        shadow = self._on_trial(config) if begins else self._shadow
         with self.pager.lock:
+            self._shadow = self._planner.onlooker = shadow
             if looks_ahead:
                 self._set_foresight(config, ahead)
             if {"nvme.admit", "nvme.write_budget"} & set(keys):
@@ -295,6 +303,7 @@ class Space:
             counts = dict(planner.counts)
             pages = planner.pages
             ahead = None if self._foresight is None else self._foresight.statistics()
+            shadow = self._shadow_reports()
         routes = tuple(
             RouteStatistics(
                 src, dst, c.pages, c.pages * self.page_bytes, c.failed, c.busy_s,
@@ -304,7 +313,9 @@ class Space:
         )  # fmt: skip
         fault = self.pager.fault_latency.statistics()
         lease = None if self._sharing is None else self._sharing.statistics()
-        return Statistics(self.page_bytes, pages, tiers, routes, counts, fault, lease, ahead)
+        return Statistics(
+            self.page_bytes, pages, tiers, routes, counts, fault, lease, ahead, shadow
+        )
 
     def check(self) -> None:
         """Assert every invariant of the page table; for tests and for finding bugs."""
@@ -432,6 +443,19 @@ class Space:
         if isinstance(budget, float):
             budget = int(budget * self._configured[Place.GPU] * self.page_bytes)
         self._foresight.run(policy, budget, self.now())
+
+    def _on_trial(self, config: Config) -> Shadow | None:
+        return evicting.shadow(config, self._configured, self._planner.table.max_unit_pages)
+
+    def _shadow_reports(self) -> tuple[ShadowReport, ...]:
+        """What policies on trial would have done; a miss costs a load from the tier below."""
+        if self._shadow is None:
+            return ()
+        unit_bytes = self.page_bytes * self._planner.table.max_unit_pages
+        deepest = evicting.shadow_tiers(self.config)[-1]
+        below = sorted((src, speed.gbps) for src, speed in self._speeds().items() if src > deepest)
+        miss_s = unit_bytes / (below[0][1] * 1e9) if below else 0.0
+        return self._shadow.report(unit_bytes, miss_s)
 
     def _speeds(self) -> dict[Place, RouteSpeed]:
         """`route_speeds`, under the lock."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tiermem.policies.base import PrefetchQuality
+from tiermem.policies.base import PrefetchQuality, ShadowReport
 from tiermem.tier import Place
 
 
@@ -98,6 +98,7 @@ class Statistics:
     fault: LatencyStatistics
     lease: LeaseStatistics | None = None  # None: the GPU is not shared
     prefetch: PrefetchStatistics | None = None  # None: nothing is loaded ahead by a policy
+    shadow: tuple[ShadowReport, ...] = ()  # of the policies on trial, the one that runs first
 
     def tier(self, place: Place) -> TierStatistics:
         return next(t for t in self.tiers if t.place == place)

@@ -81,10 +81,11 @@ def _stream_one(workload: Workload, request: int, trial: Trial, following: I64 |
             policy.accessed(unit, now)
         else:
             whole = False
-            coming(unit, unit.astype(np.uint64), now)
+            name = unit.astype(np.uint64)
+            coming(unit, name, now)
             trial.evict(1 - (trial.capacity - tier.size), now)
             parent = blocks[depth - 1 : depth] if depth else NO_ONE
-            trial.insert(unit, parent, np.array([depth], np.int32), now)
+            trial.insert(unit, parent, np.array([depth], np.int32), name, now)
         if following is not None and isinstance(policy, Belady):
             at = int(workload.start[request]) + depth
             policy.expect(unit, following[at : at + 1])

@@ -148,6 +148,37 @@ class PrefetchQuality:
         return self.wasted * self.page_bytes
 
 
+class Onlooker(Protocol):
+    """Follows whole requests beside the tiers, for policies on trial. Units of all regions."""
+
+    def named(self, units: Ids, keys: Keys | None) -> None:
+        """These units hold other content from now on: uint64[n] its names, if it has any."""
+
+    def finished(self, units: Ids, facts: RequestFacts, now: int) -> None:
+        """A request ended that used these units, deepest first."""
+
+
+@dataclass(frozen=True, slots=True)
+class ShadowReport:
+    """What one policy on trial would have done, over the sampled requests, in units.
+
+    running: it is the one that the space runs, on trial beside the others. prefix_hits: before the
+    first miss of each request; written: passed down; stall_s: to load what was missed, 0 where
+    nothing is below and it would be computed. failed: why the trial ended, or nothing.
+    """
+
+    policy: str
+    running: bool
+    requests: int
+    accesses: int
+    hits: int
+    prefix_hits: int
+    written: int
+    written_bytes: int
+    stall_s: float
+    failed: str = ""
+
+
 class Retaining(Eviction, Protocol):
     """A policy around another that lets marked units leave later."""
 

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tiermem.errors import BadPolicy
-from tiermem.policies.base import Candidates, Eviction, EvictionBase, Ids, Mask, RequestFacts
+from tiermem.policies.base import Candidates, Eviction, EvictionBase, Ids, Keys, Mask, RequestFacts
 from tiermem.policies.queue import grown
 
 
@@ -57,13 +57,15 @@ class Trial:
         self.tier = Resident(units)
         self._coming = getattr(policy, "coming", EvictionBase.coming.__get__(policy))
 
-    def use(self, blocks: Ids, now: int, counted: bool = True) -> Mask:
+    def use(self, blocks: Ids, now: int, counted: bool = True, names: Keys | None = None) -> Mask:
         """A request looks these up, first block first, and stores what fits; bool[n]: the hits.
 
-        They stay pinned until `finish`. Raises BadPolicy if the policy breaks the rules.
+        names: of their contents, where numbers are used again for others. They stay pinned until
+        `finish`. Raises BadPolicy if the policy breaks the rules.
         """
         tier, policy = self.tier, self.policy
         hit = tier.held[blocks]
+        names = blocks.astype(np.uint64) if names is None else names
         if counted:
             self.score.accesses += len(blocks)
             self.score.hits += int(np.count_nonzero(hit))
@@ -74,12 +76,13 @@ class Trial:
         if not hit.all():
             missing = _first_mentions(blocks, ~hit)[::-1]
             units = blocks[missing]
-            self._coming(units, units.astype(np.uint64), now)
+            self._coming(units, names[missing], now)
             self.evict(len(units) - (self.capacity - tier.size), now)
             # Deepest first; what finds no room is not stored.
             missing = missing[: max(0, self.capacity - tier.size)]
             parents = np.where(missing > 0, blocks[missing - 1], -1).astype(np.int32)
-            self.insert(blocks[missing], parents, missing.astype(np.int32), now)
+            depths = missing.astype(np.int32)
+            self.insert(blocks[missing], parents, depths, names[missing], now)
             if policy.leaf_first:
                 # The whole chain again, so that order by last use is order by depth.
                 policy.accessed(blocks[tier.held[blocks]][::-1], now)
@@ -101,10 +104,10 @@ class Trial:
             self.tier.size -= len(units)
             self.score.evicted += len(units)
 
-    def insert(self, units: Ids, parents: Ids, depths: Ids, now: int) -> None:
+    def insert(self, units: Ids, parents: Ids, depths: Ids, names: Keys, now: int) -> None:
         """Units enter; there is room."""
         if len(units):
-            self.policy.inserted(units, parents, depths, units.astype(np.uint64), now)
+            self.policy.inserted(units, parents, depths, names, now)
             self.tier.held[units] = True
             self.tier.size += len(units)
             self.score.inserted += len(units)
