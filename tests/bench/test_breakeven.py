@@ -171,10 +171,9 @@ def test_rates_of_the_cpu_device_are_said_to_mean_nothing_for_a_gpu(tmp_path: Pa
         assert ("nothing about a GPU" in " ".join(ran.output.split())) == said
 
 
-def test_what_no_tier_uses_is_no_rate_to_load_at(tmp_path: Path) -> None:
+def test_a_ceiling_is_no_rate_to_load_at() -> None:
     rows = [
         row("nvme-gpu", "nvme", "gpu:0", [3.0]),
-        msgspec.structs.replace(row("nvme-gpu", "nvme", "gpu:0", [9.0]), work="kvikio"),
         msgspec.structs.replace(row("nvme-gpu", "nvme", "gpu:0", [8.0]), work="ceiling"),
     ]
     [source] = sources(result(rows))

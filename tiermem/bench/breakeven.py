@@ -124,7 +124,7 @@ def sources(found: Result) -> tuple[Source, ...]:
     plain = [
         row
         for row in found.rows
-        if row.direction == "one-way" and not row.beside and row.work not in result.NO_TIER
+        if row.direction == "one-way" and not row.beside and row.work != "ceiling"
     ]
     wanted = {"host": [("host", "gpu")], "NVMe": [("nvme", "gpu"), ("nvme", "host")]}
     best: list[Source] = []

@@ -101,7 +101,9 @@ def _in_place(run: Run, device: CudaDevice, page: int, n: int) -> None:
 def together(run: Run, page: int, count: int) -> None:
     """The routes between host and GPU on all GPUs at once, each with memory of its own."""
     with ExitStack() as stack:
-        rigs = [stack.enter_context(bare(run, page, gpu=i, disk=False)) for i in range(count)]
+        rigs = [
+            stack.enter_context(bare(run.settings, page, gpu=i, disk=False)) for i in range(count)
+        ]
         for ends in ((GPU, HOST), (HOST, GPU)):
             src, dst = (place.name.lower() for place in ends)
             run.told.begin(f"{src} to {dst}, {count} GPUs at once")

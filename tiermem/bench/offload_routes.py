@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Literal
 
 import numpy as np
 
@@ -30,23 +31,35 @@ SPARE = 64  # pages' worth of file for the slab's own records
 READY_S = 120.0
 
 Ends = tuple[Place, Place]
+Mode = Literal["posix", "kvikio"]
 
 
 class Bare:
     """Tiers and routes for one page size, filled once. n: slots of each tier that are used."""
 
-    def __init__(self, run: Run, page: int, *, gpu: int = 0, disk: bool = True) -> None:
-        settings = run.settings
+    def __init__(
+        self,
+        settings: Settings,
+        page: int,
+        *,
+        gpu: int | None = None,
+        disk: bool = True,
+        mode: Mode = "posix",
+    ) -> None:
+        """gpu: instead of the measured one. mode: the way between GPU and drive."""
+        index = settings.index if gpu is None else gpu
         n = settings.count(page)
         on_disk = settings.nvme if disk else None
         self.page = page
         self.parts: Parts = assemble(
             Config(
                 gpu=Gpu(
-                    device=f"cuda:{gpu}" if settings.cuda else "cpu", budget=n * page, page=page
+                    device=f"cuda:{index}" if settings.cuda else "cpu", budget=n * page, page=page
                 ),
                 host=Host(capacity=n * page * (2 if on_disk and settings.cuda else 1)),
-                nvme=Nvme(path=on_disk, capacity=(n + SPARE) * page) if on_disk else Nvme(),
+                nvme=Nvme(path=on_disk, mode=mode, capacity=(n + SPARE) * page)
+                if on_disk
+                else Nvme(),
             )
         )
         try:
@@ -75,8 +88,15 @@ class Bare:
 
 
 @contextmanager
-def bare(run: Run, page: int, *, gpu: int = 0, disk: bool = True) -> Iterator[Bare]:
-    made = Bare(run, page, gpu=gpu, disk=disk)
+def bare(
+    settings: Settings,
+    page: int,
+    *,
+    gpu: int | None = None,
+    disk: bool = True,
+    mode: Mode = "posix",
+) -> Iterator[Bare]:
+    made = Bare(settings, page, gpu=gpu, disk=disk, mode=mode)
     try:
         yield made
     finally:
@@ -88,6 +108,18 @@ def copies(n: int) -> list[int]:
     return [group for group in COPY_GROUPS if group <= n // 2]
 
 
+def calls(depth: int) -> tuple[int, int]:
+    """(pages of a call, calls in flight) for so many operations in flight on a drive: a few calls,
+    so that one can end while the next is prepared."""
+    size = max(1, depth // 4)
+    return size, depth // size
+
+
+def fill(lane: Lane) -> None:
+    """Store every slot, so that reads find their checksums."""
+    end([lane.route.submit(lane.src, lane.dst, PASSED)])
+
+
 def steps(settings: Settings, page: int) -> int:
     """How many measurements `routes` announces."""
     links = 2 * (len(copies(settings.count(page))) + 1) + 1
@@ -97,7 +129,7 @@ def steps(settings: Settings, page: int) -> int:
 
 def routes(run: Run, page: int) -> None:
     """Every route of a space with these pages."""
-    with bare(run, page) as b:
+    with bare(run.settings, page) as b:
         if b.parts.tiers.get(NVME) and not getattr(b.parts.tiers[NVME], "direct", True):
             run.note("no O_DIRECT in this directory: the drive's rows show the page cache")
         both = _Cells(run, b)
@@ -183,12 +215,8 @@ class _Cells:
         self.run.told.begin(f"{src} to {dst}, {self.b.page >> 10} KiB x {group} {more}".rstrip())
 
     def _laps(self, lanes: Sequence[Lane], group: int) -> list[Lap]:
-        if any(NVME in (lane.route.src, lane.route.dst) for lane in lanes):
-            # Operations in flight: a few calls, so that one can end while the next is prepared.
-            size = max(1, group // 4)
-            in_flight = group // size
-        else:
-            size, in_flight = group, IN_FLIGHT
+        on_disk = any(NVME in (lane.route.src, lane.route.dst) for lane in lanes)
+        size, in_flight = calls(group) if on_disk else (group, IN_FLIGHT)
         stores = sum(lane.route.dst is NVME for lane in lanes)
 
         def lap(seconds: float) -> Lap:
@@ -223,7 +251,6 @@ class _Cells:
         """Whatever is read was written, so that reads find their checksums."""
         if self._filled:
             return
-        lane = self.b.lane((HOST, NVME))
-        end([lane.route.submit(lane.src, lane.dst, PASSED)])
-        self.run.written += len(lane.src) * self.b.page
+        fill(self.b.lane((HOST, NVME)))
+        self.run.written += self.b.n * self.b.page
         self._filled = True

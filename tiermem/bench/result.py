@@ -42,8 +42,6 @@ Beside = Literal["", "python-thread", "disk"]
 Work = Literal[
     "", "ceiling", "kvikio", "evict", "load", "load-ahead", "steal", "steal-ahead", "swap"
 ]
-NO_TIER: tuple[Work, ...] = ("ceiling", "kvikio")
-"""Work that no space does: what there is to reach, and what nothing verifies."""
 
 
 class BadResult(TierMemError):
@@ -114,8 +112,8 @@ class Row(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True)
     beside: Beside = ""
     """What else runs meanwhile: a busy Python thread, or the disk."""
     work: Work = ""
-    """Nothing: the route alone. ceiling: one large copy. kvikio: by kvikio, unchecked. Else work
-    through the whole pager."""
+    """Nothing: the route alone. ceiling: one large copy. kvikio: by kvikio, where the others go
+    through host memory. Else work through the whole pager."""
     gbps: Spread
     page_us: PageTime | None = None
     cpu_s_per_gib: float | None = None

@@ -166,7 +166,7 @@ def _nvme(shape: Shape) -> Nvme:
     if shape.nvme is None:
         return Nvme()
     size = shape.nbytes + 64 * shape.page_bytes
-    return Nvme(path=shape.nvme, capacity=size, high=1.0, low=1.0)
+    return Nvme(path=shape.nvme, mode="posix", capacity=size, high=1.0, low=1.0)
 
 
 def _stream(space: Space) -> int:

@@ -31,7 +31,7 @@ def conditions(row: Row) -> str:
     if row.direction == "both":
         parts.append("both ways")
     if row.work:
-        named = {"ceiling": "one large copy", "kvikio": "by kvikio, unchecked"}
+        named = {"ceiling": "one large copy", "kvikio": "by kvikio"}
         parts.append(named.get(row.work, f"pager: {row.work}"))
     if row.gpus > 1:
         parts.append(f"{row.gpus} GPUs")

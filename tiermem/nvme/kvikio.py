@@ -119,18 +119,15 @@ class _Frame:
 class KvikioFile:
     """The slab's file, opened by kvikio, with every setting said and none left at its default."""
 
-    def __init__(self, slab: Slab, threads: int = THREADS, *, compat: bool = False) -> None:
-        """compat: leave cuFile alone, because the probe found that it does not work.
-
-        ConfigError where kvikio cannot be imported, DriverError where it cannot open.
-        """
+    def __init__(self, slab: Slab, threads: int = THREADS) -> None:
+        """ConfigError where kvikio cannot be imported, DriverError where it cannot open."""
         try:
             import kvikio
         except ImportError as error:
             raise ConfigError(
                 "nvme.mode = kvikio needs the package: pip install 'tiermem[gds]'"
             ) from error
-        configure(threads, compat=compat)
+        configure(threads)
         try:
             # A nameless file has a name here as long as our descriptor is open.
             self._file = kvikio.CuFile(f"/proc/self/fd/{slab.fd}", "r+")
@@ -149,14 +146,13 @@ class KvikioFile:
         self._file.close()
 
 
-def configure(threads: int, *, compat: bool = False) -> None:
+def configure(threads: int) -> None:
     """kvikio's settings are the process's; its own defaults read through the page cache."""
     import kvikio.defaults
 
     kvikio.defaults.set(
         {
-            # OFF can hang: only ever in a probe's child
-            "compat_mode": kvikio.CompatMode.ON if compat else kvikio.CompatMode.AUTO,
+            "compat_mode": kvikio.CompatMode.AUTO,  # OFF can hang: only ever in a probe's child
             "num_threads": threads,
             "auto_direct_io_read": True,
             "auto_direct_io_write": True,
