@@ -21,7 +21,17 @@ import pytest
 from rich.console import Console
 
 from tests.bench.fixtures.results import row
-from tiermem.bench import fio, offload, offload_direct, offload_numa, paging, report, result
+from tiermem.bench import (
+    fio,
+    offload,
+    offload_ceilings,
+    offload_direct,
+    offload_numa,
+    offload_verify,
+    paging,
+    report,
+    result,
+)
 from tiermem.bench.compare import compare
 from tiermem.bench.offload_routes import bare
 from tiermem.bench.offload_run import Interrupted, Run, Section, Settings, drive_of
@@ -139,6 +149,32 @@ def test_its_figures_stand_beside_those_of_independent_tools(run: Result) -> Non
         assert check.n == 2
         assert check.ratio == pytest.approx(check.ours_gbps / check.theirs_gbps)
         assert check.agrees == (0.95 <= check.ratio <= 1.05)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_torch_copies_beside_us_in_every_direction() -> None:
+    pytest.importorskip("torch")
+    run = Run(replace(settings(None), device="cuda:0"), survey(), Everything())
+    offload_ceilings.ceilings(run)
+    assert [check.what.partition(" ")[0] for check in run.checks] == ["stores", "loads", "loads"]
+    assert all("CUDA events" in check.tool and check.n == 2 for check in run.checks)
+    assert all(0.3 < check.ratio < 3 for check in run.checks)  # the same link, whatever the noise
+    assert set(run.theirs) == {("gpu:0", "host"), ("host", "gpu:0")}
+
+
+def test_a_torch_that_cannot_use_the_gpu_costs_the_check_and_not_the_run(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    torch = pytest.importorskip("torch")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+
+    def full(index: int) -> None:
+        raise RuntimeError("CUDA out of memory.\nTried to allocate")
+
+    monkeypatch.setattr(offload_verify, "TorchCopies", full)
+    run = Run(replace(settings(None), device="cuda:0"), survey(Path("/nonexistent")), Nobody())
+    assert offload_verify.copies(run) is None
+    assert run.notes == ["the link was not checked: torch says CUDA out of memory."]
 
 
 def test_without_verification_nothing_is_compared() -> None:

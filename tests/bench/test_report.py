@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from tests.bench import chromium
 from tests.bench.fixtures.results import MADE, result, row
 from tiermem.bench.report import command, html
-from tiermem.bench.result import Result, write
+from tiermem.bench.result import Check, Result, write
 
 MIB = 1 << 20
 STEADY = (0.985, 1.0, 1.01, 0.99, 1.015)
@@ -40,7 +40,8 @@ def full() -> Result:
         row("host-gpu", "host", "gpu:0", rounds(53), beside="disk"),
         row("host-gpu", "host", "gpu:0", rounds(31), beside="python-thread"),
     ]
-    return result(rows, notes=("made for a test",))
+    checks = (Check.of("loads from host", "another tool", rounds(54), rounds(55.3)),)
+    return result(rows, notes=("made for a test",), checks=checks)
 
 
 class Page(HTMLParser):
@@ -73,7 +74,9 @@ def test_figures_of_the_result_stand_on_the_page() -> None:
     assert "54.5 GB/s" in text
     assert "Made GPU" in text
     assert "made for a test" in text
-    assert text.count("<tr>") == 1 + len(full().rows)
+    assert text.count("<tr>") == 2 + len(full().rows) + len(full().checks)
+    assert "another tool" in text
+    assert "0.976" in text
 
 
 def test_names_cannot_break_out_of_the_page() -> None:

@@ -124,7 +124,13 @@ def copies(run: Run) -> Copies | None:
     if not torch.cuda.is_available():
         run.note("the link was not checked: this torch has no CUDA")
         return None
-    return TorchCopies(run.settings.index)
+    try:
+        found = TorchCopies(run.settings.index)
+        found.gbps((True, False), 0.01)
+    except RuntimeError as error:  # torch's kind for a device that it cannot use, or that is full
+        run.note(f"the link was not checked: torch says {str(error).splitlines()[0]}")
+        return None
+    return found
 
 
 def check_copies(run: Run, row: Row, tool: str, theirs_gbps: list[float]) -> None:
