@@ -136,6 +136,7 @@ def main() -> None:
         "mem_fraction_static": 0.3, "page_size": 16, "log_level": "info",
         "max_running_requests": 8, "random_seed": 1, **scenario["options"],
     }  # fmt: skip
+    options = {name: value for name, value in options.items() if value is not None}
     engine = Engine(**options)
     loop = asyncio.get_event_loop()
     answer: dict[str, Any] = {"rounds": [], "metrics": []}

@@ -90,3 +90,110 @@ def test_without_the_residency_step_the_engine_dies_of_a_stray_access(serve: Ser
     ended = serve(Scenario(ROUNDS[:1], {}, toml(48, 162), env={"WITHOUT_RESIDENCY": "1"}))
     assert ended.rounds == []
     assert "Segmentation fault" in ended.log or "exit code: -11" in ended.log
+
+
+# ---------------------------------------------------------------- memory is what limits
+
+
+TWO = [(1, 100), (2, 100)]
+BOTH = Round(TWO, new=76)
+"""Both end at 176 tokens, 11 pages; the second is let in while the first is decoding."""
+
+
+def tokens(ended: Ended) -> list[list[list[int]]]:
+    """What was computed again after a retraction may differ in the last digits of a logprob."""
+    return [[tokens for tokens, _ in round_] for round_ in ended.outputs()]
+
+
+@pytest.mark.parametrize(
+    ("resident", "requests"), [(22, TWO), (21, TWO), (22, [(seed, 100) for seed in range(1, 7)])]
+)
+def test_a_working_set_of_the_budget_runs_and_a_larger_one_waits(
+    serve: Serve, plain: Serve, resident: int, requests: list[tuple[int, int]]
+) -> None:
+    rounds = [Round(requests, new=76)]
+    ended = serve(Scenario(rounds, {}, toml(resident + 1, 100)))
+    assert tokens(ended) == tokens(plain(Scenario(rounds, PLAIN)))
+    assert f"resident={resident + 1}" in ended.log
+
+
+def test_a_request_that_can_never_fit_is_refused_and_others_are_served(
+    serve: Serve, plain: Serve
+) -> None:
+    ended = serve(Scenario([Round([(1, 400)]), Round(TWO)], {}, toml(23, 100)))
+    [[refused], served] = ended.rounds
+    assert "maximum allowed length" in str(refused)
+    expected = plain(Scenario([Round(TWO)], PLAIN)).rounds[0]
+    assert [r["tokens"] for r in served] == [r["tokens"] for r in expected]
+
+
+def test_the_budget_moves_while_requests_run(serve: Serve, plain: Serve) -> None:
+    moves = [
+        ["limit", "sgl", "--cap", str(24 * PAGE), "--wait", "60"],
+        ["limit", "sgl", "--cap", str(48 * PAGE), "--wait", "60"],
+    ]
+    rounds = [Round(THREE), Round(THREE, new=60, meanwhile=moves), Round(OTHERS)]
+    share = '[share]\nname = "sgl"\ngroup = "test"\n'
+    ended = serve(Scenario(rounds, {}, toml(48, 162, share)))
+    calm = [Round(r.prompts, r.new) for r in rounds]
+    assert tokens(ended) == tokens(plain(Scenario(calm, PLAIN)))
+    assert "held" in ended.log
+    assert ended.log.count("sgl: held") == 2
+
+
+# ---------------------------------------------------------------- content that is kept
+
+
+def test_a_killed_engine_leaves_its_prefixes_to_the_next(
+    serve: Serve, plain: Serve, tmp_path: Path
+) -> None:
+    kept = toml(24, 0, nvme(tmp_path / "slab", 200, "persist = true\n"))
+    more = [Round([(seed, 300)], new=8) for seed in (11, 12, 13)]
+    first = serve(Scenario([Round(THREE), *more], {}, kept, kill=True))
+    assert first.status == -9
+    again = serve(Scenario([Round(THREE), Round(more[0].prompts, new=8)], {}, kept))
+    assert again.counted("restored") > 0
+    assert again.counted("adopted") > 0
+    assert sum(again.cached(0)) >= 300
+    expected = plain(Scenario([Round(THREE), Round(more[0].prompts, new=8)], PLAIN))
+    assert again.outputs() == expected.outputs()
+
+
+def test_a_prefix_that_the_tree_gave_up_comes_back_from_the_drive(
+    serve: Serve, plain: Serve, tmp_path: Path
+) -> None:
+    kept = toml(24, 0, nvme(tmp_path / "slab", 200, "persist = true\n"))
+    rounds = [Round([(seed, 300)], new=8) for seed in (11, 12, 13, 14, 11)]
+    ended = serve(Scenario(rounds, {"max_total_tokens": 60 * 16}, kept))
+    assert ended.counted("shelved") > 0
+    assert ended.counted("adopted") > 0
+    assert ended.cached(4) == [288]
+    assert ended.outputs() == plain(Scenario(rounds, PLAIN)).outputs()
+    bare = plain(Scenario(rounds, {"max_total_tokens": 60 * 16}))
+    assert bare.cached(4)[0] < 288
+
+
+# ---------------------------------------------------------------- what cannot work
+
+
+def test_a_page_size_that_is_not_given_is_chosen(serve: Serve) -> None:
+    ended = serve(Scenario([Round(TWO)], {"page_size": None}, toml(48, 162)))
+    assert len(ended.outputs()[0]) == 2
+    assert "page_bytes=16384" in ended.log
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"enable_hierarchical_cache": True}, "HiCache copies KV by itself"),
+        ({"page_size": 1}, "--page-size is 1"),
+        ({"enable_memory_saver": True}, "the memory saver frees the KV cache"),
+    ],
+)
+def test_what_cannot_work_stops_the_engine_with_the_reason(
+    serve: Serve, options: dict[str, object], reason: str
+) -> None:
+    ended = serve(Scenario([Round(TWO)], options, toml(48, 162)))
+    assert ended.rounds == []
+    assert ended.status != 0
+    assert reason in ended.log

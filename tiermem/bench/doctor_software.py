@@ -13,7 +13,7 @@ from tiermem.errors import ConfigError, DriverError
 
 ENGINES = {
     "vllm": ("vllm.general_plugins", "0.27", "0.34"),
-    "sglang": ("sglang.srt.plugins", "0.5.17", "0.6"),
+    "sglang": ("sglang.srt.plugins", "0.5.17", "0.5.24"),
 }
 """Entry point group, first version that works, first that is not known to."""
 

@@ -17,7 +17,7 @@ from tiermem.integrations import sglang_compat as compat
 from tiermem.integrations import sglang_state as state
 from tiermem.integrations.sglang_engine import Engine
 from tiermem.integrations.sglang_pages import Pages
-from tiermem.integrations.sglang_pool import Plan
+from tiermem.integrations.sglang_pool import Plan, page_size_for
 from tiermem.integrations.sglang_releases import refuse_dead_hooks
 
 log = logging.getLogger(__name__)
@@ -26,6 +26,13 @@ _plans: list[Plan] = []
 
 
 # ---------------------------------------------------------------- memory
+
+
+def default_page_size(result: dict[str, int], args: Any) -> dict[str, int] | None:
+    """After `_page_size_default`: SGLang's own default, one token, is no page that can move."""
+    if result.get("page_size") != 1:
+        return None
+    return {**result, "page_size": page_size_for(args)}
 
 
 def profile(original: Callable[..., int], configurator: Any, *args: Any, **kwargs: Any) -> int:

@@ -10,7 +10,7 @@ from tiermem.errors import ConfigError
 from tiermem.integrations import sglang_compat as compat
 from tiermem.integrations.sglang_engine import Agree, Engine, Identity, alone
 from tiermem.integrations.sglang_keys import weights_identity
-from tiermem.integrations.sglang_layout import PageMajor, choose
+from tiermem.integrations.sglang_layout import PageMajor, choose, fitting_page_size
 from tiermem.integrations.sglang_sizes import Sizes, plan, rank_config
 from tiermem.sections import CUDA_PAGE, SMALLEST_PAGE
 
@@ -97,17 +97,48 @@ class Plan:
 
 
 def _layout(configurator: Any, granule: int) -> PageMajor:
-    model, layers = configurator.model_config, configurator.layer_info.num_effective_layers
-    item = configurator.kv_cache_dtype.itemsize
+    args, layers = configurator.server_args, configurator.layer_info.num_effective_layers
     if configurator.kv_cache_dtype_str in ("fp4_e2m1", "mxfp8", "nvfp4", "fp4_mx_block16"):
         raise ConfigError(f"sglang: --kv-cache-dtype {configurator.kv_cache_dtype_str} has scales")
-    if configurator.use_mla_backend:
-        row, parts = model.kv_lora_rank + model.qk_rope_head_dim, layers
-    else:
-        heads = model.get_num_kv_heads(configurator.server_args.tp_size)
-        row, parts = heads * model.head_dim, 2 * layers
-    size = configurator.server_args.page_size
-    return choose(parts=parts, row_bytes=row * item, page_size=size, granule=granule)
+    mla = configurator.use_mla_backend
+    row = _row(configurator.model_config, args.tp_size, mla)
+    return choose(
+        parts=layers if mla else 2 * layers,
+        row_bytes=row * configurator.kv_cache_dtype.itemsize,
+        page_size=args.page_size,
+        granule=granule,
+    )
+
+
+def _row(model: Any, tp_size: int, mla: bool) -> int:
+    """Numbers that one token has in one part of a layer on each rank."""
+    if mla:
+        return int(model.kv_lora_rank + model.qk_rope_head_dim)
+    return int(model.get_num_kv_heads(tp_size) * model.head_dim)
+
+
+LEAST_PAGE = 16
+_ITEM = {"fp8_e5m2": 1, "fp8_e4m3": 1, "bf16": 2, "bfloat16": 2}
+
+
+def page_size_for(args: Any) -> int:
+    """The page size that is taken where the user gives none: the smallest that wastes little.
+
+    args: SGLang's arguments while they are resolved. Raises ConfigError if none does.
+    """
+    model = args.get_model_config()
+    mla = str(getattr(model.attention_arch, "name", "")) == "MLA"
+    layers = model.num_hidden_layers
+    row = _row(model, args.tp_size, mla) * _ITEM.get(args.kv_cache_dtype, model.dtype.itemsize)
+    granule = SMALLEST_PAGE if args.device == "cpu" else CUDA_PAGE
+    parts = layers if mla else 2 * layers
+    size = fitting_page_size(parts=parts, row_bytes=row, least=LEAST_PAGE, granule=granule)
+    if size is None:
+        raise ConfigError(
+            f"sglang: no page size makes pages of {parts} x {row} bytes a token whole pieces of "
+            f"{granule} bytes; set TIERMEM=0 to serve without tiermem"
+        )
+    return size
 
 
 def _identity(configurator: Any, layout: PageMajor) -> Identity:

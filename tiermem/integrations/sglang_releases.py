@@ -59,6 +59,7 @@ class Seam:
 
 def seams(release: Release) -> Iterator[Seam]:
     """All that are hooked, beside ALLOCATOR."""
+    yield Seam(f"{_SRT}.arg_groups.overrides._page_size_default", "after", "default_page_size")
     yield Seam(f"{_CONFIGURATOR}._profile_available_bytes", "around", "profile")
     yield Seam(f"{_POOL}.MHATokenToKVPool._create_buffers_normal", "around", "make_mha_buffers")
     yield Seam(f"{_POOL}.MHATokenToKVPool.get_kv_size_bytes", "after", "tell_size")

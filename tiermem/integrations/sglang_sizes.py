@@ -88,6 +88,11 @@ def opened(config: Config, sizes: Sizes, page_bytes: int) -> Config:
     return _overridden(config, overrides)
 
 
+def staged(config: Config, nbytes: int) -> Config:
+    """A configuration whose GPU tier is `nbytes` of staging memory, and given away at once."""
+    return _overridden(config, {"gpu.budget": nbytes, "gpu.high": 1.0, "gpu.low": 1.0})
+
+
 def _overridden(config: Config, overrides: dict[str, object]) -> Config:
     """A configuration whose file is still followed while it runs, with other values."""
     given = config.settings()

@@ -1,0 +1,367 @@
+"""SGLang on a GPU: time to first token by where the prefix is, with tiermem and with its peers.
+
+    python bench/sglang_gpu.py OUT [--shape tiny|8b] [--part host,nvme,...] [--left SECONDS]
+
+Each part is an engine of its own over the same prompts, with the same room for KV on the GPU:
+
+    plain    SGLang alone: a prefix that no longer fits is computed again
+    resident SGLang alone, with room for everything: what a hit on the GPU costs at best
+    hicache  HiCache, page_first layout, kernel I/O
+    file     HiCache over its file backend, host pool as small as it may be
+    host     tiermem, all prompts fit into host memory
+    nvme     tiermem, host memory for a few pages only
+
+and writes OUT/SHAPE-PART.json; a part whose file is there is not run again. No part is begun with
+less than its 170 s left. Needs SGLang and torch with CUDA; models are shapes with random weights.
+`--shape check` is a very small one that also runs on a CPU, without the HiCache parts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+PARTS = ("resident", "plain", "hicache", "file", "host", "nvme")
+PART_S = 170.0
+SPREAD = 0.05
+"""Of random weights; SGLang's own 0.001 makes every context give the same tokens."""
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "tiny": {
+        "hidden_size": 1024, "intermediate_size": 2048, "num_hidden_layers": 8,
+        "num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 32000,
+        "page_size": 64, "lengths": {4096: 16, 16384: 4},
+    },
+    "8b": {
+        "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128,
+        "vocab_size": 128256, "page_size": 16, "lengths": {4096: 16, 16384: 4},
+    },
+    "check": {
+        "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "vocab_size": 32000,
+        "page_size": 16, "lengths": {256: 8, 512: 2},
+    },
+}  # fmt: skip
+
+
+def resident_tokens(shape: dict[str, Any]) -> int:
+    """Room for KV on the GPU: two and a half of the longest prompts."""
+    return 5 * max(shape["lengths"]) // 2
+
+
+NEW = 16
+
+if os.environ.get("SGLANG_GPU_BENCH"):
+    # In the scheduler's process too, which imports this file.
+    from sglang.srt.model_loader import weight_utils
+
+    weight_utils.initialize_dummy_weights.__defaults__ = (-SPREAD, SPREAD, 1234)
+
+
+def token_bytes(shape: dict[str, Any]) -> int:
+    heads: int = shape["num_key_value_heads"] * shape["head_dim"]
+    return 2 * 2 * heads * int(shape["num_hidden_layers"])
+
+
+def make_model(shape: dict[str, Any], folder: Path) -> Path:
+    """A folder with the config of a Llama of this shape; the engine makes random weights."""
+    config = {k: v for k, v in shape.items() if k not in ("page_size", "lengths")}
+    config |= {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
+        "max_position_embeddings": 32768, "rms_norm_eps": 1e-5, "rope_theta": 500000.0,
+        "tie_word_embeddings": False, "torch_dtype": "bfloat16", "bos_token_id": 1,
+        "eos_token_id": 2,
+    }  # fmt: skip
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def entry_point(folder: Path) -> Path:
+    """What an installed tiermem has: the metadata by which SGLang finds its plugin."""
+    about = folder / "tiermem-0.1.0.dist-info"
+    about.mkdir(parents=True, exist_ok=True)
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: tiermem\nVersion: 0.1.0\n")
+    (about / "entry_points.txt").write_text(
+        "[sglang.srt.plugins]\ntiermem = tiermem.integrations.sglang_plugin:register\n"
+    )
+    return folder
+
+
+def options(part: str, shape: dict[str, Any], work: Path) -> dict[str, Any]:
+    """The engine's arguments; every part has the same room on the GPU but `resident`."""
+    import torch
+
+    total = sum(length * count for length, count in shape["lengths"].items())
+    given: dict[str, Any] = {
+        "model_path": str(make_model(shape, work / "model")), "load_format": "dummy",
+        "skip_tokenizer_init": True, "dtype": "bfloat16", "attention_backend": "triton",
+        "sampling_backend": "pytorch", "grammar_backend": "none", "random_seed": 1,
+        "page_size": shape["page_size"], "mem_fraction_static": 0.7, "context_length": 32768,
+        "max_running_requests": 16, "chunked_prefill_size": 16384, "log_level": "warning",
+        "cuda_graph_max_bs_decode": 16,
+    }  # fmt: skip
+    if not torch.cuda.is_available():
+        given |= {
+            "device": "cpu", "attention_backend": "torch_native", "disable_cuda_graph": True,
+            "dtype": "float32", "mem_fraction_static": 0.3,
+        }  # fmt: skip
+    if part == "resident":
+        given["max_total_tokens"] = 2 * total
+    elif part in ("plain", "hicache", "file"):
+        given["max_total_tokens"] = resident_tokens(shape)
+    if part in ("hicache", "file"):
+        given |= {
+            "enable_hierarchical_cache": True, "hicache_write_policy": "write_through",
+            "hicache_io_backend": "kernel", "hicache_mem_layout": "page_first",
+            "hicache_ratio": 8.0 if part == "hicache" else 1.25,
+        }  # fmt: skip
+    if part == "file":
+        given |= {
+            "hicache_storage_backend": "file",
+            "hicache_storage_prefetch_policy": "wait_complete",
+        }
+    return given
+
+
+def configuration(part: str, shape: dict[str, Any], work: Path) -> str:
+    """tiermem's file: the same tokens on the GPU, one page more for padding."""
+    import torch
+
+    page = token_bytes(shape) * shape["page_size"] * (1 if torch.cuda.is_available() else 2)
+    frames = resident_tokens(shape) // shape["page_size"] + 1
+    total = sum(length * count for length, count in shape["lengths"].items())
+    pages = 5 * total // 4 // shape["page_size"]
+    host = pages if part == "host" else max(16, frames // 4)
+    text = f"[gpu]\nbudget = {frames * page}\n[host]\ncapacity = {host * page}\n"
+    if part == "nvme":
+        text += f'[nvme]\npath = "{work / "slab"}"\ncapacity = {pages * page * 11 // 10}\n'
+    return text
+
+
+def prompt(seed: int, length: int) -> list[int]:
+    return [3 + (seed * 7919 + i * 7 + i // 13 + i * i % 1009) % 31000 for i in range(length)]
+
+
+class Bench:
+    """One engine and what it was seen to do."""
+
+    def __init__(self, engine: Any, shape: dict[str, Any]) -> None:
+        self._engine = engine
+        self._shape = shape
+        self.tokens: dict[str, list[int]] = {}
+        self.different: list[str] = []
+
+    def ask(self, seed: int, length: int, new: int = 1) -> tuple[float, dict[str, Any]]:
+        start = time.perf_counter()
+        answer = self._engine.generate(
+            input_ids=prompt(seed, length),
+            sampling_params={"temperature": 0, "max_new_tokens": new, "ignore_eos": True},
+        )
+        return time.perf_counter() - start, answer
+
+    def phase(self, name: str, note: Callable[[str, dict[str, Any]], None]) -> dict[str, Any]:
+        """Every prompt once, one at a time: seconds to the first token, and tokens cached."""
+        found: dict[str, Any] = {}
+        for length, count in self._shape["lengths"].items():
+            took, cached = [], []
+            for seed in range(count):
+                seconds, answer = self.ask(length + seed, length)
+                took.append(seconds)
+                cached.append(answer["meta_info"]["cached_tokens"])
+                note(f"{name} {length} {seed}", answer)
+            found[str(length)] = {
+                "n": count, "ttft_s": took, "median_s": statistics.median(took),
+                "p99_s": max(took), "cached_tokens": cached,
+            }  # fmt: skip
+        return found
+
+    def again(self, name: str) -> dict[str, Any]:
+        """Each prompt twice in a row: the second time its prefix is on the GPU."""
+        found: dict[str, Any] = {}
+        for length, count in self._shape["lengths"].items():
+            took, cached = [], []
+            for seed in range(count):
+                self.ask(length + seed, length)
+                seconds, answer = self.ask(length + seed, length)
+                took.append(seconds)
+                cached.append(answer["meta_info"]["cached_tokens"])
+            found[str(length)] = {
+                "n": count, "ttft_s": took, "median_s": statistics.median(took),
+                "p99_s": max(took), "cached_tokens": cached,
+            }  # fmt: skip
+        return found
+
+    def remember(self, name: str, answer: dict[str, Any]) -> None:
+        self.tokens[name.partition(" ")[2]] = list(answer["output_ids"])
+
+    def compare(self, name: str, answer: dict[str, Any]) -> None:
+        if self.tokens.get(name.partition(" ")[2]) != list(answer["output_ids"]):
+            self.different.append(name)
+
+    def decode(self) -> dict[str, Any]:
+        """Seconds for 128 tokens of eight requests at once, all of them on the GPU: the cost of
+        being there when nothing needs to move."""
+        params = {"temperature": 0, "max_new_tokens": 128, "ignore_eos": True}
+        inputs = [prompt(900 + seed, min(self._shape["lengths"]) // 4) for seed in range(8)]
+        took = []
+        for _ in range(5):
+            start = time.perf_counter()
+            self._engine.generate(input_ids=inputs, sampling_params=params)
+            took.append(time.perf_counter() - start)
+        return {"n": 5, "took_s": took, "median_s": statistics.median(took[1:])}
+
+    def outputs(self) -> dict[str, list[int]]:
+        """Longer answers after everything has moved, to be compared between parts."""
+        found = {}
+        for length, count in self._shape["lengths"].items():
+            for seed in range(min(count, 4)):
+                _, answer = self.ask(length + seed, length, NEW)
+                found[f"{length} {seed}"] = list(answer["output_ids"])
+        return found
+
+
+def serve(part: str, shape: dict[str, Any], work: Path) -> dict[str, Any]:
+    """One part, in a process of its own."""
+    import torch
+    from sglang.srt.entrypoints.engine import Engine
+
+    start = time.perf_counter()
+    engine = Engine(**options(part, shape, work))
+    ready_s = time.perf_counter() - start
+    bench = Bench(engine, shape)
+    for length in shape["lengths"]:
+        bench.ask(77, length, 4)  # compiles
+    result: dict[str, Any] = {
+        "schema": "tiermem.sglang_gpu.v1",
+        "part": part,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "resident_tokens": resident_tokens(shape),
+        "token_bytes": token_bytes(shape),
+        "ready_s": ready_s,
+    }
+    result["cold"] = bench.phase("cold", bench.remember)
+    result["flushed"] = bench.phase("flushed", bench.compare)
+    result["flushed_again"] = bench.phase("flushed_again", bench.compare)
+    result["on_gpu"] = bench.again("on_gpu")
+    result["decode"] = bench.decode()
+    result["outputs"] = bench.outputs()
+    result["first_tokens_differ"] = bench.different
+    engine.shutdown()
+    return result
+
+
+def run_part(part: str, name: str, out: Path, timeout_s: float) -> bool:
+    """In a child, so that a part that dies or hangs costs itself only."""
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        path = os.pathsep.join(
+            [str(entry_point(work / "site")), str(ROOT), os.environ.get("PYTHONPATH", "")]
+        )
+        env = {
+            **{k: v for k, v in os.environ.items() if not k.startswith("TIERMEM")},
+            "PYTHONPATH": path, "SGLANG_GPU_BENCH": "1", "HF_HUB_OFFLINE": "1",
+            "SGLANG_HICACHE_FILE_BACKEND_STORAGE_DIR": str(work / "hicache"),
+        }  # fmt: skip
+        if part in ("host", "nvme"):
+            config = work / "tiermem.toml"
+            config.write_text(configuration(part, SHAPES[name], work))
+            env |= {"TIERMEM": "1", "TIERMEM_CONFIG": str(config)}
+        log = out / f"{name}-{part}.log"
+        with log.open("wb") as lines:
+            child = subprocess.Popen(
+                [sys.executable, __file__, str(out), "--shape", name, "--serve", part,
+                 "--work", str(work)],
+                env=env, stdout=lines, stderr=lines, start_new_session=True,
+            )  # fmt: skip
+            try:
+                child.wait(timeout_s)
+            except subprocess.TimeoutExpired:
+                print(f"{name} {part}: not done after {timeout_s:.0f} s")
+            finally:
+                _end(child)
+        shutil.rmtree(work / "slab", ignore_errors=True)
+    return (out / f"{name}-{part}.json").exists()
+
+
+def _end(child: subprocess.Popen[bytes]) -> None:
+    try:
+        os.killpg(child.pid, 9)
+    except ProcessLookupError:
+        return
+    finally:
+        child.wait()
+
+
+def table(out: Path, name: str) -> None:
+    """What the parts took, beside one another."""
+    found = {
+        p: json.loads(f.read_text()) for p in PARTS if (f := out / f"{name}-{p}.json").exists()
+    }
+    for length in SHAPES[name]["lengths"]:
+        print(f"\n{name}, prompts of {length} tokens: median ms to the first token (cached tokens)")
+        for phase in ("cold", "flushed", "flushed_again", "on_gpu"):
+            cells = []
+            for part, result in found.items():
+                one = result[phase][str(length)]
+                cached = statistics.median(one["cached_tokens"])
+                cells.append(f"{part} {one['median_s'] * 1e3:7.1f} ({cached:.0f})")
+            print(f"  {phase:14}", "  ".join(cells))
+    for part, result in found.items():
+        same = result["outputs"] == next(iter(found.values()))["outputs"]
+        decode, ready = result["decode"]["median_s"], result["ready_s"]
+        print(
+            f"{part:9} decode {decode:.3f} s, ready {ready:.0f} s, "
+            f"outputs {'equal' if same else 'DIFFER'}, "
+            f"{len(result['first_tokens_differ'])} first tokens differ after moves"
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--shape", choices=SHAPES, default="8b")
+    parser.add_argument("--part", default=",".join(PARTS))
+    parser.add_argument("--left", type=float, default=570.0, help="seconds that may be used")
+    parser.add_argument("--serve", help=argparse.SUPPRESS)
+    parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    if args.serve:
+        result = serve(args.serve, SHAPES[args.shape], args.work)
+        made = args.out / f"{args.shape}-{args.serve}.json"
+        made.with_suffix(".tmp").write_text(json.dumps(result))
+        made.with_suffix(".tmp").rename(made)
+        return
+    end = time.monotonic() + args.left
+    for part in args.part.split(","):
+        if (args.out / f"{args.shape}-{part}.json").exists():
+            continue
+        left = end - time.monotonic()
+        if left < PART_S:
+            print(f"{part}: {left:.0f} s left; run the same command again")
+            break
+        print(f"{args.shape} {part}:", "done" if run_part(part, args.shape, args.out, PART_S) else
+              f"failed, see {args.out}/{args.shape}-{part}.log", flush=True)  # fmt: skip
+    table(args.out, args.shape)
+
+
+if __name__ == "__main__":
+    main()
