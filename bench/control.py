@@ -11,8 +11,9 @@ with a row for each figure:
 
 Sections: `memory` (bytes allocated for tables of 1M pages),
 `planner` (settling, pinning, victims on a table of 1M rows), `use` (pages that rest on the GPU,
-through the public API), `allocate` (pages whose addresses still show frames), `window` (showing
-and hiding groups of 64 pages on the CPU device, alone and beside a thread of pure Python).
+through the public API), `fault` (one page of the host tier), `allocate` (pages whose addresses
+still show frames), `window` (showing and hiding groups of 64 pages on the CPU device, alone and
+beside a thread of pure Python).
 """
 
 from __future__ import annotations
@@ -35,8 +36,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import msgspec
 import numpy as np
 
+from tiermem.bench import paging
 from tiermem.bench.machine import machine
 from tiermem.bench.paging import BusyThread
+from tiermem.bench.rig import Shape, rig
 from tiermem.config import Config, Gpu, Host
 from tiermem.gpu.emulated import EmulatedDevice
 from tiermem.nvme.kept import Persist
@@ -313,6 +316,16 @@ def use(pages: int) -> list[Row]:
     return found
 
 
+def fault(pages: int) -> list[Row]:
+    """`use()` of one page in the host tier until its stream may read it, on the CPU device.
+
+    Pages of 4 KiB, so that nearly all of it is the pager's and the device layer's own time.
+    """
+    with rig(Shape("cpu", 4096, 1024), "eager") as r:
+        took = [us for _ in range(4) for us in paging.fault_us(r, 600, stealing=False)]
+    return [row("fault_1", "us", took)]
+
+
 def allocate(pages: int) -> list[Row]:
     """Pages whose frames are still shown from their last life: nothing is mapped."""
     found = []
@@ -404,6 +417,7 @@ SECTIONS: dict[str, Callable[[int], list[Row]]] = {
     "memory": memory,
     "planner": planner,
     "use": use,
+    "fault": fault,
     "allocate": allocate,
     "window": window,
 }

@@ -148,10 +148,11 @@ class PagerMachine(RuleBasedStateMachine):
     def read_pages_in_place_and_press_them_out(self, seed: int) -> None:
         random, stream = Random(seed), seed % 2
         if self._read_in_place(random, stream, 6):
-            self.kernels_run(stream)
-            self._mover_verb(random, demote=True)  # the host may get short
-            self.copies_end(2)
-            self.mover()
+            for _ in range(2):  # once before the kernels have run, once after
+                self._mover_verb(random, demote=True)  # the host may get short
+                self.copies_end(2)
+                self.mover()
+                self.kernels_run(stream)
 
     @rule(seed=SEEDS)
     def fault(self, seed: int) -> None:

@@ -184,6 +184,12 @@ class Books:
         self._open[plan.id] = Open(plan, tuple(gens))
         return plan
 
+    def _follow(self, plan: Plan, request: Request) -> None:
+        """A request's own plan, which it awaits."""
+        request.plans.append(plan)
+        request.pending.add(plan.id)
+        self._watch.setdefault(plan.id, []).append(request)
+
     def _take_kept(self, place: Place, n: int) -> tuple[Rows, Slots]:
         """The oldest idle kept slots, now used, and the pages that they were copies of.
 

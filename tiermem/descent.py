@@ -379,7 +379,8 @@ class Descent(Books):
     def _vacate(self, rows: Rows) -> None:
         """Idle pages become NONE; a frame that is still shown is retired, empty."""
         table = self.table
-        for place in (HOST, NVME):
+        dirty = (table.flags[rows] & (DIRTY | STALE)) == DIRTY  # these have no copy below
+        for place in () if dirty.all() else (HOST, NVME):
             held = table.slot(place)[rows] >= 0
             if held.any():
                 self._release_slots(rows[held], place)
@@ -401,12 +402,14 @@ class Descent(Books):
         self._reaped.append(rows)
 
     def _rests_idle(self, rows: Rows) -> bool:
-        """True if all of these pages are on the GPU and nothing is under way with any."""
+        """True if all of these pages are on the GPU, and nothing is under way or queued with any.
+
+        Then nobody uses, awaits or moves them either: that pins a page, or makes it busy.
+        """
         table = self.table
-        idle = (table.at[rows] == AT_GPU) & (table.busy[rows] == 0)
-        if not table.fences.all_passed:
-            idle &= table.fences.is_passed(table.fence[rows])
-        return bool(idle.all())
+        if (table.at[rows] != AT_GPU).any() or (table.pins[rows] | table.busy[rows]).any():
+            return False
+        return table.fences.all_passed or bool(table.fences.is_passed(table.fence[rows]).all())
 
     def _settle_hide(self, step: Hide, bad: Mask | None) -> None:
         if not self.in_order:

@@ -23,7 +23,6 @@ from tiermem.tier import (
     Done,
     Finished,
     Mask,
-    Orderable,
     Place,
     Route,
     Slots,
@@ -93,8 +92,8 @@ class Flight:
                 done.wait()
                 if done.error is not None:
                     return False
-            elif isinstance(done, Orderable):
-                done.order(stream)
+            elif (order := getattr(done, "order", None)) is not None:
+                order(stream)  # an `Orderable`; asking for the protocol takes 10 us
             else:
                 return False
         return True
@@ -255,7 +254,7 @@ class Executor:
     def _by_region(self, rows: Rows, call: Callable[[Part], Done]) -> Done:
         """One call of the window for each region among the pages."""
         regions = self._region_of(rows)
-        if (regions == regions[0]).all():
+        if len(rows) == 1 or (regions == regions[0]).all():
             return call(slice(None))
         parts = [np.flatnonzero(regions == region) for region in sorted(set(regions.tolist()))]
         dones: list[Done] = []

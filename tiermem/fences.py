@@ -40,6 +40,10 @@ class Fences:
     def join(self, ids: FenceIds, stream: int, tick: int) -> FenceIds:
         """uint32[n]: each fence, and the point `tick` on `stream` besides."""
         self._widen(stream + 1)
+        if len(ids) == 1:
+            fence = ids.item() if self._open[ids.item()] else 0
+            later = tick > self._passed.item(stream)
+            return np.array([self._joined(fence, stream, tick) if later else fence], np.uint32)
         old = ids.copy()
         old[~self._open[ids]] = 0
         if tick <= self._passed[stream]:

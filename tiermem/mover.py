@@ -12,6 +12,9 @@ from tiermem.pager import Pager
 log = logging.getLogger(__name__)
 
 BUSY_S = 0.004  # while work is under way; who waits settles by himself, at once
+YIELD_S = 0.001
+"""Whoever woke the mover has something to do first, and would have to share the interpreter lock:
+a fault of one page takes 10 % longer in the median and 20 times as long in the worst percent."""
 GROWING_S = 0.01
 IDLE_S = 0.5
 
@@ -55,5 +58,6 @@ class Mover:
             if self._pager.busy():
                 time.sleep(BUSY_S)
             else:
-                self._awake.wait(GROWING_S if more else IDLE_S)
+                if self._awake.wait(GROWING_S if more else IDLE_S):
+                    time.sleep(YIELD_S)
                 self._awake.clear()

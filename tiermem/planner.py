@@ -18,9 +18,9 @@ import numpy.typing as npt
 
 from tiermem.books import Marks, copies, either, pages_of
 from tiermem.errors import NotOurs, PageInUse, PageLost, TierFailed, TierFull
-from tiermem.inplace import InPlace
 from tiermem.plan import Copy, Drop, Hide, Outcome, Plan, Request, Show, ShowInPlace, Step, Zero
 from tiermem.policies.base import Keys, RequestFacts
+from tiermem.single import Single
 from tiermem.table import (
     DIRTY,
     DOOMED,
@@ -60,7 +60,7 @@ _BARRED_WRITE = _BARRED | LABELLED
 _ARRIVED = {HOST: "host_gpu", NVME: "nvme_gpu"}
 
 
-class Planner(InPlace):
+class Planner(Single):
     """All verbs. See `table.py` for the states and arcs, `books.py` for the state."""
 
     # ---------------------------------------------------------------- verbs of the owner
@@ -79,6 +79,11 @@ class Planner(InPlace):
         parents, depths, keys: one a unit. Raises TierFull when no wait could help.
         """
         table = self.table
+        if len(rows) == 1 and self._allocate_one(rows):
+            table.parent[rows] = -1 if parents is None else parents
+            table.depth[rows] = 0 if depths is None else depths
+            self.rankings[GPU].inserted(rows, keys, now)
+            return Request(rows, taken=True, pins=False)
         if table.at[rows].any():
             raise NotOurs(f"{len(rows)} pages to allocate, not all of them vacant")
         request = Request(rows, pins=False)
@@ -126,6 +131,10 @@ class Planner(InPlace):
         others read in place), TierFull; then nothing is pinned.
         """
         table = self.table
+        if len(rows) == 1 and access != "fresh" and (touches is None or self.crossover is None):
+            request = Request(rows, pins=pin)
+            if self._load_one(rows, request, order):
+                return request
         at, to = table.at[rows], table.to[rows]
         if not at.all() or (table.flags[rows] & DOOMED).any():
             raise NotOurs(f"{int((at == AT_NONE).sum())} of {len(rows)} pages not allocated")
@@ -294,7 +303,14 @@ class Planner(InPlace):
     def free(self, rows: Rows, now: int) -> list[Plan]:
         """Forget pages (whole units). They become vacant once idle. Raises PageInUse, NotOurs."""
         table = self.table
-        if not table.at[rows].all() or (table.flags[rows] & DOOMED).any():
+        if len(rows) == 1 and self._free_one(rows, now):
+            return []
+        barred = (table.flags[rows] & DOOMED).any()
+        if not (barred or self.eager) and self._rests_idle(rows):
+            self._leave_tier(GPU, rows, now)
+            self._vacate(rows)
+            return []
+        if barred or not table.at[rows].all():
             raise NotOurs(f"{len(rows)} pages to free, not all of them allocated")
         users = table.pins[rows] + table.waiters[rows]
         if users.any():
@@ -303,10 +319,6 @@ class Planner(InPlace):
                 f"{int(used.sum())} of {len(rows)} pages are pinned or awaited "
                 f"(first: row {int(rows[used][0])}); leave their use() first"
             )
-        if not self.eager and self._rests_idle(rows):
-            self._leave_tier(GPU, rows, now)
-            self._vacate(rows)
-            return []
         self._doom(rows, now)
         return self._reap()
 
@@ -509,7 +521,11 @@ class Planner(InPlace):
 
     def all_ordered(self, request: Request) -> bool:
         """True if a stream may wait for everything that this request awaits."""
-        rows = request.rows[self.table.to[request.rows] != 0]
+        rows = request.rows
+        if len(rows) == 1:
+            flags = self.table.flags.item(rows.item())
+            return bool(flags & ORDERED) or not self.table.to.item(rows.item())
+        rows = rows[self.table.to[rows] != 0]
         return bool(((self.table.flags[rows] & ORDERED) != 0).all())
 
     # ---------------------------------------------------------------- bringing pages up
@@ -626,11 +642,6 @@ class Planner(InPlace):
             request.pending.add(plan_id)
             self._watch.setdefault(plan_id, []).append(request)
 
-    def _follow(self, plan: Plan, request: Request) -> None:
-        request.plans.append(plan)
-        request.pending.add(plan.id)
-        self._watch.setdefault(plan.id, []).append(request)
-
     def _pin(self, rows: Rows) -> None:
         table = self.table
         later = (table.to[rows] != 0) & ((table.flags[rows] & ORDERED) == 0)
@@ -642,6 +653,9 @@ class Planner(InPlace):
     ) -> list[Plan]:
         """A load ended: pages that still want it are on the GPU, whoever waited has its pin."""
         table, rows = self.table, step.pages
+        if len(rows) == 1 and bad is None and self._land_one(step, plan_id, now):
+            self.counts[_ARRIVED[step.src]] += 1
+            return []
         table.busy[rows] -= 1
         live = table.move[rows] == plan_id
         good = live if bad is None else live & ~bad

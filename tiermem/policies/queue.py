@@ -130,8 +130,10 @@ class Queues:
                 self.stamp[unit] = 0
             return
         units = self.known(units)
-        units = units if len(units) < 2 else np.unique(units)
-        self._leave(self.of[units])
+        marks = np.arange(len(units))
+        self.stamp[units] = marks
+        once = self.stamp[units] == marks  # a unit named twice leaves once
+        self._leave(self.of[units if once.all() else units[once]])
         self.of[units] = -1
         self.stamp[units] = 0
 
