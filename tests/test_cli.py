@@ -51,6 +51,19 @@ def test_only_commands_that_are_there_are_offered(monkeypatch: pytest.MonkeyPatc
     run("absent", code=2)
 
 
+def test_the_help_of_a_group_names_the_commands_that_are_there(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    group: cli.Group = {
+        "here": cli.Command("tiermem.bench.report", "Something."),
+        "absent": cli.Command("tiermem.bench.not_there", "Nothing."),
+    }
+    monkeypatch.setitem(cli.COMMANDS, "group", group)
+    run("--help")
+    said = capsys.readouterr().out
+    assert "Group: here." in said
+
+
 def test_config_shows_every_value_with_its_source(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

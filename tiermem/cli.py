@@ -140,10 +140,11 @@ def _group(commands: Group, arguments: Sequence[str], about: str) -> typer.Typer
     called = arguments[0] if arguments else None
     for name, entry in commands.items():
         if isinstance(entry, dict):
+            there = (sub for sub, each in entry.items() if isinstance(each, dict) or _exists(each))
             inner = _group(
                 entry,
                 arguments[1:] if called == name else (),
-                f"{name.capitalize()}: {', '.join(entry)}.",
+                f"{name.capitalize()}: {', '.join(there)}.",
             )
             if inner.registered_commands:
                 app.add_typer(inner, name=name)

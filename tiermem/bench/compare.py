@@ -20,6 +20,9 @@ from tiermem.bench.result import Result, Row
 from tiermem.errors import TierMemError
 from tiermem.units import format_exactly
 
+WIDTH = 120
+"""Columns of the table where there is no terminal."""
+
 
 class BadComparison(TierMemError):
     """Two results that cannot be compared; the message has the reason."""
@@ -166,10 +169,11 @@ def _bar(row: Row) -> chart.Bar:
 
 
 def show(comparison: Comparison, console: Console) -> None:
-    table = Table(title=escape(f"A = {comparison.a}, B = {comparison.b}"), title_justify="left")
+    title = escape(f"A = {comparison.a}, B = {comparison.b}")
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
     table.add_column("what", overflow="fold")
     for name in ("A GB/s", "B GB/s", "B/A", f"{LEVEL} %", "p99", "verdict"):
-        table.add_column(name, justify="right" if name != "verdict" else "left")
+        table.add_column(name, justify="right" if name != "verdict" else "left", no_wrap=True)
     styles = {"faster": "green", "slower": "red", "not certain": "yellow"}
     for c in comparison.pairs:
         interval = "-" if c.verdict == "too few rounds" else f"{c.low:.2f} - {c.high:.2f}"
@@ -198,4 +202,5 @@ def command(
     if svg is not None:
         output.save(svg, draw(comparison, first, second))
     if not output.emit(comparison, json):
-        show(comparison, Console())
+        console = Console()
+        show(comparison, console if console.is_terminal else Console(width=WIDTH))

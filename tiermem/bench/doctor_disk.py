@@ -21,7 +21,7 @@ from tiermem.units import format_bytes, format_exactly
 IN_MEMORY = frozenset({"tmpfs", "ramfs", "devtmpfs"})
 REMOTE = frozenset({"nfs", "nfs4", "cifs", "smb3", "9p", "virtiofs", "fuse", "fuseblk", "ceph"})
 PROBE_S = 12.0
-GDS_WAY_OUT = "pip install 'tiermem[gds]' and cupy, or nvme.mode = auto"
+GDS_WAY_OUT = "pip install 'tiermem[gds]', or nvme.mode = auto"
 COPYING = frozenset({"btrfs", "zfs", "overlay"})
 """File systems that write elsewhere instead of overwriting, so the slab's slots do not stay put."""
 

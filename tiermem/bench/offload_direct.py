@@ -52,7 +52,7 @@ def direct(run: Run, page: int) -> None:
     if absent:
         run.note(
             f"GPU to NVMe by kvikio left out: {' and '.join(absent)} not installed "
-            "(pip install 'tiermem[gds]' and cupy)"
+            "(pip install 'tiermem[gds]')"
         )
         return
     run.told.begin("kvikio: which way does it take")

@@ -129,11 +129,14 @@ def _routes(look: Look) -> Table:
     return table
 
 
-def _events(look: Look) -> Table:
+def _events(look: Look) -> Table | str:
+    """A sentence where there is nothing to list."""
+    happened = [sample for sample in look.named("tiermem_events_total") if sample.value]
+    if not happened:
+        return "Nothing that is counted has happened to a page yet."
     table = _table("What happened to pages", "event", "pages")
-    for sample in look.named("tiermem_events_total"):
-        if sample.value:
-            table.add_row(sample.labels["event"], f"{sample.value:,.0f}")
+    for sample in happened:
+        table.add_row(sample.labels["event"], f"{sample.value:,.0f}")
     return table
 
 
