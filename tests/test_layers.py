@@ -13,7 +13,9 @@ PACKAGE = Path(__file__).parents[1] / "tiermem"
 LEAVES = ("gpu", "host", "nvme", "policies")
 LEVEL = {
     **dict.fromkeys(("config", "errors", "sections", "settings", "units"), 0),
-    **dict.fromkeys(("fences", "keyindex", "native", "plan", "table", "tier", "toolchain"), 1),
+    **dict.fromkeys(
+        ("fences", "interrupts", "keyindex", "native", "plan", "table", "tier", "toolchain"), 1
+    ),
     **dict.fromkeys(LEAVES, 2),
     **dict.fromkeys(
         ("books", "descent", "executor", "ledger", "pager", "planner", "ranking", "stats", "trace"),

@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from tiermem.errors import Closed, PageLost, TierFailed
 from tiermem.executor import Executor, Flight
+from tiermem.interrupts import Uninterrupted
 from tiermem.plan import Plan
 from tiermem.planner import Access, Planner, Request
 from tiermem.policies.base import Keys
@@ -95,26 +96,41 @@ class Pager:
                     self._enter(rows, writes)
             if not resident:
                 start_s = start_s or time.perf_counter()
-            self._start()
-            if resident:
-                break
-            if not request.taken:
-                self._await_any(request)
-                continue
-            if order and self._order(request, stream):
-                self._wake()  # nobody else will settle these loads
-                break
-            self._await_all(request)
-            with self.lock:
-                if not request.failed and Place.GPU not in self.planner.failed_tiers:
-                    self._enter(rows, writes)
+            taken = request.taken
+            try:
+                if self._come(request, resident, writes, order, stream):
                     break
-                self.planner.abandon(request)
-            attempts += 1
-            self._refuse_failed(request, attempts)
+            except BaseException:  # also Ctrl-C: what is on its way lands without its pins
+                with self.lock:
+                    self.planner.abandon(request)
+                raise
+            if taken:
+                attempts += 1
+                self._refuse_failed(request, attempts)
         if start_s:
             self.fault_latency.add(time.perf_counter() - start_s)
             self._wake_if_pressed()
+
+    def _come(
+        self, request: Request, resident: bool, writes: bool, order: bool, stream: int | None
+    ) -> bool:
+        """Carry a request out and wait for it; False: ask again, for it was not or badly served."""
+        self._start()
+        if resident:
+            return True
+        if not request.taken:
+            self._await_any(request)
+            return False
+        if order and self._order(request, stream):
+            self._wake()  # nobody else will settle these loads
+            return True
+        self._await_all(request)
+        with self.lock:
+            if not request.failed and Place.GPU not in self.planner.failed_tiers:
+                self._enter(request.rows, writes)
+                return True
+            self.planner.abandon(request)
+        return False
 
     def use_one(self, row: int, write: bool) -> bool:
         """The fast path of `use` for one page that rests on the GPU; False: take the other."""
@@ -247,11 +263,12 @@ class Pager:
                 self._starting.add(plan.id)
             flight = None
             try:
-                flight = self.executor.start(plan)
+                with Uninterrupted():
+                    flight = self.executor.start(plan)
             finally:
                 with self.lock:
                     self._starting.discard(plan.id)
-                    if flight is None:  # interrupted: somebody else will start it
+                    if flight is None:  # interrupted before: somebody else will start it
                         self._todo.appendleft(plan)
                     else:
                         self._flights[plan.id] = flight
@@ -294,13 +311,8 @@ class Pager:
             flights = [self._flights[p] for p in sorted(request.pending) if p in self._flights]
             if not flights and self._starting:
                 self._settled.wait(_TICK_S)
-        try:
-            if flights and not (some and any(f.ready() for f in flights)):
-                flights[0].wait(_TICK_S)
-        except BaseException:
-            with self.lock:
-                self.planner.abandon(request)
-            raise
+        if flights and not (some and any(f.ready() for f in flights)):
+            flights[0].wait(_TICK_S)
         self.settle_ready()
 
     def _order(self, request: Request, stream: int | None) -> bool:
