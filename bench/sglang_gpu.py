@@ -42,12 +42,12 @@ SHAPES: dict[str, dict[str, Any]] = {
     "tiny": {
         "hidden_size": 1024, "intermediate_size": 2048, "num_hidden_layers": 8,
         "num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 32000,
-        "page_size": 64, "lengths": {4096: 16, 16384: 4},
+        "page_size": 256, "lengths": {4096: 16, 16384: 4},
     },
     "8b": {
         "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
         "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128,
-        "vocab_size": 128256, "page_size": 16, "lengths": {4096: 16, 16384: 4},
+        "vocab_size": 128256, "page_size": 64, "lengths": {4096: 16, 16384: 4},
     },
     "check": {
         "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2,

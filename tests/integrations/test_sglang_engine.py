@@ -12,10 +12,11 @@ import pytest
 from tests.test_region import config
 from tiermem.config import Config, Evict
 from tiermem.errors import ConfigError
-from tiermem.integrations.sglang_engine import Engine, Identity
+from tiermem.integrations.sglang_engine import Engine, Identity, Usable
 from tiermem.integrations.sglang_layout import PageMajor
 from tiermem.integrations.sglang_pages import Arrived, Pages
 from tiermem.integrations.sglang_sizes import Sizes, opened, plan, rank_config
+from tiermem.integrations.sglang_speed import PrefillSpeed
 from tiermem.nvme.slab import bytes_for
 from tiermem.tier import Place
 
@@ -116,7 +117,7 @@ def test_a_prefix_on_the_drive_is_read_before_it_counts(open_engine: Open) -> No
     compute(engine, "a", pages, TOKENS)
     push_out(engine)
     assert (engine.region.where(pages) == Place.NVME).all()
-    assert engine.usable(pages) == 3
+    assert engine.usable(pages) == Usable(3, 3)
     assert (engine.region.where(pages) != Place.NVME).all()
     assert reads(engine, pages, TOKENS)
 
@@ -126,11 +127,31 @@ def test_a_prefix_counts_up_to_the_first_page_that_is_lost_on_any_rank(open_engi
     pages = pages_of(1, 2, 3, 4)
     compute(engine, "a", pages, TOKENS)
     engine.agree = lambda numbers: [min(n, 3) for n in numbers]  # another rank has lost page 4
-    assert engine.usable(pages) == 3
+    assert engine.usable(pages) == Usable(3, 3)
     engine.residence.gone(pages_of(2), "dropped")
-    assert engine.usable(pages) == 1
-    assert engine.usable(pages_of()) == 0
+    assert engine.usable(pages) == Usable(1, 1)
+    assert engine.usable(pages_of()) == Usable(0, 0)
     engine.region.free([2])
+
+
+def test_what_is_sooner_computed_than_read_from_the_drive_stays_there(open_engine: Open) -> None:
+    engine = open_engine(persist=False)
+    pages = pages_of(1, 2, 3)
+    compute(engine, "a", pages, TOKENS)
+    push_out(engine)
+    engine.usable(pages[:1])  # measures the route
+    clock = [0.0]
+    engine.speed = PrefillSpeed(lambda: clock[0])
+    engine.speed.launched(1 << 40)
+    clock[0] = 1e-3
+    engine.speed.finished()
+    assert engine.usable(pages) == Usable(3, 1)
+    assert (engine.region.where(pages[1:]) == Place.NVME).all()
+    engine.speed = PrefillSpeed(lambda: clock[0])
+    engine.speed.launched(1 << 10)
+    clock[0] += 1e6
+    engine.speed.finished()
+    assert engine.usable(pages) == Usable(3, 3)
 
 
 def test_a_page_whose_bytes_on_the_drive_are_not_as_written_is_lost(
@@ -147,7 +168,7 @@ def test_a_page_whose_bytes_on_the_drive_are_not_as_written_is_lost(
     with slab.open("r+b") as file:
         file.seek(at)
         file.write(b"\xff" * 8)
-    assert engine.usable(pages) == 1
+    assert engine.usable(pages) == Usable(1, 1)
     assert reads(engine, pages[:1], TOKENS)
 
 
@@ -163,7 +184,7 @@ def test_what_was_named_is_taken_over_by_the_next_process(open_engine: Open) -> 
     assert again.kept([7, *TOKENS[1:]], None, 0, 9) == 0
     pages = pages_of(11, 12, 13)
     assert again.adopt(TOKENS, None, 0, pages) == 3
-    assert again.usable(pages) == 3
+    assert again.usable(pages) == Usable(3, 3)
     assert reads(again, pages, TOKENS)
 
 

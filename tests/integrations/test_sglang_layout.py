@@ -32,6 +32,19 @@ def test_a_page_size_that_wastes_memory_is_refused_with_one_that_does_not() -> N
     assert fitting_page_size(parts=72, row_bytes=2048, least=16, granule=2 * MIB) == 64
 
 
+@pytest.mark.parametrize(
+    ("parts", "row_bytes", "page_size"),
+    [(64, 2048, 64), (160, 512, 128), (72, 2048, 64), (61, 1152, 256), (4, 128, 4096)],
+)
+def test_pages_are_large_where_a_page_of_few_tokens_can_be(
+    parts: int, row_bytes: int, page_size: int
+) -> None:
+    found = fitting_page_size(
+        parts=parts, row_bytes=row_bytes, least=16, granule=2 * MIB, least_bytes=8 * MIB
+    )
+    assert found == page_size
+
+
 def test_no_page_size_may_fit() -> None:
     assert fitting_page_size(parts=3, row_bytes=2, least=1, granule=2 * MIB) is None
     with pytest.raises(ConfigError, match="no page size"):

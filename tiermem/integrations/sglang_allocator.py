@@ -36,7 +36,8 @@ class PageMajorAllocator(PagedTokenToKVPoolAllocator):  # type: ignore[misc]  # 
         self._stride = engine.layout.stride
         self.pages = engine.free_pages()
         self.taken = []
-        self._hand_out(np.empty(0, np.int32))
+        self._nothing = _END.to(self.device)
+        self.free_pages = self._nothing
 
     def available_size(self) -> int:
         return len(self.pages) * int(self.page_size)
@@ -47,7 +48,7 @@ class PageMajorAllocator(PagedTokenToKVPoolAllocator):  # type: ignore[misc]  # 
             return None
         self._hand_out(pages)
         indices: torch.Tensor = super().alloc(need_size)
-        self._hand_out(pages[:0])
+        self.free_pages = self._nothing
         return indices
 
     def alloc_extend(
@@ -73,7 +74,7 @@ class PageMajorAllocator(PagedTokenToKVPoolAllocator):  # type: ignore[misc]  # 
             extend_num_tokens,
             int(counts.sum()),
         )
-        self._hand_out(np.empty(0, np.int32))
+        self.free_pages = self._nothing
         return indices
 
     def alloc_decode(
@@ -82,7 +83,7 @@ class PageMajorAllocator(PagedTokenToKVPoolAllocator):  # type: ignore[misc]  # 
         if not self._take((seq_lens_cpu.numpy() - 1) % self.page_size == 0):
             return None
         indices: torch.Tensor = super().alloc_decode(seq_lens, seq_lens_cpu, last_loc)
-        self._hand_out(np.empty(0, np.int32))
+        self.free_pages = self._nothing
         return indices
 
     def merge_and_sort_free(self) -> None:
@@ -102,7 +103,8 @@ class PageMajorAllocator(PagedTokenToKVPoolAllocator):  # type: ignore[misc]  # 
             return False
         ends = np.cumsum(counts)
         self.taken = np.split(pages, ends[:-1])
-        self._hand_out(pages)
+        if len(pages):
+            self._hand_out(pages)
         return True
 
     def _hand_out(self, pages: Pages) -> None:

@@ -24,6 +24,7 @@ from tiermem.integrations.sglang_layout import PageMajor
 from tiermem.integrations.sglang_pages import FreePages, Pages
 from tiermem.integrations.sglang_residence import PADDING, Residence
 from tiermem.integrations.sglang_sizes import Sizes, opened
+from tiermem.integrations.sglang_speed import PrefillSpeed
 from tiermem.space import Space
 from tiermem.tier import AT_NONE
 
@@ -52,6 +53,14 @@ class Identity:
     fingerprint: Mapping[str, str]
 
 
+@dataclass(frozen=True, slots=True)
+class Usable:
+    """Of the pages of a prefix, from the first on. there: not lost. load: worth it; not above."""
+
+    there: int
+    load: int
+
+
 class Engine:
     """Opens the space, which lives as long as the process."""
 
@@ -76,6 +85,9 @@ class Engine:
         self._budget = self.space.budget()
         self._round = 0
         self.gates = Gates(pages, layout.page_size, lambda: self._budget)
+        self.speed = PrefillSpeed()
+        self.caps: dict[Hashable, int] = {}
+        """Tokens that a request may be matched with at most, while it is being matched."""
         self._chains: dict[Hashable, KeyChain] = {}
         self._labelled: dict[Hashable, int] = {}
         self._served = False
@@ -129,27 +141,35 @@ class Engine:
     # ---------------------------------------------------------------- prefixes
 
     def promote(self, pages: Pages) -> None:
-        """A request that waits has these cached pages: bring them up as far as there is room."""
-        self.residence.promote(pages)
+        """A request that waits has these cached pages: bring up those that are worth a load."""
+        self.residence.promote(pages[: self._worth(pages)])
 
-    def usable(self, pages: Pages) -> int:
-        """How many of these cached pages, from the first on, can be read, on all ranks.
+    def usable(self, pages: Pages) -> Usable:
+        """What of these cached pages, from the first on, can be read and should be, on all ranks.
 
         What is on a drive is read and verified now, so that a step never meets a page that is not
         what was written.
         """
         if not len(pages):
-            return 0
-        good = self._leading(pages)
+            return Usable(0, 0)
+        there = self._leading(pages)
+        load = self._worth(pages[:there])
         if self._may_lose:
-            self._read(pages[:good])
-            good = self._leading(pages[:good])
-            [good] = self.agree([good])
-        return good
+            self._read(pages[:load])
+            there = self._leading(pages)
+            there, load = self.agree([there, min(load, there)])
+        return Usable(there, load)
 
     def _leading(self, pages: Pages) -> int:
         valid = self.residence.valid(pages)
         return len(pages) if valid.all() else int(np.argmin(valid))
+
+    def _worth(self, pages: Pages) -> int:
+        """How many of these pages, from the first on, are sooner loaded than computed again."""
+        model = self.speed.model()
+        if model is None or not len(self.residence.on_drive(pages)):
+            return len(pages)  # host memory is always faster
+        return self.region.split(pages, self.layout.page_size, model).load
 
     def _read(self, pages: Pages) -> None:
         """Load what rests on the drive; what cannot be read is lost from then on."""

@@ -134,6 +134,14 @@ def step(scheduler: Any, batch: Any, *args: Any, **kwargs: Any) -> None:
     if stale:
         _read_rows(engine, batch, stale)
     engine.residence.ensure(batch.reqs)
+    if batch.forward_mode.is_extend():
+        engine.speed.launched(int(batch.extend_num_tokens or 0))
+
+
+def computed(result: Any, scheduler: Any, batch: Any, *args: Any, **kwargs: Any) -> None:
+    """After `process_batch_result`: how long a prefill took."""
+    if batch.forward_mode.is_extend():
+        state.engine().speed.finished()
 
 
 def clip(result: None, scheduler: Any, req: Any) -> None:
@@ -250,20 +258,34 @@ def released(original: Callable[..., None], req: Any, tree: Any, *args: Any, **k
 def matched(
     original: Callable[..., None], req: Any, tree: Any = None, *args: Any, **kwargs: Any
 ) -> None:
-    """Around `init_next_round_input`: a prefix counts as far as its bytes are there."""
+    """Around `init_next_round_input`: a prefix counts as far as its bytes are there, and worth it.
+
+    What is lost leaves the tree. What would be slower to load than to compute stays in it; the
+    request is matched with what is before it.
+    """
     original(req, tree, *args, **kwargs)
     if tree is None or compat.caches_nothing(tree):
         return
     engine = state.engine()
     pages = compat.matched_pages(engine, tree, req)
-    good = engine.usable(pages)
-    if good < len(pages):
-        log.warning("lost prefix pages=%d of %d: computed again", len(pages) - good, len(pages))
-        compat.uproot(engine, tree, req, good)
+    usable = engine.usable(pages)
+    if usable.load == len(pages):
+        return
+    if usable.there < len(pages):
+        lost = len(pages) - usable.there
+        log.warning("lost prefix pages=%d of %d: computed again", lost, len(pages))
+        compat.uproot(engine, tree, req, usable.there)
+    engine.caps[req] = usable.load * engine.layout.page_size
+    try:
         original(req, tree, *args, **kwargs)
-        left = len(compat.matched_pages(engine, tree, req))
-        if left > good:
-            raise state.NotLive(f"tiermem: {left} pages of a prefix are in use, {good} are there")
+    finally:
+        del engine.caps[req]
+
+
+def capped(result: int, req: Any, *args: Any, **kwargs: Any) -> int:
+    """After `_compute_max_prefix_len`: no more than `matched` allows."""
+    cap = state.engine().caps.get(req)
+    return result if cap is None else min(result, cap)
 
 
 def _is_followed(engine: Engine, req: Any) -> bool:

@@ -22,6 +22,7 @@ from tiermem.errors import ConfigError
 MOST_WASTE = 1 / 8
 """Of a page's bytes, at most this part may be padding."""
 _LONGEST_PAGE = 4096
+_LARGE_ENOUGH = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,14 +71,21 @@ def choose(*, parts: int, row_bytes: int, page_size: int, granule: int) -> PageM
     )
 
 
-def fitting_page_size(*, parts: int, row_bytes: int, least: int, granule: int) -> int | None:
-    """The smallest doubling of `least` whose pages waste little; None if there is none."""
+def fitting_page_size(
+    *, parts: int, row_bytes: int, least: int, granule: int, least_bytes: int = 0
+) -> int | None:
+    """The smallest doubling of `least` whose pages waste little; None if there is none.
+
+    least_bytes: a page should have, if one of at most 256 tokens can.
+    """
+    fits = []
     size = least
     while size <= _LONGEST_PAGE:
         if not _wasteful(parts, _stride(parts, size * row_bytes, granule)):
-            return size
+            fits.append(size)
         size *= 2
-    return None
+    large = [s for s in fits if s * row_bytes * parts >= least_bytes and s <= _LARGE_ENOUGH]
+    return next(iter(large or fits), None)
 
 
 def _stride(parts: int, block_bytes: int, granule: int) -> int:
