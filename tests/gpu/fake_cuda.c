@@ -41,7 +41,7 @@ static int handles_n = 1, maps_n, retained;
 static mapping maps[MOST];
 static u64 offset_n, in_use, limit = 1ull << 40, ids = 1;
 static char lacking[64], failing[64];
-static int fail_in, fail_code, slow_us;
+static int fail_in, fail_code, fail_ever, slow_us, denied;
 static void (*digest)(u64, u64, u64, u64);      /* pages, their addresses, answers, pieces a page */
 static __thread u64 contexts[16];
 static __thread int depth;
@@ -51,7 +51,10 @@ void fake_fail(const char *name, int nth, int code)
     snprintf(failing, sizeof failing, "%s", name);
     fail_in = nth;
     fail_code = code;
+    fail_ever = 0;
 }
+void fake_fail_always(const char *name, int code) { fake_fail(name, 0, code); fail_ever = 1; }
+void fake_deny(int attribute) { denied = attribute; }
 void fake_slow(int us) { slow_us = us; }
 void fake_digest(void (*fn)(u64, u64, u64, u64)) { digest = fn; }
 void fake_limit(u64 bytes) { limit = bytes; }
@@ -61,6 +64,8 @@ int fake_mappings(void) { return maps_n; }
 
 static int planted(const char *name)
 {
+    if (fail_ever && !strcmp(name, failing))
+        return fail_code;
     if (fail_in && !strcmp(name, failing) && --fail_in == 0)
         return fail_code;
     return OK;
@@ -153,8 +158,8 @@ int cuDeviceTotalMem(u64 *n, int d) { (void)d; *n = limit; return OK; }
 int cuDeviceGetAttribute(int *v, int attribute, int d)
 {
     (void)d;
-    *v = attribute == 134 ? 0 : attribute == 102 || attribute == 103 || attribute == 110
-         || attribute == 141 || attribute == 122;
+    *v = attribute == denied || attribute == 134 ? 0 : attribute == 102 || attribute == 103
+         || attribute == 110 || attribute == 141 || attribute == 122;
     return OK;
 }
 int cuDevicePrimaryCtxRetain(u64 *c, int d) { FAULT; retained++; *c = 77 + d; return OK; }

@@ -57,6 +57,7 @@ class StandIn:
 
     def reset(self) -> None:
         self.lack("")
+        self.deny(0)
         self.fail("", 0, 0)
         self.limit(1 << 40)
         self.slow(0)
@@ -67,6 +68,14 @@ class StandIn:
     def fail(self, call: str, nth: int, code: int) -> None:
         """Let the nth call of `call` from now (1 is the next) give `code`."""
         self._lib.fake_fail(call.encode(), nth, code)
+
+    def fail_always(self, call: str, code: int) -> None:
+        """Let every call of `call` from now give `code`."""
+        self._lib.fake_fail_always(call.encode(), code)
+
+    def deny(self, attribute: int) -> None:
+        """Let the device not have what this CUdevice_attribute asks for."""
+        self._lib.fake_deny(attribute)
 
     def lack(self, call: str) -> None:
         """Answer as a driver that does not have this call."""
