@@ -223,7 +223,9 @@ def test_rounds_go_on_while_they_lie_apart_and_end_once_they_agree() -> None:
     assert rates(run.take(laps(50, 48, 50, 50.1, 50.1, 50.1, 50.1, 9))) == [
         48, 50, 50.1, 50.1, 50.1, 50.1
     ]  # fmt: skip
-    assert closed == [True, True, True]
+    run.hurry_at = 0.0  # a run that is late
+    assert rates(run.take(laps(1, 50, 52, 50, 50, 50))) == [50, 52, 50]
+    assert closed == [True] * 4
 
 
 def test_every_part_says_how_long_it_took(run: Result) -> None:

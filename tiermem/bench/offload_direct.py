@@ -128,7 +128,7 @@ def measured(settings: Settings, b: Bare) -> Iterator[Way]:
     for ends in ((GPU, NVME), (NVME, GPU)):
         for depth in DEPTHS:
             lap = partial(stream, [b.lane(ends)], *calls(depth), b.page)
-            yield Way(ends[1] is NVME, depth, for_a_while(lap, settings))
+            yield Way(ends[1] is NVME, depth, for_a_while(lap, settings.seconds, settings.rounds))
 
 
 if __name__ == "__main__":

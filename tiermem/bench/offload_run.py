@@ -40,6 +40,9 @@ LEAST = 3
 STEADY = 0.02
 """Rounds that lie this close together are enough. Of two made runs with a spread of 2 % a round,
 2 of 100 rows are then called different, as with a fixed count; at 0.03 it is 3 (`compare`)."""
+HURRY_S = 90.0
+"""A run that has taken so long has three rounds of everything else: a slow or busy machine makes
+rounds lie apart, and the whole is to end within three minutes."""
 WARM_UP = 0.3
 """Length of the round that does not count, as a part of one that does."""
 
@@ -121,6 +124,8 @@ class Run:
     sections: dict[str, float] = field(default_factory=dict)
     written: int = 0
     """Bytes that went to the drive."""
+    hurry_at: float = field(default_factory=lambda: time.perf_counter() + HURRY_S)
+    """From then on three rounds are enough."""
 
     def note(self, text: str) -> None:
         if text not in self.notes:
@@ -137,11 +142,16 @@ class Run:
 
     def take(self, laps: Laps) -> list[Lap]:
         """As many rounds as are needed: see `take`."""
-        return take(laps, self.settings.rounds)
+        return take(laps, self._most)
 
     def for_a_while(self, lap: Callable[[float], Lap]) -> list[Lap]:
         """Rounds of something that can be done for any number of seconds."""
-        return for_a_while(lap, self.settings)
+        return for_a_while(lap, self.settings.seconds, self._most)
+
+    @property
+    def _most(self) -> int:
+        late = time.perf_counter() > self.hurry_at
+        return min(LEAST, self.settings.rounds) if late else self.settings.rounds
 
     def end_name(self, place: Place, gpu: int | None = None) -> str:
         """How a result file writes an end; the CPU device's frames are "gpu" without a number.
@@ -264,15 +274,15 @@ def take(laps: Laps, most: int) -> list[Lap]:
     return found
 
 
-def for_a_while(lap: Callable[[float], Lap], settings: Settings) -> list[Lap]:
+def for_a_while(lap: Callable[[float], Lap], seconds: float, most: int) -> list[Lap]:
     """Rounds of something that can be done for any number of seconds, after a short warm-up."""
 
     def laps() -> Laps:
-        yield lap(WARM_UP * settings.seconds)
+        yield lap(WARM_UP * seconds)
         while True:
-            yield lap(settings.seconds)
+            yield lap(seconds)
 
-    return take(laps(), settings.rounds)
+    return take(laps(), most)
 
 
 def _steady(laps: Sequence[Lap]) -> bool:
