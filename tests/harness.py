@@ -18,7 +18,7 @@ from tiermem.table import PageTable, Rows, Shown
 from tiermem.testing import GARBAGE, WORDS, FakeMemory, FakeRoute, FakeWindow, World
 from tiermem.tier import TIERS, Done, Place, SlotPool, Slots
 
-ALL_ROUTES = tuple((a, b) for a in TIERS for b in TIERS if a != b)
+ALL_ROUTES = (*((a, b) for a in TIERS for b in TIERS if a != b), (Place.HOST, Place.HOST))
 TENANT = 1_000_000
 
 
@@ -150,6 +150,11 @@ class Harness:
     def step(self) -> None:
         self.world.finish()
         self.settle_ready()
+
+    def drain_copies(self) -> None:
+        """End every copy that waits for no kernel."""
+        for _ in range(len(self.world.pending)):
+            self.step()
 
     def drain(self) -> None:
         """Run everything to its end."""

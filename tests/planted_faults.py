@@ -21,10 +21,12 @@ import numpy as np
 import pytest
 from hypothesis.stateful import run_state_machine_as_test
 
+from tests.test_compaction import CompactionMachine
 from tests.test_contents_machine import ContentsMachine
 from tests.test_pager_machine import PagerMachine, machine_settings
 from tiermem.backup import Backup
 from tiermem.books import Books
+from tiermem.compaction import Compaction
 from tiermem.descent import Descent
 from tiermem.inplace import InPlace
 from tiermem.plan import Copy, Outcome, Plan, Request, Step, Zero
@@ -320,6 +322,17 @@ def _write_in_place(right: Callable[..., Any]) -> Callable[..., Any]:
     return fault
 
 
+def _take_a_move_that_failed(right: Callable[..., None]) -> Callable[..., None]:
+    """A copy within the host tier that failed counts as one that did not."""
+
+    def land_within(
+        self: Compaction, step: Copy, gens: np.ndarray | None, bad: Mask | None
+    ) -> None:
+        right(self, step, gens, None)
+
+    return land_within
+
+
 FAULTS = (
     Fault("skip a fence", Books, "_begin", _skip_a_fence),
     Fault("reuse a busy slot", Books, "_cancel", _reuse_a_busy_slot),
@@ -341,6 +354,10 @@ FAULTS = (
         _reuse_another_tenants_slot_unzeroed,
     ),
     Fault("free a page with a kernel queued", Descent, "_reap", _free_at_once),
+    Fault(
+        "take a move that failed", Compaction, "_land_within", _take_a_move_that_failed,
+        CompactionMachine,
+    ),
     Fault("drop pages untold", Descent, "_drop", _drop_untold),
     Fault("wake a waiter without its pin", Planner, "_pin", _wake_without_a_pin),
     Fault("save a page in use", Backup, "_is_movable", _save_a_page_in_use, ContentsMachine),

@@ -21,7 +21,7 @@ LEVEL = {
         ("books", "descent", "executor", "ledger", "pager", "planner", "ranking", "stats", "trace"),
         3,
     ),
-    **dict.fromkeys(("attic", "backup", "contents", "inplace", "single"), 3),
+    **dict.fromkeys(("attic", "backup", "compaction", "contents", "inplace", "single"), 3),
     **dict.fromkeys(("ledger_file", "ledger_records", "ledger_shares", "ledger_wake"), 3),
     **dict.fromkeys(("crossover", "drive", "keeping", "leased", "sharing"), 4),
     **dict.fromkeys(("assemble", "metrics", "mover", "region", "space"), 4),

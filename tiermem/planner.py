@@ -17,10 +17,10 @@ import numpy as np
 import numpy.typing as npt
 
 from tiermem.books import Marks, copies, either, pages_of
+from tiermem.compaction import Compaction
 from tiermem.errors import NotOurs, PageInUse, PageLost, TierFailed, TierFull
 from tiermem.plan import Copy, Drop, Hide, Outcome, Plan, Request, Show, ShowInPlace, Step, Zero
 from tiermem.policies.base import Keys, RequestFacts
-from tiermem.single import Single
 from tiermem.table import (
     DIRTY,
     DOOMED,
@@ -60,7 +60,7 @@ _BARRED_WRITE = _BARRED | LABELLED
 _ARRIVED = {HOST: "host_gpu", NVME: "nvme_gpu"}
 
 
-class Planner(Single):
+class Planner(Compaction):
     """All verbs. See `table.py` for the states and arcs, `books.py` for the state."""
 
     # ---------------------------------------------------------------- verbs of the owner
@@ -491,6 +491,9 @@ class Planner(Single):
                         bad = either(bad, np.isin(step.pages, unshown))
                     after += self._land_up(step, opened.plan.id, bad, unshown, failed_rows, now)
                     self._note_failures(step, bad, outcome.error)
+                case Copy(src=Place.HOST, dst=Place.HOST):
+                    bad = self._whole_units(step.pages, bad)
+                    self._land_within(step, gens, bad)
                 case Copy():
                     bad = self._whole_units(step.pages, bad)
                     after += self._land_down(step, opened.plan.id, gens, bad, now)

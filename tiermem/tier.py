@@ -276,6 +276,7 @@ class SlotPool:
         self._head = self._tail = self._clock = 0
         self._free: Slots = np.empty(0, np.int32)
         self._top = 0
+        self._end: int | None = None
         self.add(np.arange(capacity, dtype=np.int32))
 
     @property
@@ -289,6 +290,29 @@ class SlotPool:
     @property
     def used(self) -> int:
         return self.capacity - self._top - self._kept
+
+    @property
+    def end(self) -> int:
+        """One more than the last slot that can be had: where `bound` has set it."""
+        return len(self.owner) if self._end is None else self._end
+
+    def bound(self, end: int) -> None:
+        """Slots [0, end) are the pool's from now on; bytes stand behind all of them.
+
+        Free slots beyond it leave at once, the others when they are released. A larger end takes
+        back those that had left.
+        """
+        old, self._end = self.end, end
+        if end >= old:
+            back = np.arange(old, end, dtype=np.int32)
+            known = back[: max(0, len(self.owner) - old)]
+            self.add(np.concatenate([known[self.owner[known] < 0], back[len(known) :]]))
+            return
+        free = self._free[: self._top]
+        stay = free[free < end]
+        self.capacity -= len(free) - len(stay)
+        self._top = len(stay)
+        self._free[: self._top] = stay
 
     def add(self, slots: Slots) -> None:
         """Slots that bytes now stand behind: new ones, or ones that `remove` took away."""
@@ -385,8 +409,13 @@ class SlotPool:
         self._push(slots)
 
     def _push(self, slots: Slots) -> None:
-        n = len(slots)
         self.owner[slots] = -1
+        if self._end is not None and len(slots):
+            inside = slots < self._end
+            if not inside.all():
+                slots = slots[inside]
+                self.capacity -= int((~inside).sum())
+        n = len(slots)
         self._free[self._top : self._top + n] = slots
         self._top += n
 
@@ -400,4 +429,5 @@ class SlotPool:
         assert len(np.unique(free)) == len(free), f"{self.place.name}: a slot is free twice"
         assert not np.isin(kept, free).any(), f"{self.place.name}: a kept slot is free"
         assert (self.owner[free] == -1).all(), f"{self.place.name}: a free slot has an owner"
+        assert (free < self.end).all(), f"{self.place.name}: a slot beyond the end can be had"
         assert self.used >= 0, f"{self.place.name}: more slots free or kept than there are"
