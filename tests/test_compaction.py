@@ -63,7 +63,7 @@ class CompactionMachine(PagerMachine):
             self.h.routes[HOST, HOST].fail(1)
         self._end(random, most=0.0)
         moving = (self.h.table.at == Place.HOST) & (self.h.table.busy > 0)
-        return self.h.table.unit[np.flatnonzero(moving)].tolist()
+        return [int(unit) for unit in self.h.table.unit[np.flatnonzero(moving)]]
 
     def teardown(self) -> None:
         if hasattr(self, "h"):

@@ -22,8 +22,10 @@ LEVEL = {
         3,
     ),
     **dict.fromkeys(("attic", "backup", "compaction", "contents", "inplace", "single"), 3),
-    **dict.fromkeys(("ledger_file", "ledger_records", "ledger_shares", "ledger_wake"), 3),
-    **dict.fromkeys(("crossover", "drive", "keeping", "leased", "sharing"), 4),
+    **dict.fromkeys(
+        ("ledger_file", "ledger_records", "ledger_pass", "ledger_shares", "ledger_wake"), 3
+    ),
+    **dict.fromkeys(("crossover", "drive", "keeping", "leased", "pooling", "sharing"), 4),
     **dict.fromkeys(("assemble", "metrics", "mover", "region", "space"), 4),
     **dict.fromkeys(("__init__", "__main__", "bench", "cli", "integrations", "testing"), 5),
     **dict.fromkeys(("directed", "evicting", "facts", "foresight", "watch"), 4),

@@ -15,6 +15,7 @@ from tiermem.tier import Device, Memory, Place, Route, Showable, Tier
 
 if TYPE_CHECKING:
     from tiermem.host.pinned import Register
+    from tiermem.host.shared import SharedChunks
     from tiermem.nvme.kept import Persist
     from tiermem.nvme.posix import DiskThreads
     from tiermem.nvme.slab import Slab
@@ -59,11 +60,16 @@ class Ground:
     sizes: Capacities
 
 
-def assemble(config: Config, first_gpu: int | None = None, persist: Persist | None = None) -> Parts:
+def assemble(
+    config: Config,
+    first_gpu: int | None = None,
+    persist: Persist | None = None,
+    chunks: SharedChunks | None = None,
+) -> Parts:
     """Open device, tiers and routes. On any error, what was opened is closed again.
 
     first_gpu: bytes of GPU memory to begin with (default: all of gpu.budget). persist: whose
-    slab it is, for nvme.persist.
+    slab it is, for nvme.persist. chunks: where the host tier gets its memory, little by little.
     """
     from tiermem.nvme.kept import Persist
 
@@ -72,7 +78,7 @@ def assemble(config: Config, first_gpu: int | None = None, persist: Persist | No
     parts.tiers[Place.GPU] = parts.device.frames
     try:
         ring_slots = _ring_slots(config, parts)
-        _add_host(config, parts)
+        _add_host(config, parts, chunks)
         _add_nvme(config, parts, ring_slots, persist)
     except BaseException:
         parts.close()
@@ -149,22 +155,29 @@ def _resolve(config: Config, page: int, gpu: int, host: int, disk: int) -> Capac
     return config.resolve(page_bytes=page, gpu_total=gpu, host_total=host, nvme_total=disk)
 
 
-def _add_host(config: Config, parts: Parts) -> None:
+def _add_host(config: Config, parts: Parts, chunks: SharedChunks | None) -> None:
     from tiermem.host import limits
     from tiermem.host.pinned import HostPool
+    from tiermem.host.within import WithinRoute
 
     capacity = parts.capacities[Place.HOST]
     if not capacity:
         return
     device = parts.device
     register = _register(device)
-    limits.check(capacity * device.page_bytes)
+    if chunks is None:
+        limits.check(capacity * device.page_bytes)
     host: Memory
     if config.host.read_in_place:
         host = parts.readable = device.host_pages(capacity)
     else:
-        host = HostPool(device.page_bytes, capacity, register=register, cpus=near(device))
+        first = capacity if chunks is None else 0
+        host = HostPool(
+            device.page_bytes, first, register=register, cpus=near(device), shared=chunks
+        )
         parts.closers.append(host.close)
+        if chunks is not None:
+            _add_route(parts, WithinRoute(host), "memory copy")
     parts.tiers[Place.HOST] = host
     down, up = device.routes(host)
     if parts.readable is not None:

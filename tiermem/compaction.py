@@ -71,10 +71,12 @@ class Compaction(Single):
         table = self.table
         owners = self.pools[HOST].owner[slots:]
         heads = table.heads(owners[owners >= 0])
-        return table.pages(heads[table.movable(heads, HOST)])
+        rows: Rows = table.pages(heads[table.movable(heads, HOST)])
+        return rows
 
     def _first_unit(self, rows: Rows) -> Rows:
-        return rows[self.table.unit[rows] == self.table.unit[rows[0]]]
+        unit: Rows = rows[self.table.unit[rows] == self.table.unit[rows[0]]]
+        return unit
 
     def _slots_before(self, n: int) -> Slots:
         """Up to n slots, all before the end: free ones, then those of the oldest spares."""
@@ -99,9 +101,7 @@ class Compaction(Single):
         """A copy within the host tier ended: the page has its new slot, unless somebody came."""
         table, rows = self.table, step.pages
         table.busy[rows] -= 1
-        missed = ~self._is_still_there(step, gens)
-        missed = either(bad, missed)
-        missed = self._whole_units(rows, missed)
+        missed = self._whole_units(rows, either(bad, ~self._is_still_there(step, gens)))
         good = np.ones(len(rows), np.bool_) if missed is None else ~missed
         slot, landed = table.slot(HOST), rows[good]
         left = np.concatenate([slot[landed], step.dst_slots[~good]])

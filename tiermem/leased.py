@@ -16,7 +16,7 @@ import numpy as np
 
 from tiermem.errors import TierFull
 from tiermem.ledger_records import Report
-from tiermem.plan import Request
+from tiermem.plan import Plan, Request
 from tiermem.planner import Planner
 from tiermem.table import Rows
 from tiermem.tier import AT_NONE, GPU, HOST, NVME, Place
@@ -43,6 +43,26 @@ class Lender(Protocol):
 
     def explain(self) -> str:
         """Why there is no more, with numbers and the way out."""
+
+
+class HostLender(Protocol):
+    """Where slots of the host tier come from. Called under the pager's lock, like a `Lender`."""
+
+    @property
+    def promised(self) -> int:
+        """Slots that are ours, or will be before long, and that no memory stands behind yet."""
+
+    def ask(self, slots: int) -> bool:
+        """Ask for so many slots more; True if some are on their way."""
+
+
+class NoHostLender:
+    """Has what it has."""
+
+    promised = 0
+
+    def ask(self, slots: int) -> bool:
+        return False
 
 
 class NoLender:
@@ -74,11 +94,14 @@ class LeasedPlanner(Planner):
     """All verbs of `Planner`; slots that are lacking are asked for at `lender`."""
 
     lender: Lender = NoLender()
+    host: HostLender = NoHostLender()
     _hungry_since: int | None = None
+    _told = 1 << 31  # frames in use when the lender was last told
 
     def demand(self) -> Demand:
         """How full the GPU is now."""
         pool = self.pools[GPU]
+        self._told = pool.used
         return Demand(
             capacity=pool.capacity,
             used=pool.used,
@@ -115,9 +138,29 @@ class LeasedPlanner(Planner):
         recent = table.stamp[table.unit[: table.rows]] >= np.uint64(clock)
         return int((recent & (table.at[: table.rows] != AT_NONE)).sum())
 
+    def clock(self) -> int:
+        """Grows with every use of a unit."""
+        return self._stamp
+
+    def host_used_since(self, clock: int) -> int:
+        """Pages of the host tier that were used or allocated since the clock showed that."""
+        owners = self.pools[HOST].owner
+        owners = owners[owners >= 0]
+        table = self.table
+        recent = table.stamp[table.unit[owners]] >= np.uint64(clock)
+        return int((recent & (table.at[owners] == HOST)).sum())
+
+    def _push_down(self, place: Place, n: int, now: int) -> list[Plan]:
+        """Nothing leaves the host tier as long as it is about to get more slots."""
+        if place == HOST and n > 0 and self.host.ask(n):
+            self.growing.add(HOST)
+            return []
+        return super()._push_down(place, n, now)
+
     def _mark(self, place: Place, which: Literal["high", "low"]) -> float:
-        """While more slots are on their way, nothing has to leave in order to be ahead of need."""
-        if place == GPU and self.lender.expects:
+        """Nothing leaves in order to be ahead of need while more slots may be on their way, nor
+        before the lender was told that so many are in use."""
+        if place == GPU and (self.lender.expects or self.pools[GPU].used > self._told):
             return float(self._allowed(GPU))
         return super()._mark(place, which)
 

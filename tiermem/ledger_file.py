@@ -117,7 +117,11 @@ def runtime_directory(env: Mapping[str, str] | None = None) -> Path:
     """
     given = (os.environ if env is None else env).get("XDG_RUNTIME_DIR", "")
     uid = os.geteuid()
-    path = Path(given) / "tiermem" if given else Path(f"/tmp/tiermem-{uid}")
+    return private_directory(Path(given) / "tiermem" if given else Path(f"/tmp/tiermem-{uid}"))
+
+
+def private_directory(path: Path) -> Path:
+    """An owner-only directory, made if it is not there. LedgerError as of `runtime_directory`."""
     try:
         path.mkdir(mode=0o700, exist_ok=True)
         found = path.lstat()
@@ -205,7 +209,7 @@ class LedgerFile:
         self.path = path
         self._fd = -1
         self._threads = threading.Lock()
-        with _exclusive(path.parent):
+        with exclusive(path.parent):
             self._fd = self._open()
             try:
                 self._grant = Lock(self._fd, GRANT)
@@ -422,7 +426,7 @@ class LedgerFile:
 
 
 @contextmanager
-def _exclusive(directory: Path) -> Iterator[None]:
+def exclusive(directory: Path) -> Iterator[None]:
     """One process at a time opens or makes ledgers in a directory."""
     try:
         fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)

@@ -219,6 +219,11 @@ class Share(Section, frozen=True, kw_only=True):
         "total": Key(
             at_least(SMALLEST_PAGE), "most bytes of the whole group, or a part of the GPU", sized
         ),
+        "host": Key(
+            optional(at_least(SMALLEST_PAGE)),
+            "pinned host memory of all engines together; off = each has host.capacity of its own",
+            sized,
+        ),
         "idle_s": Key(positive, "after so many seconds without use, pages count as cold"),
     }
     floor: Setting[Size] = default(0)
@@ -227,6 +232,7 @@ class Share(Section, frozen=True, kw_only=True):
     group: str | None = None
     name: str | None = None
     total: Setting[Size] = default(0.9)
+    host: Setting[Size | None] = default(None)
     idle_s: float = 60.0
 
     @property

@@ -20,6 +20,7 @@ from tiermem.errors import Closed, ConfigError, TierFull
 from tiermem.executor import Executor
 from tiermem.facts import Fact
 from tiermem.foresight import Foresight, load_prefetch
+from tiermem.host.pinned import HostPool
 from tiermem.keeping import Keeping, Nobody
 from tiermem.keyindex import Keys
 from tiermem.leased import LeasedPlanner
@@ -32,6 +33,7 @@ from tiermem.policies.base import Admission, ShadowReport
 from tiermem.policies.prefetch import Prefetch, Quality
 from tiermem.policies.recompute import RouteSpeed
 from tiermem.policies.shadow import Shadow
+from tiermem.pooling import Pooling
 from tiermem.region import READ_IN_PLACE, OnGone, ReadInPlace, Region
 from tiermem.sharing import Sharing
 from tiermem.stats import Pace, RouteStatistics, Statistics, TierStatistics
@@ -49,10 +51,16 @@ log = logging.getLogger(__name__)
 class Space:
     """Tiered memory on one device. Thread-safe; close it, or use it as a context manager."""
 
-    def __init__(self, config: Config, parts: Parts, sharing: Sharing | None = None) -> None:
+    def __init__(
+        self,
+        config: Config,
+        parts: Parts,
+        sharing: Sharing | None = None,
+        pooling: Pooling | None = None,
+    ) -> None:
         """Compose a space of given parts, which it will close. Most callers use `Space.open`.
 
-        sharing: the lease that its GPU memory is held under; closed last.
+        sharing, pooling: the leases that its GPU and host memory are held under; closed last.
         """
         self.config = config
         self.device = parts.device
@@ -73,6 +81,7 @@ class Space:
         self._log = evicting.event_log(config, self._configured)
         rankings = evicting.rankings(config, self._configured, table, self._log)
         self._sharing = sharing
+        self._pooling = pooling
         planner = Planner if sharing is None else LeasedPlanner
         self._planner = planner(
             table,
@@ -111,6 +120,10 @@ class Space:
         self._grow()
         if isinstance(self._planner, LeasedPlanner) and sharing is not None:
             sharing.start(self._planner, self._mover.wake)
+            pool = parts.tiers.get(Place.HOST)
+            if pooling is not None and isinstance(pool, HostPool):
+                most = self._configured[Place.HOST]
+                pooling.start(self._planner, pool, most, self._mover.wake)
         self._mover.start()
 
     @classmethod
@@ -136,10 +149,14 @@ class Space:
             sharing = Sharing.open(config) if config.share.enabled else None
             if sharing is not None:
                 opened.callback(sharing.close)
+            pooling = Pooling.open(config) if config.share.host and config.host.enabled else None
+            if pooling is not None:
+                opened.callback(pooling.close)
             first = None if sharing is None else sharing.terms.first
-            parts = assemble(config, first, Persist(rank, fingerprint))
+            chunks = None if pooling is None else pooling.chunks
+            parts = assemble(config, first, Persist(rank, fingerprint), chunks)
             opened.callback(parts.close)
-            space = cls(config, parts, sharing)
+            space = cls(config, parts, sharing, pooling)
             opened.pop_all()
         for line in config.describe():
             log.info("config %s", line)
@@ -372,6 +389,8 @@ class Space:
         self._parts.close()
         if self._sharing is not None:
             self._sharing.close()  # after the device has given its memory back
+        if self._pooling is not None:
+            self._pooling.close()
         if self._log is not None:
             self._log.close()
 
@@ -417,6 +436,8 @@ class Space:
         growing = self._grow()
         if isinstance(self._planner, LeasedPlanner):
             self._follow_lease(self._planner)
+            if self._pooling is not None:
+                growing |= self._pooling.turn(self.pager, self._planner, self.now())
         self.pager.decide(self._upkeep)
         self._obey_limit()
         if self._watched is not None and self._watched.rewritten():
@@ -522,6 +543,9 @@ class Space:
     def _grow(self) -> bool:
         growing: set[Place] = set()
         for place, tier in self._parts.tiers.items():
+            if place == Place.HOST and self._pooling is not None:
+                growing |= {place} if self._pooling.growing else set()
+                continue
             still = tier.growing  # asked first: what is ready by then counts
             ready = min(tier.ready, self._configured[place])
             if ready > self._ready[place]:

@@ -25,6 +25,7 @@ import numpy as np
 
 from tiermem.errors import Closed, ConfigError, DriverError
 from tiermem.host.numa import stay_on
+from tiermem.host.shared import SharedChunks
 from tiermem.tier import Addresses, Place, Slots
 
 log = logging.getLogger(__name__)
@@ -39,6 +40,7 @@ MAP_FIXED = 0x10
 MAP_NORESERVE = 0x4000
 FALLOC_PUNCH = 0x02 | 0x01
 """FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE"""
+_NOTHING = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
@@ -88,6 +90,7 @@ class _Chunk:
     claimed: bool = False
     backed: bool = False
     registered: bool = False
+    taken: int = -1  # of the shared file
 
 
 @dataclass(slots=True)
@@ -121,8 +124,12 @@ class HostPool:
         threads: int = 2,
         huge_pages: bool = True,
         cpus: Collection[int] = (),
+        shared: SharedChunks | None = None,
     ) -> None:
         """Reserve addresses for `capacity` slots and begin to populate them in the background.
+
+        shared: take every chunk from there, of its size, when its turn comes to be populated, and
+        give it back there; the caller closes it after the pool.
 
         slot_bytes: a multiple of 4 KiB. chunk_bytes: populated, registered and given back as one;
         rounded down to whole slots, at least one. cpus: where the populating threads run, so
@@ -133,7 +140,12 @@ class HostPool:
         if capacity < 0 or threads < 1:
             raise ConfigError(f"host: capacity {capacity} slots, {threads} threads")
         self.slot_bytes = slot_bytes
-        self._slots_per_chunk = max(1, chunk_bytes // slot_bytes)
+        self._shared = shared
+        if shared is not None:
+            chunk_bytes = shared.chunk_bytes
+            if chunk_bytes < slot_bytes:
+                raise ConfigError(f"host: shared chunks of {chunk_bytes}, slots of {slot_bytes}")
+        self.slots_per_chunk = max(1, chunk_bytes // slot_bytes)
         self._register = register
         self._threads = threads
         self._huge = huge_pages
@@ -146,7 +158,7 @@ class HostPool:
         self._working = 0
         self._failure: str | None = None
         self._closed = False
-        fd = os.memfd_create("tiermem-host", os.MFD_CLOEXEC)
+        fd = -1 if shared else os.memfd_create("tiermem-host", os.MFD_CLOEXEC)
         self._mapping = _Mapping(fd)
         self._finalizer = weakref.finalize(self, self._mapping.release)
         self.resize(capacity)
@@ -248,6 +260,8 @@ class HostPool:
                 if chunk.registered:
                     self._unregister(chunk)
                 chunk.backed = False
+                if self._shared is not None:
+                    self._punch(chunk)
         self._finalizer()
 
     def __enter__(self) -> HostPool:
@@ -261,12 +275,15 @@ class HostPool:
     def _extend(self, first: int, capacity: int) -> None:
         """Reserve addresses and file for slots [first, capacity) and cut them into chunks."""
         # Offsets are congruent to addresses modulo a huge page, also after a growth.
-        offset = -(-os.fstat(self._mapping.fd).st_size // HUGE) * HUGE
         nbytes = (capacity - first) * self.slot_bytes
-        address = self._map(offset, nbytes)
+        if self._shared is not None:
+            offset, address = 0, self._reserve(nbytes)
+        else:
+            offset = -(-os.fstat(self._mapping.fd).st_size // HUGE) * HUGE
+            address = self._map(offset, nbytes)
         made = []
-        for start in range(first, capacity, self._slots_per_chunk):
-            slots = min(self._slots_per_chunk, capacity - start)
+        for start in range(first, capacity, self.slots_per_chunk):
+            slots = min(self.slots_per_chunk, capacity - start)
             delta = (start - first) * self.slot_bytes
             size = slots * self.slot_bytes
             made.append(_Chunk(start, slots, address + delta, offset + delta, size))
@@ -276,22 +293,36 @@ class HostPool:
 
     def _map(self, offset: int, nbytes: int) -> int:
         """Map nbytes of the memfd at an address that is congruent for huge pages; its start."""
-        nothing = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE
-        raw = _libc.mmap(None, nbytes + HUGE, 0, nothing, -1, 0)
+        address = self._reserve(nbytes)
+        os.ftruncate(self._mapping.fd, offset + nbytes)
+        self._map_at(address, nbytes, self._mapping.fd, offset)
+        return address
+
+    def _reserve(self, nbytes: int) -> int:
+        """Addresses of which nothing stands behind any, from a multiple of a huge page on."""
+        raw = _libc.mmap(None, nbytes + HUGE, 0, _NOTHING, -1, 0)
         if raw in (None, ctypes.c_void_p(-1).value):
             raise _driver_error("mmap", nbytes)
         self._mapping.ranges.append((raw, nbytes + HUGE))
-        address = -(-int(raw) // HUGE) * HUGE
-        os.ftruncate(self._mapping.fd, offset + nbytes)
+        return -(-int(raw) // HUGE) * HUGE
+
+    def _map_at(self, address: int, nbytes: int, fd: int, offset: int) -> None:
         fixed = mmap.MAP_SHARED | MAP_FIXED | MAP_NORESERVE
         access = mmap.PROT_READ | mmap.PROT_WRITE
-        if _libc.mmap(address, nbytes, access, fixed, self._mapping.fd, offset) != address:
+        if _libc.mmap(address, nbytes, access, fixed, fd, offset) != address:
             raise _driver_error("mmap", nbytes)
         if self._huge:
             # Whole huge pages only, or the last one would hold more than the capacity. Refused
             # where the kernel has none for shared memory; then pages of 4 KiB serve.
             _libc.madvise(address, nbytes // HUGE * HUGE, MADV_HUGEPAGE)
-        return address
+
+    def _take_shared(self, chunk: _Chunk) -> None:
+        """Take a chunk of the shared file and map it where this one belongs."""
+        if self._shared is not None:
+            index = self._shared.take()
+            chunk.offset = index * self._shared.chunk_bytes
+            chunk.taken = index
+            self._map_at(chunk.address, chunk.nbytes, self._shared.fd, chunk.offset)
 
     def _populate_all(self) -> None:
         """A thread's life: claim the lowest missing chunk, populate and register it."""
@@ -299,6 +330,7 @@ class HostPool:
             stay_on(self._cpus)
         while (chunk := self._claim()) is not None:
             try:
+                self._take_shared(chunk)
                 if self._huge:
                     _collapse(chunk.address, chunk.nbytes)
                 _populate(chunk.address, chunk.nbytes)
@@ -354,6 +386,12 @@ class HostPool:
             log.warning("host unpin failed address=%#x reason=%s", chunk.address, error)
 
     def _punch(self, chunk: _Chunk) -> None:
+        if self._shared is not None:
+            if chunk.taken >= 0:
+                _libc.mmap(chunk.address, chunk.nbytes, 0, _NOTHING | MAP_FIXED, -1, 0)
+                self._shared.give(chunk.taken)
+                chunk.taken = -1
+            return
         if _libc.fallocate(self._mapping.fd, FALLOC_PUNCH, chunk.offset, chunk.nbytes) != 0:
             raise _driver_error("fallocate(PUNCH_HOLE)", chunk.nbytes)
 

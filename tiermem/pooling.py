@@ -1,0 +1,324 @@
+"""The host tier's part in one pool for all engines of a machine: it follows a lease in chunks.
+
+    a thread that makes room   asks for chunks that are lacking (`ask`), and waits for those granted
+    the mover, every turn      says what is wanted, gives back what is owed, takes what is granted
+    the listener               wakes the mover, and frees the memory of a process that has ended
+
+There is one ledger for the pool beside those of the devices. Its bytes are the rule; the file that
+the chunks lie in is passed from process to process (`ledger_pass`), and if nobody alive answers a
+newcomer makes another under the same ledger, so nothing depends on who came first.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import time
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+
+from tiermem.config import Config
+from tiermem.errors import ConfigError, TierMemError
+from tiermem.host import limits
+from tiermem.host.pinned import HostPool
+from tiermem.host.shared import SharedChunks
+from tiermem.leased import LeasedPlanner
+from tiermem.ledger import ANYTHING, Lease, Ledger, LedgerBusy, LedgerError
+from tiermem.ledger_file import exclusive, private_directory, runtime_directory
+from tiermem.ledger_pass import Porter, receive
+from tiermem.ledger_wake import Listener, myself
+from tiermem.pager import Pager
+from tiermem.tier import HOST
+
+log = logging.getLogger(__name__)
+
+MOST_CHUNK = 256 << 20
+LEAST_CHUNK = 64 << 10
+CHUNKS = 64
+"""A pool has at least so many chunks, unless they would be smaller than LEAST_CHUNK."""
+LOCK_S = 0.002
+BACKOFF_S = 0.5
+"""After memory for a chunk could not be had or pinned."""
+ASKED_S = 1.0
+EXPECT_S = 0.25
+"""As in `sharing`: so long we wait for the next chunk of those that others owe us."""
+
+
+class Pooling:
+    """One space's lease of the shared host pool. Opened before the space's parts, closed last."""
+
+    def __init__(
+        self, ledger: Ledger, lease: Lease, chunks: SharedChunks, porter: Porter, idle_s: float
+    ) -> None:
+        """Most callers use `Pooling.open`."""
+        self.chunks = chunks
+        self._ledger = ledger
+        self._lease = lease
+        self._porter = porter
+        self._idle_s = idle_s
+        self._listener: Listener | None = None
+        self._wake: Callable[[], None] = lambda: None
+        self._pool: HostPool | None = None
+        self._most_slots = 0
+        self._slots_per_chunk = 1
+        self._most_chunks = chunks.chunks
+        self._asked_bytes = chunks.chunk_bytes
+        self._asked_until = 0.0
+        self._no_memory_until = 0.0
+        self._expects_until = 0.0
+        self._is_owed = False
+        self._busy_until = 0.0
+        self._clocks: deque[tuple[float, int]] = deque()
+        self._owed = 0
+        self._warned = False
+        self._closed = False
+
+    @classmethod
+    def open(cls, config: Config) -> Pooling:
+        """Join the machine's pool, making it if nobody has, and reserve the first chunk.
+
+        Raises ConfigError, LedgerError, TierFull with numbers.
+        """
+        size = config.share.host
+        assert size is not None, "share.host is set"
+        if config.host.read_in_place:
+            raise ConfigError(
+                "share.host and host.read_in_place: pages are read in place from memory that the "
+                "driver makes for one process; set one of the two only"
+            )
+        budget = size if isinstance(size, int) else int(size * limits.available_bytes())
+        home = private_directory(runtime_directory() / "host")
+        ledger = Ledger.open(
+            "host", budget, group=config.share.group_name, exact=isinstance(size, int),
+            directory=home,
+        )  # fmt: skip
+        try:
+            chunk = chunk_bytes(ledger.budget)
+            lease = ledger.join(
+                config.share.name or f"{Path(sys.argv[0]).stem or 'python'}-{os.getpid()}",
+                page_bytes=chunk,
+                floor=chunk,
+                cap=ANYTHING,
+                weight=config.share.weight,
+            )
+            chunks, porter = _join_file(ledger, chunk)
+            lease.reserve(chunk)
+            return cls(ledger, lease, chunks, porter, config.share.idle_s)
+        except BaseException:
+            ledger.close()
+            raise
+
+    def start(
+        self, planner: LeasedPlanner, pool: HostPool, most_slots: int, wake: Callable[[], None]
+    ) -> None:
+        """The space is made. pool: its host tier, empty as yet; most_slots: host.capacity."""
+        self._pool = pool
+        self._most_slots = most_slots
+        self._slots_per_chunk = pool.slots_per_chunk
+        self._most_chunks = min(self.chunks.chunks, -(-most_slots // pool.slots_per_chunk))
+        self._wake = wake
+        planner.host = self
+        self._listener = Listener(
+            self._lease.bell, lambda: self._ledger.owners() - {myself()}, wake, self._ended
+        )
+
+    def close(self) -> None:
+        """The host tier has given all chunks back: leave the pool. A second call does nothing."""
+        if self._closed:
+            return
+        self._closed = True
+        if self._listener is not None:
+            self._listener.close()
+        self._porter.close()
+        self.chunks.close()
+        self._ledger.close()
+
+    # ---------------------------------------------------------------- threads that make room
+
+    @property
+    def promised(self) -> int:
+        """Slots that are ours, or will be before long, and that no memory stands behind yet."""
+        if self._warned or time.monotonic() < self._no_memory_until:
+            return 0
+        lease = self._lease
+        first = 0 if lease.held or lease.reserved else self._slots_per_chunk  # our floor
+        return first + lease.reserved // lease.page_bytes * self._slots_per_chunk
+
+    def ask(self, slots: int) -> bool:
+        """Ask for slots that are lacking; True if some are on their way, or others that owe us
+        some keep giving back. Never waits."""
+        now = time.monotonic()
+        if self._warned or now < self._no_memory_until:
+            return False
+        lease = self._lease
+        lacking = slots - self.promised
+        try:
+            charged = lease.held + lease.reserved
+            chunks = -(-lacking // self._slots_per_chunk)
+            nbytes = min(chunks * lease.page_bytes, self._most_chunks * lease.page_bytes - charged)
+            if nbytes > 0:
+                granted = lease.reserve(nbytes, LOCK_S)
+                owed = lease.lacking > 0
+                if granted or (owed and not self._is_owed):
+                    self._expects_until = now + EXPECT_S
+                self._is_owed = owed
+                self._asked_bytes, self._asked_until = charged + nbytes, now + ASKED_S
+                self._wake()
+            self._busy_until = 0.0
+        except LedgerBusy:
+            self._busy_until = self._busy_until or now + EXPECT_S
+            return now < self._busy_until
+        except LedgerError as error:
+            log.debug("no host memory lent reason=%s", error)
+        return self.promised > 0 or (self._is_owed and now < self._expects_until)
+
+    # ---------------------------------------------------------------- the mover
+
+    @property
+    def growing(self) -> bool:
+        """True while more slots are on their way."""
+        return self.promised > 0 or (self._pool is not None and self._pool.growing)
+
+    def turn(self, pager: Pager, planner: LeasedPlanner, now: int) -> bool:
+        """The mover's turn: the tier follows the lease, whole chunks at a time.
+
+        True while it still grows, or has more than it should.
+        """
+        pool = self._pool
+        assert pool is not None, "the space has started"
+        self._settle(pool)
+        with pager.lock:
+            warm = planner.host_used_since(self._since(planner.clock()))
+        end = self._limit(warm)
+        if end > pool.capacity:
+            pool.resize(end)  # memory follows in the background
+        ready = min(end, pool.ready)
+        with pager.lock:
+            there = planner.host_end()
+            settled = there == ready == planner.pools[HOST].end
+        if not settled:
+            pager.decide(lambda: planner.confine(ready, now))
+            with pager.lock:
+                there = max(ready, planner.host_end())
+        keep = -(-max(end, there) // self._slots_per_chunk) * self._slots_per_chunk
+        if keep < pool.capacity:
+            pool.resize(keep)
+            self._settle(pool)
+        held = self._lease.held // self._lease.page_bytes
+        if self._lease.reserved and end <= held * self._slots_per_chunk:
+            self._give_up_promised()  # no thread takes chunks now: all below `keep` are taken
+        return self.growing or there > end
+
+    def _limit(self, warm: int) -> int:
+        """Slots that the host tier may have from now on, promised ones included."""
+        lease, chunk = self._lease, self._lease.page_bytes
+        held, due = lease.held // chunk, 0
+        try:
+            if not self._warned:
+                self._tell_wanted(warm)
+            if lease.is_changed():
+                self._owed = lease.dues()[1]
+            over = lease.held - min(lease.cap, self._most_chunks * chunk)
+            due = -(-max(self._owed, over, 0) // chunk)
+            if due or self._warned:
+                return min(max(0, held - due) * self._slots_per_chunk, self._most_slots)
+            if lease.held + lease.reserved < min(lease.wanted, self._most_chunks * chunk):
+                self._reserve(lease.wanted - lease.held - lease.reserved)
+            lease.ring()
+        except LedgerBusy:
+            pass  # the next turn finds the same
+        except LedgerError as error:
+            self._warn(error)
+            return held * self._slots_per_chunk
+        chunks = held + lease.reserved // chunk
+        return min(chunks * self._slots_per_chunk, self._most_slots)
+
+    def _settle(self, pool: HostPool) -> None:
+        """Tell the ledger how many chunks have memory behind them, and whoever waits for some."""
+        seen = pool.statistics()
+        if seen.failure is not None:
+            self._no_memory_until = time.monotonic() + BACKOFF_S
+            pool.resize(seen.ready)
+        change = self.chunks.mine * self._lease.page_bytes - self._lease.held
+        try:
+            if change > 0:
+                self._lease.commit(min(change, self._lease.reserved))
+            elif change < 0:
+                self._lease.release(-change)
+            self._lease.ring()
+            if seen.failure is not None:
+                self._lease.cancel(self._lease.reserved)
+        except LedgerBusy:
+            return  # the next turn finds the same difference
+        except LedgerError as error:
+            self._warn(error)
+
+    def _give_up_promised(self) -> None:
+        try:
+            self._lease.cancel(self._lease.reserved)
+            self._lease.ring()
+        except LedgerBusy:
+            return
+        except LedgerError as error:
+            self._warn(error)
+
+    # ---------------------------------------------------------------- parts
+
+    def _since(self, clock: int) -> int:
+        """What the planner's clock showed idle_s ago."""
+        now = time.monotonic()
+        if not self._clocks or now - self._clocks[-1][0] >= self._idle_s / 16:
+            self._clocks.append((now, clock))
+        while len(self._clocks) > 1 and self._clocks[1][0] <= now - self._idle_s:
+            self._clocks.popleft()
+        return self._clocks[0][1]
+
+    def _tell_wanted(self, warm: int) -> None:
+        """Chunks for pages of the host tier that were used within idle_s, or were asked for."""
+        lease = self._lease
+        wanted = max(1, -(-warm // self._slots_per_chunk)) * lease.page_bytes
+        if time.monotonic() < self._asked_until:
+            wanted = max(wanted, self._asked_bytes)
+        if wanted != lease.wanted:
+            lease.want(wanted)
+
+    def _reserve(self, nbytes: int) -> None:
+        if time.monotonic() >= self._no_memory_until:
+            self._lease.reserve(nbytes, LOCK_S)
+
+    def _warn(self, error: TierMemError) -> None:
+        if not self._warned:
+            log.warning("host lease frozen: no more chunks until reopened, reason=%s", error)
+        self._warned = True
+
+    def _ended(self) -> None:
+        self._ledger.reap()
+        self.chunks.sweep()
+
+
+def chunk_bytes(budget: int) -> int:
+    """The same in every process that shares so many bytes: a power of two."""
+    part = max(LEAST_CHUNK, min(MOST_CHUNK, budget // CHUNKS))
+    chunk = 1 << (part.bit_length() - 1)
+    if budget < chunk:
+        raise ConfigError(f"share.host = {budget} bytes: at least {chunk}")
+    return chunk
+
+
+def _join_file(ledger: Ledger, chunk: int) -> tuple[SharedChunks, Porter]:
+    """The file from somebody who has it, or a new one; and whoever comes next has it from us."""
+    nbytes = ledger.budget // chunk * chunk
+    label = f"tiermem host pool 1 {nbytes} {chunk}".encode()
+    with exclusive(ledger.path.parent):
+        fd = receive(ledger.path, label)
+        if fd is None:
+            if len(ledger.owners()) > 1:
+                log.warning("host pool: nobody passes the file on, another is made")
+            fd = SharedChunks.create(nbytes)
+        try:
+            chunks = SharedChunks(fd, chunk)
+        finally:
+            os.close(fd)
+        return chunks, Porter(ledger.path, label, chunks.reopened)
