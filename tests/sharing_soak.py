@@ -5,12 +5,14 @@
 Each engine bursts, idles, verifies every page that it reads, and uses as many pages as its floor
 at once, which must always be possible. Watched from outside, under the ledger's lock: the memory
 that each device file really occupies against what the ledger says, and their sum against the
-budget; the ledger's own log of every change; how soon a killed engine's bytes are free.
+budget; the one file of the host pool that they share, and what its ledger says; the ledgers' own
+logs of every change; how soon a killed engine's bytes are free.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -25,7 +27,7 @@ from pathlib import Path
 import numpy as np
 
 import tiermem
-from tiermem.errors import TierFull
+from tiermem.errors import NotOurs, TierFull
 from tiermem.ledger import Ledger
 from tiermem.ledger_file import Head, LedgerFile, Word
 
@@ -33,6 +35,7 @@ PAGE = 64 << 10
 PAGES = 128  # that all may hold together
 FLOOR = 12
 MOST = 150  # that one engine has at a time, in all tiers
+HOST_PAGES = 6 * MOST  # that all may hold together
 GROUP = "soak"
 
 
@@ -45,6 +48,7 @@ class Outcome:
     changes: int = 0
     kills: int = 0
     most_held: int = 0
+    most_host: int = 0
     freed_s: list[float] = field(default_factory=list)
     engines: list[dict[str, int]] = field(default_factory=list)
 
@@ -58,37 +62,53 @@ def engine(name: str, seed: int) -> None:
         gpu=tiermem.Gpu(device="cpu", budget=PAGES * PAGE, page=PAGE),
         host=tiermem.Host(capacity=2 * MOST * PAGE),
         share=tiermem.Share(
-            group=GROUP, name=name, total=PAGES * PAGE, floor=FLOOR * PAGE, idle_s=0.5
+            group=GROUP,
+            name=name,
+            total=PAGES * PAGE,
+            floor=FLOOR * PAGE,
+            idle_s=0.5,
+            host=HOST_PAGES * PAGE,
         ),
     )
     os.set_blocking(0, False)
-    seen = {"wrong": 0, "verified": 0, "below_floor": 0, "refused": 0}
+    seen = {"wrong": 0, "verified": 0, "below_floor": 0, "refused": 0, "dropped": 0}
     with tiermem.Space.open(config) as space:
-        with space.reserve(2 * MOST * PAGE) as region:
+        gone: set[int] = set()
+        with space.reserve(
+            2 * MOST * PAGE, on_gone=lambda pages, _: gone.update(pages.tolist())
+        ) as region:
             print("ready", flush=True)
-            load(space, region, random.Random(seed), seen)
+            load(space, region, random.Random(seed), seen, gone)
         space.check()
     print(json.dumps(seen), flush=True)
 
 
 def load(
-    space: tiermem.Space, region: tiermem.Region, rng: random.Random, seen: dict[str, int]
+    space: tiermem.Space,
+    region: tiermem.Region,
+    rng: random.Random,
+    seen: dict[str, int],
+    gone: set[int],
 ) -> None:
+    """gone: pages that were dropped, because who is at its share of a full host pool drops some."""
     view = region.view(np.uint64)
     model: dict[int, int] = {}
     version = 1
     while not is_told_to_end():
         burst = rng.choice((FLOOR, 30, 80, MOST))
         for _ in range(rng.randrange(40)):
+            forget(model, gone, seen)
             if len(model) < burst:
                 n = rng.randint(1, min(FLOOR, MOST - len(model)) or 1)
                 for page in region.allocate(n).tolist():
                     model[page] = 0
+                    gone.discard(page)  # it was dropped before it was ours again
             elif len(model) > burst or rng.random() < 0.1:
-                gone = rng.sample(sorted(model), min(len(model), rng.randint(1, FLOOR)))
-                region.free(gone)
-                for page in gone:
-                    del model[page]
+                unwanted = rng.sample(sorted(model), min(len(model), rng.randint(1, FLOOR)))
+                with contextlib.suppress(NotOurs):  # dropped since we looked
+                    region.free(unwanted)
+                    for page in unwanted:
+                        del model[page]
             n = FLOOR if rng.random() < 0.3 else rng.randint(1, 40)
             pages = rng.sample(sorted(model), min(n, len(model)))
             if not pages:
@@ -103,6 +123,8 @@ def load(
                         if writes:
                             version += 1
                             view[page] = model[page] = version
+            except NotOurs:  # dropped since we looked: the host pool is full
+                continue
             except TierFull as error:
                 kind = "below_floor" if len(pages) <= FLOOR else "refused"
                 seen[kind] += 1
@@ -111,9 +133,16 @@ def load(
         if rng.random() < 0.3:
             time.sleep(rng.random())
     for page, value in model.items():
-        with region.use(page):
+        with contextlib.suppress(NotOurs), region.use(page):
             seen["verified"] += 1
             seen["wrong"] += bool(value) and not (view[page] == value).all()
+    forget(model, gone, seen)
+
+
+def forget(model: dict[int, int], gone: set[int], seen: dict[str, int]) -> None:
+    """Pages that were dropped are no longer ours."""
+    while gone:
+        seen["dropped"] += model.pop(gone.pop(), None) is not None
 
 
 def is_told_to_end() -> bool:
@@ -138,18 +167,27 @@ class Engine:
             stdout=subprocess.PIPE,
             text=True,
         )
-        self._frames: Path | None = None
+        self._files: dict[str, Path] = {}
 
     def frame_bytes(self) -> int:
         """Memory that the file of this engine's frames occupies now."""
+        found = self._file("tiermem-frames")
+        return 0 if found is None else found.st_blocks * 512
+
+    def host_file(self) -> tuple[int, int] | None:
+        """The file of the host pool that this engine has: which, and the bytes it occupies."""
+        found = self._file("tiermem-host-shared")
+        return None if found is None else (found.st_ino, found.st_blocks * 512)
+
+    def _file(self, name: str) -> os.stat_result | None:
         try:
-            if self._frames is None:
+            if name not in self._files:
                 for fd in Path(f"/proc/{self.process.pid}/fd").iterdir():
-                    if "memfd:tiermem-frames" in os.readlink(fd):
-                        self._frames = fd
-            return 0 if self._frames is None else self._frames.stat().st_blocks * 512
+                    if f"memfd:{name}" in os.readlink(fd):
+                        self._files[name] = fd
+            return self._files[name].stat() if name in self._files else None
         except OSError:
-            return 0  # it has ended
+            return None  # it has ended
 
     def kill(self) -> None:
         self.process.kill()
@@ -178,15 +216,22 @@ def soak(seconds: float, engines: int, seed: int, every_s: float = 2.0) -> Outco
         directory = Path(name)
         home = directory / "tiermem"
         home.mkdir(mode=0o700)
-        events = home / f"cpu-{GROUP}.events"
-        events.touch()
+        events = [home / f"cpu-{GROUP}.events", home / "host" / f"host-{GROUP}.events"]
+        events[1].parent.mkdir(mode=0o700)
+        for log in events:
+            log.touch()
         with Ledger.open("cpu", PAGES * PAGE, group=GROUP, directory=home) as ledger:
             outcome = Outcome()
             _run(outcome, ledger, directory, seconds, engines, random.Random(seed), every_s)
             left = ledger.snapshot()
             if left.members or left.free != PAGES * PAGE:
                 outcome.faults.append(f"left behind: {left}")
-        _judge_events(outcome, events.read_text())
+        if Ledger.found(home / "host"):
+            outcome.faults.append("the ledger of the host pool is still in use")
+        for log in events:
+            _judge_events(outcome, log.read_text())
+        if outcome.most_host > HOST_PAGES * PAGE:
+            outcome.faults.append(f"the host pool had {outcome.most_host} bytes")
     return outcome
 
 
@@ -259,6 +304,10 @@ def _sample(outcome: Outcome, file: LedgerFile, running: list[Engine]) -> None:
         budget = words[Head.BUDGET]
         real = {each.process.pid: each.frame_bytes() for each in running}
     outcome.samples += 1
+    pools = {found for each in running if (found := each.host_file()) is not None}
+    if len({inode for inode, _ in pools}) > 1:
+        outcome.faults.append(f"more than one host pool: {pools}")
+    outcome.most_host = max([outcome.most_host, *(nbytes for _, nbytes in pools)])
     outcome.most_held = max(outcome.most_held, sum(real.values()))
     if sum(charged.values()) > budget:
         outcome.faults.append(f"charged {charged} of {budget}")
@@ -294,7 +343,8 @@ def main() -> None:
     print(
         f"{given.seconds:.0f} s, {given.engines} engines, seed {given.seed}: "
         f"{outcome.kills} kills, {outcome.samples} samples, {outcome.changes} changes, memory "
-        f"{outcome.most_held / PAGES / PAGE:.0%} of the budget"
+        f"{outcome.most_held / PAGES / PAGE:.0%} of the budget, host "
+        f"{outcome.most_host / HOST_PAGES / PAGE:.0%}"
     )
     if freed:
         print(

@@ -343,5 +343,6 @@ def test_engines_that_burst_and_are_killed_harm_nobody() -> None:
     assert outcome.kills > 0
     assert outcome.samples > 50
     assert outcome.changes > 50
+    assert outcome.most_host > 0
     assert max(outcome.freed_s) < 1.0
     assert sum(seen["verified"] for seen in outcome.engines) > 0
