@@ -153,7 +153,7 @@ def test_the_chunks_of_a_killed_process_are_free_and_read_as_zeros(home: Path) -
         ) as victim:
             assert victim.stdout is not None
             assert victim.stdout.readline() == b"full\n"
-            assert members(home)["victim"].held >= 40 * PAGE
+            until(lambda: members(home)["victim"].held >= 40 * PAGE)
             victim.send_signal(signal.SIGKILL)
         until(lambda: members(home).keys() == {"survivor"})
         until(lambda: memory(home) == members(home)["survivor"].held)
