@@ -278,7 +278,10 @@ class Harness:
         own = {plan.id for plan in request.plans}
         if not self.planner.all_ordered(request) or not request.pending <= own:
             return False
-        return all([self.flights[p].order(stream) for p in request.pending])
+        if not all([self.flights[p].order(stream) for p in request.pending]):
+            return False
+        self.planner.run_ahead(request, self.now)
+        return True
 
     def advance_for(self, request: Request) -> None:
         """Make something happen that the request may be waiting for."""

@@ -191,6 +191,22 @@ def test_new_content_in_a_page_that_was_pushed_out_is_no_pollution() -> None:
     assert (quality.needed, quality.polluting) == (1, 0)
 
 
+def test_a_page_whose_frame_still_shows_it_is_taken_back_and_not_counted_as_a_load() -> None:
+    h = Harness(gpu=4, host=4, nvme=0, regions=((8, 1, 0),))
+    for page in (0, 1):
+        assert h.allocate([page])
+        assert h.use([page], "write")
+    h.carry(h.planner.demote(h.rows([0]), h.now))
+    h.drain()
+    ahead = foresight(h, most=4)
+    ahead.tell(Queued(1, [0]), ids(0), 0, h.now)
+    turn(h, ahead)
+    assert on_gpu(h) == [0, 1]
+    assert h.use([0], "read")
+    quality = ahead.statistics().quality
+    assert (quality.loaded, quality.used, quality.needed) == (0, 0, 0)
+
+
 def test_what_nobody_came_for_gives_the_budget_back_after_a_while() -> None:
     h = below()
     ahead = foresight(h, most=1)

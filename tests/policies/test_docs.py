@@ -1,5 +1,6 @@
 """The policy in docs/policies.md works as it stands there, without touching the package."""
 
+import json
 import re
 import sys
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.bench.test_simulate import trace_file
+from tiermem import cli
 from tiermem.bench import simulate, tune
 from tiermem.policies import load
 
@@ -38,6 +40,19 @@ def test_a_readers_own_policy_runs_in_simulate_and_tune(mine: str, tmp_path: Pat
     assert all(row.prefix_hits > 0 for row in result.rows if row.capacity_percent == 20)
     tuned = tune.run(path, "5%", further=[mine], present="lru")
     assert mine in tuned.screened
+
+
+def test_a_readers_own_policy_runs_in_the_demo_with_real_bytes(mine: str, tmp_path: Path) -> None:
+    out = tmp_path / "out.json"
+    with pytest.raises(SystemExit) as left:
+        cli.main([
+            "demo", "--policy", mine, "--limit", "40", "--page", "4KiB", "--json", str(out),
+            "--nvme-path", str(tmp_path / "nvme"),
+        ])  # fmt: skip
+    report = json.loads(out.read_text())
+    assert left.value.code in (0, None)
+    assert set(report["policy"].values()) == {"prompt-keeper"}
+    assert report["pages_wrong"] == 0 < report["pages_verified"]
 
 
 def test_a_readers_own_policy_takes_arguments(mine: str) -> None:
