@@ -268,6 +268,20 @@ def test_half_of_the_budget_is_kept_for_pages_that_must_leave() -> None:
     h.check_idle()
 
 
+def test_what_a_failed_gpu_holds_is_neither_saved_nor_recorded() -> None:
+    """A stream went on without a load that failed; nobody knows what it has computed since."""
+    h = harness()
+    labelled(h, 0)
+    assert back_up(h) == [0]
+    h.drain()
+    assert h.planner.is_unrecorded
+    labelled(h, 1)
+    h.planner.failed_tiers.add(GPU)
+    assert back_up(h) == []
+    assert len(h.planner.take_unrecorded().slots) == 0
+    assert not h.planner.is_unrecorded
+
+
 # ---------------------------------------------------------------- a full drive
 
 
@@ -303,6 +317,18 @@ def test_nothing_is_dropped_for_pages_that_cannot_be_saved_now() -> None:
         back_up(h)
         h.drain()
     assert h.gone == []
+
+
+def test_nothing_is_dropped_while_the_drive_still_grows() -> None:
+    h = harness(gpu=8, host=0, nvme=8, regions=((24, 1, 0),))
+    labelled(h, *range(8))
+    h.carry(h.planner.demote(h.rows(list(range(8))), h.now))
+    h.drain()
+    labelled(h, 8)
+    h.planner.growing = {NVME}
+    assert h.planner.back_up(h.now) == []
+    h.planner.growing = set()
+    assert len(h.planner.back_up(h.now)) == 1  # room is made
 
 
 def test_the_same_verbs_give_the_same_back_up() -> None:

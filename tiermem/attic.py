@@ -143,10 +143,16 @@ class Attic(Descent):
         return slots[slots >= 0]
 
     def take_unrecorded(self) -> Stored:
-        """Labelled pages that have come to the drive since the last call."""
+        """Labelled pages that have come to the drive since the last call.
+
+        None once the GPU has failed: a stream went on without bytes that it had waited for, and
+        what was computed from others in their place may be among these.
+        """
         table = self.table
         rows = np.unique(self._noted())
         self._unrecorded.clear()
+        if GPU in self.failed_tiers:
+            rows = rows[:0]
         held = (table.flags[rows] & (LABELLED | STALE)) == LABELLED
         return self._stored(rows[held & (table.slot(NVME)[rows] >= 0)])
 

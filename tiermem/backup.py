@@ -96,8 +96,9 @@ class Backup(Attic):
         """
         free = self.pools[NVME].free
         short = min(n - free, self._spares_left() - free) - self._leaving(NVME)
-        plans = self._push_down(NVME, short, now) if short > 0 else []
-        return plans, min(n, free)
+        if short <= 0 or NVME in self.growing:  # which brings more room for nothing
+            return [], min(n, free)
+        return self._push_down(NVME, short, now), min(n, free)
 
     def _spares_left(self) -> int:
         """Slots that may still become spares at the cost of content that is nowhere else."""
@@ -125,10 +126,13 @@ class Backup(Attic):
         return unsaved
 
     def _is_movable(self, heads: Rows) -> Mask:
-        """bool[n]: units that rest idle in a tier from which a route leads to the drive."""
+        """bool[n]: units that rest idle in a tier from which a route leads to the drive.
+
+        A GPU that has failed may hold what was computed from bytes that never came.
+        """
         movable = np.zeros(len(heads), np.bool_)
         for src in (GPU, HOST):
-            if self._usable(NVME, src):
+            if self._usable(NVME, src) and not (src == GPU and GPU in self.failed_tiers):
                 movable |= self.table.movable(heads, src)
         return movable
 
