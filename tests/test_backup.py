@@ -297,10 +297,14 @@ def test_a_full_drive_gives_old_content_for_new_but_no_spare_and_not_without_end
         back_up(h)
         h.drain()
     assert h.planner.pools[NVME].kept == 2  # a quarter
-    assert h.gone == [(0, "evicted"), (1, "evicted")]
+    assert h.planner.pools[NVME].free == 1  # for a page that must leave
+    assert h.gone == [(0, "evicted"), (1, "evicted"), (2, "evicted")]
     assert h.planner.counts["backed_up"] == 2
     assert h.planner.counts["gpu_nvme"] == written_before
     assert h.planner.unsaved(range(99)) == (6, 0)
+    assert len(back_up(h, last=True)) == 1  # none must leave any more
+    h.drain()
+    assert back_up(h, last=True) == []
     assert not h.planner.awaits_back_up(range(99))[0]
     h.check_idle()
 
@@ -317,6 +321,26 @@ def test_nothing_is_dropped_for_pages_that_cannot_be_saved_now() -> None:
         back_up(h)
         h.drain()
     assert h.gone == []
+
+
+def test_every_page_is_written_once_although_the_drive_is_full_all_the_time() -> None:
+    """Back-ups and evictions do not take each other's room."""
+    n = 150
+    h = harness(gpu=8, host=0, nvme=32, regions=((n, 1, 0),), marks=Marks(0.95, 0.9))
+    for unit in range(n):
+        labelled(h, unit)
+        h.carry(h.planner.relieve(h.now))
+        back_up(h)
+        h.drain()
+        for old in (unit - 3, unit - 11):  # also such as have left
+            if old >= 0 and h.table.at[old] in (AT_GPU, AT_NVME):
+                assert h.use([old], "read")
+        back_up(h)
+        h.drain()
+    counts = h.planner.counts
+    assert counts["dropped"] > n / 2
+    assert counts["gpu_nvme"] + counts["backed_up"] == n
+    h.check_idle()
 
 
 def test_nothing_is_dropped_while_the_drive_still_grows() -> None:

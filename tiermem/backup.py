@@ -36,10 +36,10 @@ class Backup(Attic):
         another use. last: nothing will follow, so all of the write budget may be spent.
         """
         n = self._may_begin(now, last) if self._unsaved else 0
-        if n <= 0:
+        if n <= 0 or not self._has_room(last):
             return []
         rows = self._ready_to_save(n)
-        plans, room = self._room_for_spares(len(rows), now)
+        plans, room = self._room_for_spares(len(rows), now, last)
         rows, _ = self._cut(rows, room)
         for head in self.table.heads(rows).tolist():
             del self._unsaved[head]
@@ -62,14 +62,15 @@ class Backup(Attic):
         return under_way + int(self._is_unsaved(waiting).sum()), under_way
 
     def awaits_back_up(self, rows: range) -> tuple[bool, Fence]:
-        """Whether time alone lets more of these be saved, and the fence that some are behind.
+        """Whether time alone lets the last of these be saved, and the fence that some are behind.
 
         Not what is in use, nor what finds no room on the drive.
         """
         heads = _among(np.fromiter(self._unsaved, np.int32), rows)
         heads = heads[self._is_unsaved(heads) & self._is_movable(heads)]
-        room = self.pools[NVME].free > 0 or self._spares_left() > 0
-        return bool(room and len(heads)), self.table.fences.point(self.table.fence[heads])
+        return bool(self._has_room(True) and len(heads)), self.table.fences.point(
+            self.table.fence[heads]
+        )
 
     def _may_begin(self, now: int, last: bool) -> int:
         """Pages that may be added to those that are on their way to the drive."""
@@ -89,16 +90,25 @@ class Backup(Attic):
     def _storing(self) -> int:
         return sum(len(step.pages) for step in self._stores())
 
-    def _room_for_spares(self, n: int, now: int) -> tuple[list[Plan], int]:
-        """(plans that make more room for later, how many slots there are now, up to n).
+    def _room_for_spares(self, n: int, now: int, last: bool) -> tuple[list[Plan], int]:
+        """(plans that make more room for later, how many slots may be taken now, up to n).
 
         Never another page's spare: that page would be next to be saved, and so on for ever.
         """
-        free = self.pools[NVME].free
+        free = self._free_for_spares(last)
         short = min(n - free, self._spares_left() - free) - self._leaving(NVME)
         if short <= 0 or NVME in self.growing:  # which brings more room for nothing
             return [], min(n, free)
         return self._push_down(NVME, short, now), min(n, free)
+
+    def _has_room(self, last: bool) -> bool:
+        return self._free_for_spares(last) > 0 or self._spares_left() > 0
+
+    def _free_for_spares(self, last: bool) -> int:
+        """Free slots beyond those that are left to pages that must leave, which cannot wait."""
+        pool = self.pools[NVME]
+        kept_free = 0 if last else min(IN_FLIGHT, pool.capacity // 8)
+        return max(0, pool.free - kept_free)
 
     def _spares_left(self) -> int:
         """Slots that may still become spares at the cost of content that is nowhere else."""
