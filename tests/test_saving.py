@@ -16,6 +16,7 @@ import pytest
 
 from tests.test_adopt import PAGE, fill, keys_of, right, words_of
 from tiermem.config import Config, Gpu, Host, Nvme
+from tiermem.errors import TierFull
 from tiermem.gpu.emulated_streams import EmulatedStreams
 from tiermem.nvme.slab import bytes_for
 from tiermem.space import Space
@@ -217,3 +218,79 @@ def test_an_engine_that_is_killed_is_warm_again(where: Path, host: int, frames: 
             child.send_signal(signal.SIGKILL)
         numbers = range(first, first + N)
         assert found_again(where, numbers) == list(numbers)
+
+
+BUSY_WORK = """
+import sys, threading
+from pathlib import Path
+from tests.test_saving import busy_engine
+busy_engine(Path(sys.argv[1]), int(sys.argv[2]))
+"""
+THREADS, EACH = 3, 20
+SPAN = 1_000_000
+"""Contents of one thread in one round have numbers within so many."""
+
+
+def busy_engine(where: Path, first: int) -> None:
+    """Threads whose kernels write labelled pages, over and over, until the process is killed."""
+    space = Space.open(config(where, host=16, frames=16))
+    region = space.reserve(THREADS * EACH * PAGE)
+    words = region.view(np.uint64)
+    streams = space.device.streams
+    assert isinstance(streams, EmulatedStreams)
+
+    def write(page: int, number: int) -> None:
+        for other in range(100):  # other bytes first, so that a copy in between shows
+            words[page] = other
+        words[page] = words_of(number)
+
+    def work(thread: int) -> None:
+        stream, number = streams.new(), first + thread * SPAN
+        rng = np.random.default_rng(number)
+        pages = np.concatenate([region.allocate(1) for _ in range(EACH)])
+        while True:
+            page = int(pages[(number // 8 + rng.integers(4)) % EACH])  # others rest meanwhile
+            number += 1
+            try:
+                with region.use(page, "write", stream):
+                    streams.launch(stream, lambda p=page, n=number: write(p, n))  # type: ignore[misc]
+                    region.label([page], keys_of([number]))
+                    for _ in range(20):  # the others' turn, while this page is labelled and in use
+                        space.statistics()
+            except TierFull:
+                continue
+
+    threads = [
+        threading.Thread(target=work, args=(thread,), daemon=True) for thread in range(THREADS)
+    ]
+    for thread in threads:
+        thread.start()
+    while all(thread.is_alive() for thread in threads):
+        print(counted(space, "recorded"), flush=True)
+        space.check()
+
+
+def test_whatever_is_found_after_a_kill_is_what_its_kernel_wrote(where: Path) -> None:
+    """Pages are saved while threads pin, rewrite and relabel them and kernels are queued."""
+    path = os.pathsep.join([os.getcwd(), *filter(None, [os.environ.get("PYTHONPATH")])])
+    found = 0
+    for round_ in range(2):
+        first = 1 + round_ * THREADS * SPAN
+        command = [sys.executable, "-c", BUSY_WORK, str(where), str(first)]
+        with subprocess.Popen(
+            command, stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": path}
+        ) as child:
+            assert child.stdout is not None
+            while int(child.stdout.readline()) < 150:
+                pass
+            child.send_signal(signal.SIGKILL)
+        with Space.open(config(where, host=16, frames=16)) as space:
+            region = space.reserve(SLOTS * PAGE)
+            numbers = [first + t * SPAN + i for t in range(THREADS) for i in range(1, 20_000)]
+            pages = region.adopt(keys_of(numbers))
+            for number, page in zip(numbers, pages.tolist(), strict=True):
+                if page >= 0:
+                    assert right(region, np.array([page]), [number])
+                    found += 1
+            space.check()
+    assert found > 30
