@@ -316,12 +316,14 @@ def _member(ledger: Ledger, name: str) -> Member:
     return next(member for member in ledger.snapshot().members if member.name == name)
 
 
-def measure(device: str, page: int, total: int, host: int, only: list[str]) -> Answer:
+def measure(
+    device: str, page: int, total: int, host: int, pool: int | None, only: list[str]
+) -> Answer:
     """All of it for one page size."""
     found: Answer = {"page_bytes": page, "floor": floor(device, page)}
     base = found["floor"]
     print(json.dumps({"page": page, "floor": base}), flush=True)
-    card = {"device": device, "page": page, "total": total}
+    card = {"device": device, "page": page, "total": total, "pool": pool}
     with (
         child("engine", name="newcomer", host=total // 8, **card) as newcomer,
         child("engine", name="donor", host=host, **card) as donor,
@@ -348,6 +350,7 @@ def main() -> None:
     parser.add_argument("--page", type=size, nargs="*", default=[2 << 20, 8 << 20])
     parser.add_argument("--total", type=size, default=110 << 30, help="bytes of the whole card")
     parser.add_argument("--host", type=size, help="the donor's host pool; default: 5/8 of the card")
+    parser.add_argument("--pool", type=size, help="one host pool of so many bytes for both engines")
     parser.add_argument("--only", nargs="*", choices=PARTS, default=PARTS)
     parser.add_argument("--json", type=Path, help="write the result here, page size by page size")
     given = parser.parse_args()
@@ -355,6 +358,8 @@ def main() -> None:
     result: Answer = {
         "schema": "tiermem.handover.v1",
         "device": given.device,
+        "host_bytes": host,
+        "pool_bytes": given.pool,
         "machine": msgspec.to_builtins(machine()),
         "pages": [],
     }
@@ -362,7 +367,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory(prefix="tm-") as directory:
             os.environ["XDG_RUNTIME_DIR"] = directory
             card = given.total // page * page
-            result["pages"].append(measure(given.device, page, card, host, given.only))
+            result["pages"].append(measure(given.device, page, card, host, given.pool, given.only))
         if given.json:
             given.json.write_text(json.dumps(result, indent=1) + "\n")
     parts = [row[name] for row in result["pages"] for name in ("handover", *given.only)]

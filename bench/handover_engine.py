@@ -36,10 +36,13 @@ class Engine:
     def __init__(self, given: Answer) -> None:
         page, total = given["page"], given["total"]
         self.cuda = given["device"] != "cpu"
+        self.pooled = given["pool"] is not None
         config = Config(
             gpu=Gpu(device=given["device"], budget=total, page=page),
             host=Host(capacity=given["host"]),
-            share=Share(group="handover", name=given["name"], total=total, idle_s=3600.0),
+            share=Share(
+                group="handover", name=given["name"], total=total, idle_s=3600.0, host=given["pool"]
+            ),
         )
         began = time.monotonic()
         self.space = Space.open(config)
@@ -122,7 +125,7 @@ class Engine:
 
     def drain(self) -> Answer:
         """Until no page moves and the host pool is as large as it will be."""
-        while self.space.statistics().tier(Place.HOST).capacity < self._host_slots():
+        while not self.pooled and self._host_slots() < self._host_most():
             time.sleep(0.05)
         self.space.drain(60.0)
         return self.state()
@@ -135,6 +138,9 @@ class Engine:
         return {"ended": True}
 
     def _host_slots(self) -> int:
+        return self.space.statistics().tier(Place.HOST).capacity
+
+    def _host_most(self) -> int:
         return self.space.statistics().tier(Place.HOST).configured
 
     def _stream(self) -> int | None:

@@ -100,6 +100,8 @@ def receive(ledger: Path, label: bytes) -> int | None:
                 with contextlib.suppress(OSError):
                     os.unlink(near)
                 continue
+            except ConnectionError:  # it ends just now
+                continue
             except OSError as error:
                 log.warning("host pool not received path=%s reason=%s", path, error)
                 continue
