@@ -53,6 +53,26 @@ def test_a_lower_limit_gives_memory_back_and_a_higher_one_takes_it_again(tmp_pat
         space.check()
 
 
+def test_a_lower_limit_waits_until_nobody_counts_on_more(tmp_path: Path) -> None:
+    with Space.open(config(tmp_path, gpu=8)) as space:
+        region = space.reserve(40 * PAGE)
+        pages = filled(region, 8)
+        space.count_on(6)
+        space.limit(3 * PAGE)
+        assert space.budget() == 3
+        wait_for(space, 6)
+        with region.use(pages[:6]):
+            pass
+        space.count_on(space.budget())
+        wait_for(space, 3)
+        with pytest.raises(TierFull), region.use(pages[:4]):
+            pass
+        space.count_on(8)  # more than there is: nothing is taken back for it
+        verify(region, pages)
+        assert space.statistics().tier(Place.GPU).capacity == 3
+        space.check()
+
+
 def test_a_limit_below_what_is_pinned_is_reached_once_the_pins_are_gone(tmp_path: Path) -> None:
     with Space.open(config(tmp_path, gpu=8)) as space:
         region = space.reserve(40 * PAGE)

@@ -70,6 +70,8 @@ class Space:
         self._bases = np.zeros(0, np.uint64)
         self._firsts = np.zeros(0, np.int64)
         self._start_s = time.monotonic()
+        self._limit: int | None = None
+        self._counted_on = 0
         self._parked: Slots = np.empty(0, np.int32)
         self._closed = False
         self._metrics: Endpoint | None = None
@@ -248,7 +250,17 @@ class Space:
         if lease is not None:
             return min(lease.cap, max(lease.floor, lease.held + lease.free)) // self.page_bytes
         with self.pager.lock:
-            return self._planner.allowed()
+            frames = self._planner.pools[Place.GPU].capacity
+        return frames if self._limit is None else min(frames, self._limit)
+
+    def count_on(self, pages: int) -> None:
+        """So many GPU pages are counted on until this is called again.
+
+        A limit that falls meanwhile takes none of those away that there are; `budget` tells of it
+        at once. So whoever plans work by the budget can start it, and then plan with less.
+        """
+        self._counted_on = pages
+        self._mover.wake()
 
     @property
     def shared(self) -> bool:
@@ -274,8 +286,8 @@ class Space:
         if self._sharing is not None:
             self._sharing.ceiling = frames * self.page_bytes
         else:
-            with self.pager.lock:
-                self._planner.limits[Place.GPU] = frames
+            self._limit = frames
+            self._set_limit(frames)
         self._mover.wake()
 
     def apply(self, config: Config) -> tuple[str, ...]:
@@ -438,6 +450,8 @@ class Space:
             self._follow_lease(self._planner)
             if self._pooling is not None:
                 growing |= self._pooling.turn(self.pager, self._planner, self.now())
+        elif self._limit is not None:
+            self._set_limit(self._limit)  # what is counted on may have changed
         self.pager.decide(self._upkeep)
         self._obey_limit()
         if self._watched is not None and self._watched.rewritten():
@@ -503,8 +517,7 @@ class Space:
         with self.pager.lock:
             demand = planner.demand()
         limit = sharing.limit(demand)
-        with self.pager.lock:
-            planner.limits[Place.GPU] = limit
+        self._set_limit(limit)
         self._obey_limit()
         sharing.settle(self._backed_frames())
         if sharing.is_report_due():
@@ -558,6 +571,12 @@ class Space:
         with self.pager.lock:
             self._planner.growing = growing
         return bool(growing)
+
+    def _set_limit(self, frames: int) -> None:
+        """Of the GPU's pages, but not below what is counted on and there."""
+        with self.pager.lock:
+            there = self._planner.pools[Place.GPU].capacity
+            self._planner.limits[Place.GPU] = max(frames, min(self._counted_on, there))
 
     def _obey_limit(self) -> None:
         with self.pager.lock:

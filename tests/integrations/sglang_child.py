@@ -6,6 +6,7 @@ usage: sglang_child.py SCENARIO.json       (`Scenario` in sglang_serving.py; the
 from __future__ import annotations
 
 import asyncio
+import importlib
 import json
 import os
 import signal
@@ -43,6 +44,10 @@ if os.environ.get("WITHOUT_RESIDENCY"):
     from tiermem.integrations import sglang_hooks
 
     sglang_hooks.step = lambda *args, **kwargs: None
+
+if os.environ.get("HICACHE_ON_CPU"):
+    sys.path.insert(0, str(Path(__file__).parent))
+    importlib.import_module("sglang_hicache_on_cpu").install()
 
 
 def make_model(folder: Path) -> None:
@@ -110,6 +115,7 @@ def told(answer: Any) -> dict[str, Any]:
         "tokens": answer["output_ids"],
         "logprobs": [round(entry[0], 3) for entry in meta["output_token_logprobs"]],
         "cached": meta["cached_tokens"],
+        "from": meta.get("cached_tokens_details"),
         "reason": meta["finish_reason"],
     }
 
@@ -141,6 +147,9 @@ def main() -> None:
     loop = asyncio.get_event_loop()
     answer: dict[str, Any] = {"rounds": [], "metrics": []}
     for round_ in scenario["rounds"]:
+        if round_["truncate"]:
+            for file in Path(round_["truncate"]).glob("*.slab"):
+                os.truncate(file, 4096)
         answer["rounds"].append(loop.run_until_complete(serve(engine, round_)))
         if round_.get("flush"):
             engine.flush_cache()

@@ -29,21 +29,29 @@ LONG_S = 600
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    """Requests (seed, length) that are sent at once. meanwhile: commands of tiermem, in turn."""
+    """Requests (seed, length) that are sent at once.
+
+    meanwhile: commands of tiermem, in turn. truncate: a folder whose slabs lose their bytes before.
+    """
 
     prompts: Sequence[tuple[int, int]]
     new: int = 24
     flush: bool = False
     meanwhile: Sequence[Sequence[str]] = ()
+    truncate: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Scenario:
-    """toml: tiermem's configuration; None: without tiermem. kill: SIGKILL at the end."""
+    """toml: tiermem's configuration; None: without tiermem. kill: SIGKILL at the end.
+
+    on: SGLang serves over tiermem; else the configuration is there for its storage backend.
+    """
 
     rounds: Sequence[Round]
     options: Mapping[str, object] = field(default_factory=dict)
     toml: str | None = None
+    on: bool = True
     env: Mapping[str, str] = field(default_factory=dict)
     kill: bool = False
 
@@ -88,14 +96,20 @@ def run(scenario: Scenario, folder: Path, model: Path) -> Ended:
     """Serve a scenario in `folder`, which may hold what an earlier run left there."""
     folder.mkdir(parents=True, exist_ok=True)
     ranks = int(str(scenario.options.get("tp_size", 1)))
-    ports = _free_ports(ranks) if scenario.toml is not None else []
+    ports = _free_ports(ranks) if scenario.toml is not None and scenario.on else []
     answer = folder / "answer.json"
     answer.unlink(missing_ok=True)
     given = {
         "model": str(model),
         "options": dict(scenario.options),
         "rounds": [
-            {"prompts": r.prompts, "new": r.new, "flush": r.flush, "meanwhile": r.meanwhile}
+            {
+                "prompts": r.prompts,
+                "new": r.new,
+                "flush": r.flush,
+                "meanwhile": r.meanwhile,
+                "truncate": r.truncate,
+            }
             for r in scenario.rounds
         ],
         "ports": ports,
@@ -114,8 +128,9 @@ def run(scenario: Scenario, folder: Path, model: Path) -> Ended:
     }
     if scenario.toml is not None:
         config = folder / "tiermem.toml"
-        config.write_text(f"{scenario.toml}\n[metrics]\nport = {ports[0]}\n")
-        env |= {"TIERMEM": "1", "TIERMEM_CONFIG": str(config)}
+        metrics = f"[metrics]\nport = {ports[0]}\n" if ports else ""
+        config.write_text(f"{scenario.toml}\n{metrics}")
+        env |= {"TIERMEM": str(int(scenario.on)), "TIERMEM_CONFIG": str(config)}
     log = folder / "log.txt"
     with log.open("wb") as out:
         child = subprocess.Popen(

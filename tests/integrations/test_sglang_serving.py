@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -197,3 +199,47 @@ def test_what_cannot_work_stops_the_engine_with_the_reason(
     assert ended.rounds == []
     assert ended.status != 0
     assert reason in ended.log
+
+
+# ---------------------------------------------------------------- under HiCache
+
+HICACHE = {
+    "max_total_tokens": 960, "enable_hierarchical_cache": True, "hicache_ratio": 1.2,
+    "hicache_write_policy": "write_through", "hicache_io_backend": "kernel",
+    "hicache_mem_layout": "page_first", "hicache_storage_backend": "dynamic",
+    "hicache_storage_prefetch_policy": "wait_complete",
+    "hicache_storage_backend_extra_config": json.dumps(
+        {
+            "backend_name": "tiermem", "interface_v1": 1, "class_name": "TiermemStorage",
+            "module_path": "tiermem.integrations.sglang_storage",
+        }
+    ),
+}  # fmt: skip
+SIX = [Round([(seed, 300)], new=8) for seed in range(11, 17)]
+"""108 pages: HiCache holds 60 on the device and 73 in its host pool."""
+
+
+def under_hicache(rounds: list[Round], folder: Path) -> Scenario:
+    kept = toml(32, 0, nvme(folder, 200, "persist = true\n"))
+    return Scenario(rounds, HICACHE, kept, on=False, env={"HICACHE_ON_CPU": "1"})
+
+
+def test_hicache_gets_a_flushed_prefix_back_from_the_drive(
+    serve: Serve, plain: Serve, tmp_path: Path
+) -> None:
+    rounds = [*SIX, SIX[0]]
+    ended = serve(under_hicache(rounds, tmp_path / "slab"))
+    assert tokens(ended) == tokens(plain(Scenario(rounds, PLAIN)))
+    assert ended.rounds[6][0]["from"]["storage"] >= 256
+
+
+def test_an_io_error_under_hicache_is_a_miss_and_no_request_hangs(
+    serve: Serve, plain: Serve, tmp_path: Path
+) -> None:
+    slab = tmp_path / "slab"
+    rounds = [*SIX, replace(SIX[0], truncate=str(slab)), SIX[1], SIX[0]]
+    ended = serve(under_hicache(rounds, slab))
+    calm = [replace(round_, truncate="") for round_ in rounds]
+    assert tokens(ended) == tokens(plain(Scenario(calm, PLAIN)))
+    assert ended.rounds[6][0]["cached"] == 0
+    assert "lost page" in ended.log or "pages failed" in ended.log

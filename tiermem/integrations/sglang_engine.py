@@ -137,6 +137,7 @@ class Engine:
         cheap = self.agree is alone and not self.space.shared
         if cheap or self._round % LOOK_EVERY == 1:
             [self._budget] = self.agree([self.space.budget()])
+            self.space.count_on(self._budget)  # until the next look, by what was let in meanwhile
 
     # ---------------------------------------------------------------- prefixes
 
