@@ -8,7 +8,7 @@ import numpy as np
 from hypothesis.stateful import rule, run_state_machine_as_test
 
 from tests.test_pager_machine import RUNS, SEEDS, PagerMachine, machine_settings
-from tiermem.facts import Ended, Expected, Idle, Left, Queued
+from tiermem.facts import Ended, Expected, Fact, Idle, Left, Queued
 from tiermem.foresight import Foresight
 from tiermem.planner import Marks
 from tiermem.policies.prefetch import HintPrefetch, Quality
@@ -49,7 +49,9 @@ class ForesightMachine(PagerMachine):
     def something_else_is_known(self, seed: int) -> None:
         random = Random(seed)
         number, units = random.randrange(3), self.pick(random, self.units(), 3)
-        facts = [Left(number), Idle(number), Ended(number), Expected(number, units, 0.01)]
+        facts: list[Fact] = [
+            Left(number), Idle(number), Ended(number), Expected(number, units, 0.01),
+        ]  # fmt: skip
         fact = random.choice(facts)
         self.foresight().tell(fact, np.array(units, np.int32), 0, self.h.now)
 
