@@ -140,21 +140,28 @@ class Arena:
         )
 
     def _map(self, addresses: Addresses, handles: Handles) -> None:
+        """Map all, then let the device at them, one call for all that lie in a row.
+
+        Beside copies to the host, also of another process, each such call waits for the copy
+        engine (see `streams.Gate`), so there are to be few.
+        """
         driver, size, desc = self.context.driver, self.slot_bytes, self.backing.access
         show = group(driver.address("cuMemMap"), Kind.STATUS, addresses, size, 0, handles, 0)
+        starts = np.flatnonzero(np.diff(addresses, prepend=addresses[:1]) != size)
+        lengths = np.diff(starts, append=len(addresses)).astype(np.uint64)
         let = group(
             driver.address("cuMemSetAccess"),
             Kind.STATUS,
-            addresses,
-            size,
+            addresses[starts],
+            lengths * np.uint64(size),
             desc.ctypes.data,
             len(desc) // 3,
         )
         hide = group(driver.address("cuMemUnmap"), Kind.STATUS, addresses, size)
-        nothing = np.zeros_like(hide)
-        program = Program(interleave(show, let), interleave(hide, nothing), keep=(desc,))
+        undo = np.concatenate([hide, np.zeros_like(let)])
+        program = Program(np.concatenate([show, let]), undo, keep=(desc,))
         if (failure := program.run()) is not None:
-            name = ("cuMemMap", "cuMemSetAccess")[failure.index % 2]
+            name = "cuMemMap" if failure.index < len(show) else "cuMemSetAccess"
             raise driver.error(name, failure.code, "while mapping a frame's alias")
 
     def _release(self, handles: Handles) -> Failure | None:
