@@ -19,7 +19,9 @@ _NO_PAGES = np.empty(0, np.int32)
 
 def agreement(scheduler: Any) -> Agree:
     """The least of numbers over the tensor-parallel ranks of this scheduler."""
-    return alone if scheduler.tp_group.world_size == 1 else least_over(scheduler.tp_cpu_group)
+    from sglang.srt.distributed.parallel_state import get_tp_group
+
+    return alone if scheduler.server_args.tp_size == 1 else least_over(get_tp_group().cpu_group)
 
 
 def least_over(group: Any) -> Agree:

@@ -207,7 +207,7 @@ def fits_decode(original: Callable[..., bool], batch: Any, *args: Any, **kwargs:
 # ---------------------------------------------------------------- requests and their pages
 
 
-def extended(result: Any, batch: Any) -> None:
+def extended(result: Any, batch: Any, *args: Any, **kwargs: Any) -> None:
     """After `alloc_for_extend`: which pages each request has now."""
     engine = state.engine()
     size = engine.layout.page_size
@@ -224,7 +224,7 @@ def extended(result: Any, batch: Any) -> None:
         _read_rows(engine, batch, unknown)
 
 
-def decoded(result: Any, batch: Any, token_per_req: int) -> None:
+def decoded(result: Any, batch: Any, *args: Any, **kwargs: Any) -> None:
     """After `alloc_for_decode`: further pages of some requests."""
     engine = state.engine()
     for req, new in zip(batch.reqs, batch.token_to_kv_pool_allocator.taken, strict=True):

@@ -30,3 +30,8 @@ def begin(made: Engine) -> None:
     if _engine:
         raise NotLive("tiermem: a second KV pool in one process (speculative decoding?); one only")
     _engine.append(made)
+
+
+def end() -> None:
+    """There is none any more."""
+    _engine.clear()

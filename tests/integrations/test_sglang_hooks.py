@@ -1,0 +1,235 @@
+"""Hooks over an engine of our own and stand-ins of SGLang's objects, of the shapes of 0.5.17."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.integrations.test_sglang_engine import PAGES, TOKENS, compute, pages_of, push_out
+from tests.integrations.test_sglang_engine import open_engine as open_engine  # a fixture
+from tiermem.integrations import sglang_compat as compat
+from tiermem.integrations import sglang_hooks as hooks
+from tiermem.integrations import sglang_state as state
+from tiermem.integrations.sglang_engine import Engine
+from tiermem.integrations.sglang_pages import Pages
+from tiermem.tier import Place
+
+torch = pytest.importorskip("torch")
+
+RESIDENT = 7 * 16
+"""Tokens that fit on the GPU beside page 0."""
+
+
+@dataclass(eq=False)
+class Request:
+    """As SGLang's Req: lengths, a row of the table, what it was matched with."""
+
+    origin_input_ids: list[int]
+    req_pool_idx: int = 0
+    kv: Any = None
+    extra_key: str | None = None
+    output_ids: list[int] = field(default_factory=list)
+    prefix_indices: Any = None
+    sampling_params: Any = None
+
+    def _compute_max_prefix_len(self, length: int) -> int:
+        return int(hooks.capped(length - 1, self, length))
+
+
+class Tree:
+    """One branch: the pages of TOKENS."""
+
+    def __init__(self, engine: Engine, pages: Pages) -> None:
+        firsts = torch.from_numpy(engine.first_indices(pages))
+        self.indices = (firsts[:, None] + torch.arange(16)).reshape(-1)
+        self.disable = False
+
+    def match(self, req: Request, tree: Tree, *args: object) -> None:
+        """In the place of `init_next_round_input`."""
+        most = req._compute_max_prefix_len(len(req.origin_input_ids)) // 16 * 16
+        req.prefix_indices = self.indices[:most]
+
+
+@pytest.fixture
+def engine(open_engine: Any) -> Iterator[Engine]:
+    engine: Engine = open_engine(persist=False)
+    state.begin(engine)
+    yield engine
+    state.end()
+
+
+def test_an_engine_that_nobody_made_is_asked_for_loudly() -> None:
+    with pytest.raises(state.NotLive, match="TIERMEM=0"):
+        state.engine()
+
+
+def test_a_second_pool_is_refused(engine: Engine) -> None:
+    with pytest.raises(state.NotLive, match="one only"):
+        state.begin(engine)
+
+
+def test_a_prefix_that_is_there_is_matched_whole(engine: Engine) -> None:
+    pages = pages_of(1, 2, 3)
+    compute(engine, "a", pages, TOKENS)
+    tree, req = Tree(engine, pages), Request(TOKENS)
+    hooks.matched(tree.match, req, tree)
+    assert len(req.prefix_indices) == 48
+    assert engine.caps == {}
+
+
+def test_a_prefix_is_matched_up_to_what_is_lost_and_the_tree_gives_up_the_rest(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cut: list[int] = []
+    monkeypatch.setattr(compat, "uproot", lambda e, t, r, good: cut.append(good))
+    pages = pages_of(1, 2, 3)
+    compute(engine, "a", pages, TOKENS)
+    engine.residence.gone(pages_of(2), "dropped")
+    tree, req = Tree(engine, pages), Request(TOKENS)
+    hooks.matched(tree.match, req, tree)
+    assert cut == [1]
+    assert len(req.prefix_indices) == 16
+    engine.region.free([2])
+
+
+def test_a_prefix_on_the_drive_is_up_when_it_was_matched(engine: Engine) -> None:
+    pages = pages_of(1, 2, 3)
+    compute(engine, "a", pages, TOKENS)
+    push_out(engine)
+    tree, req = Tree(engine, pages), Request(TOKENS)
+    hooks.matched(tree.match, req, tree)
+    assert len(req.prefix_indices) == 48
+    assert (engine.region.where(pages) == Place.GPU).all()
+
+
+def test_no_tree_and_a_tree_that_caches_nothing_are_left_alone(engine: Engine) -> None:
+    req, asked = Request(TOKENS), []
+    hooks.matched(lambda *args: asked.append(args), req, None)
+    hooks.matched(lambda *args: asked.append(args), req, SimpleNamespace(disable=True))
+    assert len(asked) == 2
+
+
+# ---------------------------------------------------------------- gates
+
+
+@pytest.mark.parametrize(
+    ("own", "needed", "used", "fits"),
+    [
+        (True, 16, RESIDENT - 16, True),
+        (True, 16, RESIDENT, False),
+        (True, 16, RESIDENT + 64, False),
+        (False, 16, 0, False),
+    ],
+)
+def test_a_decode_step_fits_if_addresses_and_memory_do(
+    engine: Engine, own: bool, needed: int, used: int, fits: bool
+) -> None:
+    tree = SimpleNamespace(evictable_size=lambda: 64)
+    free = PAGES * 16 - 64 - used
+    batch = SimpleNamespace(
+        token_to_kv_pool_allocator=SimpleNamespace(available_size=lambda: free),
+        tree_cache=tree,
+        new_tokens_required_next_decode=lambda: needed,
+    )
+    assert hooks.fits_decode(lambda batch: own, batch) is fits
+
+
+@pytest.mark.parametrize(
+    ("total", "current"),
+    [("rem_total_token_offset", "cur_rem_token_offset"), ("total_offset", "current_offset")],
+)
+def test_a_prefill_counts_on_memory_and_not_on_addresses(
+    engine: Engine, total: str, current: str
+) -> None:
+    budget = SimpleNamespace(**{total: 5, current: 7})
+    hooks.withhold(None, budget)
+    withheld = PAGES * 16 - RESIDENT
+    assert (getattr(budget, total), getattr(budget, current)) == (5 + withheld, 7 + withheld)
+
+
+def test_an_answer_is_clipped_to_what_fits_at_all(engine: Engine) -> None:
+    params = SimpleNamespace(max_new_tokens=1000, min_new_tokens=500)
+    hooks.clip(None, None, Request(TOKENS[:40], sampling_params=params))
+    assert params.max_new_tokens == RESIDENT - 16 - 1 - 40
+    assert params.min_new_tokens == params.max_new_tokens
+
+
+# ---------------------------------------------------------------- batches
+
+
+class Allocator:
+    """As `PageMajorAllocator`: what it handed out last."""
+
+    def __init__(self, *taken: Pages) -> None:
+        self.taken = list(taken)
+        self.released = 0
+
+
+def batch_of(*reqs: Request, taken: list[Pages], prefixes: list[int], extend: bool = True) -> Any:
+    return SimpleNamespace(
+        reqs=list(reqs),
+        prefix_lens=prefixes,
+        token_to_kv_pool_allocator=Allocator(*taken),
+        req_to_token_pool=SimpleNamespace(req_to_token=torch.zeros((4, 256), dtype=torch.int32)),
+        forward_mode=SimpleNamespace(is_extend=lambda: extend),
+        extend_num_tokens=16,
+    )
+
+
+def scheduler_of(*reqs: Request) -> Any:
+    return SimpleNamespace(
+        running_batch=SimpleNamespace(reqs=list(reqs)), last_batch=None, chunked_req=None
+    )
+
+
+def length(tokens: int) -> Any:
+    return SimpleNamespace(kv_allocated_len=tokens)
+
+
+def test_what_a_batch_was_given_is_on_the_gpu_when_it_runs(engine: Engine) -> None:
+    first, second = Request(TOKENS, kv=length(40)), Request(TOKENS, kv=length(16))
+    batch = batch_of(first, second, taken=[pages_of(1, 2, 3), pages_of(4)], prefixes=[0, 0])
+    hooks.extended(None, batch)
+    hooks.step(scheduler_of(), batch)
+    assert (engine.region.where([1, 2, 3, 4]) == Place.GPU).all()
+    second.kv = length(17)
+    again = batch_of(first, second, taken=[pages_of(), pages_of(5)], prefixes=[], extend=False)
+    hooks.decoded(None, again)
+    hooks.step(scheduler_of(first, second), again)
+    assert engine.residence.pages(second) == [4, 5]
+    assert engine.region.where([5])[0] == Place.GPU
+
+
+def test_pages_that_nobody_told_of_are_read_from_the_engines_own_table(engine: Engine) -> None:
+    req = Request(TOKENS, req_pool_idx=2, kv=length(40))
+    batch = batch_of(req, taken=[], prefixes=[])
+    firsts = engine.first_indices(pages_of(7, 8, 9))
+    row = (firsts[:, None] + np.arange(16)).reshape(-1)
+    batch.req_to_token_pool.req_to_token[2, : len(row)] = torch.from_numpy(row)
+    hooks.step(scheduler_of(), batch)
+    assert engine.residence.pages(req) == [7, 8, 9]
+
+
+def test_who_is_neither_in_the_batch_nor_running_holds_nothing(engine: Engine) -> None:
+    gone, here = Request(TOKENS, kv=length(16)), Request(TOKENS, kv=length(16))
+    hooks.extended(None, batch_of(gone, taken=[pages_of(1)], prefixes=[0]))
+    hooks.step(scheduler_of(), batch_of(gone, taken=[], prefixes=[]))
+    hooks.extended(None, batch_of(here, taken=[pages_of(2)], prefixes=[0]))
+    hooks.step(scheduler_of(here), batch_of(here, taken=[], prefixes=[]))
+    assert engine.residence.pages(gone) is None
+    assert engine.residence.pages(here) == [2]
+
+
+def test_a_request_that_ended_lets_go(engine: Engine) -> None:
+    req = Request(TOKENS, kv=length(16))
+    hooks.extended(None, batch_of(req, taken=[pages_of(1)], prefixes=[0]))
+    hooks.step(scheduler_of(), batch_of(req, taken=[], prefixes=[]))
+    seen: list[object] = []
+    hooks.released(lambda *args: seen.append(args), req, SimpleNamespace(disable=True), False)
+    assert seen
+    assert engine.residence.pages(req) is None
