@@ -42,7 +42,7 @@ class Zero:
 class Copy:
     """Copy src_slots[i] of tier `src` to dst_slots[i] of `dst`, for pages[i], after a fence.
 
-    stays: the pages do not follow their bytes; the copy is to be a spare.
+    stays: the pages keep their place; the copy is to be a spare (or, within one tier, their slot).
     """
 
     src: Place
