@@ -10,7 +10,7 @@ floor     what a page costs that changes hands: the donor's driver calls, the co
           driver calls, each measured alone, and the calls once more beside another process's copies
 handover  an idle engine holds the whole card, a newcomer takes half of it: its first page, all of
           them; the donor's part ends when the last byte is free, the rest is the newcomer's
-limit     `tiermem limit` to a half of what is held
+limit     `tiermem limit` to a half of what is held, beside the link's time and the driver calls'
 job       a process that is not ours grows twice in room from `tiermem yield`, shrinks and ends
 pinned    `tiermem limit` below what is pinned: how soon down to that, and to the cap once let go
 
@@ -208,6 +208,7 @@ def limit(ledger: Ledger, donor: Child, page: int, base: Answer) -> Answer:
         "cap": cap,
         "took_s": plain["took_s"],
         "link_s": link_s,
+        "calls_s": base["donor_us"] * ((plain["held_before"] - cap) // page) / 1e6,
         "beyond_link_s": plain["took_s"] - link_s,
         "verified": check["verified"],
         "wrong": check["wrong"],
