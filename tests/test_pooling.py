@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 
 from tests.test_sharing import PAGE, PAGES, config, fill, until, verify
-from tiermem import Config, ConfigError, Host, Region, Share, Space
+from tiermem import Config, ConfigError, DriverError, Host, Region, Share, Space, TierFull
+from tiermem.host import pinned
 from tiermem.host.shared import SharedChunks
 from tiermem.ledger import Ledger, Member
 from tiermem.ledger_pass import receive
@@ -164,6 +165,31 @@ def test_the_chunks_of_a_killed_process_are_free_and_read_as_zeros(home: Path) -
         verify(region, mine)
 
 
+def test_memory_that_cannot_be_had_is_given_up_and_asked_for_again_later(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tiermem.pooling.BACKOFF_S", 0.05)
+    populate, fails = pinned._populate, [False]
+
+    def may_fail(address: int, nbytes: int) -> None:
+        if fails[0]:
+            raise DriverError("no memory, says the test")
+        populate(address, nbytes)
+
+    monkeypatch.setattr(pinned, "_populate", may_fail)
+    with engine(both("one")) as (space, region):
+        until(lambda: host(space) == 1)
+        fails[0] = True
+        fill(region, 8)
+        fill(region, 8)
+        assert host(space) == 1
+        until(lambda: members(home)["one"].reserved == 0)
+        assert members(home)["one"].held == PAGE
+        fails[0] = False
+        until(lambda: bool(fill(region, 4)) and host(space) >= 8)
+        until(lambda: members(home)["one"].held == host(space) * PAGE)
+
+
 def test_what_the_pool_cannot_be_is_refused() -> None:
     in_place = msgspec.structs.replace(
         both("one"), host=Host(capacity=ROOM * PAGE, read_in_place=True)
@@ -178,21 +204,24 @@ def test_what_the_pool_cannot_be_is_refused() -> None:
     assert isinstance(Share().host, type(None))
 
 
-def test_a_chunk_has_one_holder_and_comes_without_its_bytes() -> None:
+@pytest.mark.parametrize("swept", [True, False])
+def test_a_chunk_has_one_holder_and_comes_without_its_bytes(swept: bool) -> None:
     fd = SharedChunks.create(4 * PAGE)
     one, two = SharedChunks(fd, PAGE), SharedChunks(fd, PAGE)
     taken = one.take()
     os.pwrite(one.fd, b"secret", taken * PAGE)
     others = {two.take() for _ in range(3)}
     assert taken not in others
-    with pytest.raises(Exception, match="all 4 chunks"):
+    with pytest.raises(TierFull, match="all 4 chunks"):
         two.take()
     os.close(one.fd)  # as if it had died: nothing is tidied up
     one.fd = -1
     assert os.pread(two.fd, 6, taken * PAGE) == b"secret"
-    assert two.sweep() == 1
-    assert os.pread(two.fd, 6, taken * PAGE) == bytes(6)
+    if swept:
+        assert two.sweep() == 1
+        assert os.pread(two.fd, 6, taken * PAGE) == bytes(6)
     assert two.take() == taken
+    assert os.pread(two.fd, 6, taken * PAGE) == bytes(6)
     two.close()
     os.close(fd)
 
