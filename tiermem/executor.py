@@ -87,16 +87,17 @@ class Flight:
 
     def order(self, stream: int | None) -> bool:
         """Make a stream wait for the copies and the caller for the rest; False if it cannot."""
+        rest: list[Done] = []
         for step, done in zip(self.plan.steps, self._dones, strict=True):
             if not isinstance(step, Copy):
-                done.wait()
-                if done.error is not None:
-                    return False
+                rest.append(done)
             elif (order := getattr(done, "order", None)) is not None:
                 order(stream)  # an `Orderable`; asking for the protocol takes 10 us
             else:
                 return False
-        return True
+        for done in rest:
+            done.wait()
+        return all(done.error is None for done in rest)
 
     @property
     def error(self) -> Exception | None:

@@ -181,6 +181,12 @@ class LeasedPlanner(Planner):
             self._hungry_since = None
             raise TierFull(f"{error}; {self.lender.explain()}") from None
 
+    def _is_room(self) -> bool:
+        room = super()._is_room()
+        if room:
+            self._hungry_since = None
+        return room
+
     def _is_patient(self, now: int) -> bool:
         if self._hungry_since is None:
             self._hungry_since = now

@@ -121,6 +121,8 @@ class Pager:
         if not request.taken:
             self._await_any(request)
             return False
+        if order and len(request.rows) > 1:
+            self.settle_ready()  # what came before, while these are being shown
         if order and self._order(request, stream):
             self._wake()  # nobody else will settle these loads
             return True

@@ -57,6 +57,7 @@ SOILED = np.iinfo(np.uint16).max
 """Tenant of a frame that could not be zeroed: nobody's, so that it is zeroed before any use."""
 _BARRED = DOOMED | STALE
 _BARRED_WRITE = _BARRED | LABELLED
+_FEW = 2
 _ARRIVED = {HOST: "host_gpu", NVME: "nvme_gpu"}
 
 
@@ -79,14 +80,14 @@ class Planner(Compaction):
         parents, depths, keys: one a unit. Raises TierFull when no wait could help.
         """
         table = self.table
-        if len(rows) == 1 and self._allocate_one(rows):
+        request = Request(rows, pins=False)
+        if len(rows) == 1 and self._allocate_one(rows, request):
             table.parent[rows] = -1 if parents is None else parents
             table.depth[rows] = 0 if depths is None else depths
             self.rankings[GPU].inserted(rows, keys, now)
-            return Request(rows, taken=True, pins=False)
+            return request
         if table.at[rows].any():
             raise NotOurs(f"{len(rows)} pages to allocate, not all of them vacant")
-        request = Request(rows, pins=False)
         shown = table.shown[rows] == IS_RETIRED
         ready = bool(shown.all())
         if not ready:
@@ -303,8 +304,8 @@ class Planner(Compaction):
     def free(self, rows: Rows, now: int) -> list[Plan]:
         """Forget pages (whole units). They become vacant once idle. Raises PageInUse, NotOurs."""
         table = self.table
-        if len(rows) == 1 and self._free_one(rows, now):
-            return []
+        if len(rows) == 1 and (plans := self._free_one(rows, now)) is not None:
+            return plans
         barred = (table.flags[rows] & DOOMED).any()
         if not (barred or self.eager) and self._rests_idle(rows):
             self._leave_tier(GPU, rows, now)
@@ -484,7 +485,8 @@ class Planner(Compaction):
                 case Drop():
                     self._settle_drop(step)
                 case Hide():
-                    self._settle_hide(step, bad)
+                    if bad is not None or len(step.pages) != 1 or not self._land_hidden_one(step):
+                        self._settle_hide(step, bad)
                 case Copy(dst=Place.GPU):
                     bad = self._whole_units(step.pages, bad)
                     if len(unshown):
@@ -575,7 +577,11 @@ class Planner(Compaction):
         frames, steps = self._frames(rows)
         table = self.table
         copy = Copy(src, GPU, rows, table.slot(src)[rows].copy(), frames, PASSED)
-        plan = self._begin([*steps, copy, Show(rows, frames)])
+        # A page or two are shown by the calling thread, so their copy goes first; a group takes a
+        # thread of the window's longer than its copy, so that goes second.
+        show = Show(rows, frames)
+        steps += [copy, show] if len(rows) <= _FEW else [show, copy]
+        plan = self._begin(steps)
         table.to[rows] = AT_GPU
         table.move[rows] = plan.id
         table.reads[rows] = 0
@@ -701,6 +707,8 @@ class Planner(Compaction):
         self, step: Show, plan_id: int, unshown: Rows, failed: set[int], now: int
     ) -> list[Plan]:
         table, rows = self.table, step.pages
+        if len(rows) == 1 and not len(unshown) and self._land_blank_one(step, plan_id):
+            return []
         table.busy[rows] -= 1
         live = table.move[rows] == plan_id
         good = live & ~np.isin(rows, unshown)
