@@ -200,22 +200,23 @@ class Ranks:
         raise AssertionError(f"no room for {units}: {self.director.statistics()}")
 
     def bring(self, *units: int) -> None:
-        """Make room for units and fetch them, as long as it takes."""
+        """Fetch units, making room as long as it takes; they are in use then. Some may be gone."""
         for _ in range(500):
             wanted = ids(*[unit for unit in units if unit in self.model])
-            look = self.director.look(wanted)
-            away = wanted[look.below | look.deep]
-            if not len(away) and not look.coming.any():
-                return
-            if len(away):
-                self.director.make_room(len(away))
-                self.director.fetch(away)
-            self.step()
-            self.run()
-            for rank in self.ranks:
-                rank.wait(0.05)
-            self.hear()
-        raise AssertionError(f"{units} do not come up: {self.director.statistics()}")
+            self.director.make_room(len(wanted))
+            if not len(wanted) or self.director.fetch(wanted):
+                break
+            self._pause()
+        while (look := self.director.look(wanted)).coming.any():
+            self._pause()
+        assert look.here.all(), f"{units} do not come up: {self.director.statistics()}"
+
+    def _pause(self) -> None:
+        self.step()
+        self.run()
+        for rank in self.ranks:
+            rank.wait(0.05)
+        self.hear()
 
     def _words(self, unit: int) -> slice | npt.NDArray[np.int64]:
         first = self.layout.addresses(0, self._rows(unit)).astype(np.int64) // 8

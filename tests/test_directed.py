@@ -129,6 +129,7 @@ def test_when_everything_below_is_full_content_is_dropped_and_the_owner_told() -
         if unit in ranks.model:  # else it made way for another
             ranks.read(unit)
             ranks.leave(unit)
+            ranks.leave(unit)
     assert len(ranks.model) >= 4
     ranks.close()
 
@@ -158,7 +159,9 @@ def test_headroom_is_kept_ahead_of_need() -> None:
     ranks.settle()
     assert ranks.director.room() >= 3
     look = ranks.director.look(ids(1, 2, 3, 4, 5, 6, 7))
-    assert look.here.all(), "what left is still shown, and costs nothing to take back"
+    assert (look.here | look.shown).all(), (
+        "what left is still shown, and costs nothing to take back"
+    )
     ranks.close()
 
 
@@ -177,7 +180,7 @@ def test_random_steps_serve_no_wrong_bytes(
             ranks=count, pieces=pieces, units=40, budget=10, host=9, seed=seed,
             nvme=20 if drive else 0, path=tmp_path / str(seed) if drive else None, queued=queued,
         )  # fmt: skip
-        director, running = ranks.director, []
+        director, running, fetched = ranks.director, [], list[int]()
         for _ in range(120):
             for _ in range(random.randint(0, 2)):  # requests begin
                 new = [u for u in random.sample(range(1, 40), 2) if not director.in_use(ids(u))[0]]
@@ -185,19 +188,18 @@ def test_random_steps_serve_no_wrong_bytes(
                 cached = [u for u in ranks.model if u not in new]
                 hits = random.sample(cached, min(len(cached), random.randint(0, 2)))
                 look = director.look(ids(*hits))
-                if look.coming.any() or look.deep.any():
-                    wanted = ids(*hits)[look.deep | look.below]
-                    if len(wanted):
-                        director.make_room(len(wanted))
-                        director.fetch(wanted)
+                if look.coming.any():
+                    continue
+                if look.deep.any():
+                    director.make_room(len(hits))
+                    if len(set(hits)) < 6 - len(fetched) and director.fetch(ids(*hits)):
+                        fetched += hits
                     continue
                 idle = ids(*hits)[~director.in_use(ids(*hits))]
-                need = len(new) + int(director.look(idle).below.sum())
+                look = director.look(idle)
+                need = len(new) + int((look.below | look.shown).sum())
                 if need > director.room():
                     director.make_room(need)
-                    continue
-                resident = director.look(idle).here & ~director.in_use(idle)
-                if need + int(resident.sum()) > director.room() + int(resident.sum()):
                     continue
                 director.enter(ids(*hits))
                 if need and director.room() < len(new):
@@ -214,6 +216,10 @@ def test_random_steps_serve_no_wrong_bytes(
             ranks.run(random.random())
             ranks.hear(random.sample(ranks.ranks, random.randint(0, count)))
             director.check()
+            come = [u for u in fetched if not director.look(ids(u)).coming[0]]
+            for unit in come:  # waited for by nobody any more
+                fetched.remove(unit)
+                director.leave(ids(unit))
             while running and random.random() < 0.6:  # requests end
                 new, hits = running.pop(random.randrange(len(running)))
                 worthless = ids(*[u for u in new if random.random() < 0.3])
@@ -225,6 +231,8 @@ def test_random_steps_serve_no_wrong_bytes(
                 director.limit(random.randint(7, 10) * ranks.layout.unit_bytes)
         for new, hits in running:
             director.leave(ids(*new, *hits))
+        for unit in fetched:
+            director.leave(ids(unit))
         director.limit(10 * ranks.layout.unit_bytes)
         ranks.settle()
         for unit in list(ranks.model):
@@ -232,10 +240,11 @@ def test_random_steps_serve_no_wrong_bytes(
             if unit in ranks.model:
                 ranks.read(unit)
                 ranks.leave(unit)
+                ranks.leave(unit)
             ranks.run()
         moved += director.statistics()["gpu_host"] + director.statistics().get("host_nvme", 0)
         ranks.close()
-    assert moved > 100
+    assert moved > 60, "the tiers were hardly used"
 
 
 def test_content_is_adopted_by_the_next_engine(tmp_path: Path) -> None:

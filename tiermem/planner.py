@@ -441,6 +441,10 @@ class Planner(Compaction):
         """Pages that could get frames now, without waiting for anything."""
         return self._available(_NO_ROWS)
 
+    def coming(self) -> int:
+        """Frames that open plans, and pages waiting to become vacant, will free."""
+        return self._coming()
+
     def make_room(self, n: int, now: int) -> list[Plan]:
         """Let `ready` come to n pages: clean ones step down at once, the others are copied down."""
         short = n - self.ready() - self._coming()

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tiermem.errors import ConfigError
@@ -33,6 +33,7 @@ def pages_of_unit(layout: Layout, unit: int) -> set[int]:
     return set(layout.addresses(0, rows).tolist())
 
 
+@settings(deadline=None)
 @given(
     layers=st.integers(1, 4),
     blocks=st.integers(1, 9),

@@ -35,6 +35,7 @@ from tiermem.table import PageTable, Rows
 from tiermem.tier import (
     AT_GPU,
     AT_HOST,
+    AT_LOST,
     AT_NVME,
     GPU,
     HOST,
@@ -59,18 +60,20 @@ NO_UNITS: Units = np.empty(0, np.int32)
 class Look:
     """Where units are: masks over the units that were asked for.
 
-    here: on the GPU, or still shown there; below: in the host; deep: on the drive; coming: on
-    their way up. The others hold nothing.
+    here: on the GPU; shown: further down, but their frames still hold the bytes and are counted in
+    `room`; below: in the host; deep: on the drive; coming: on their way up. The others hold
+    nothing.
     """
 
     here: Mask
+    shown: Mask
     below: Mask
     deep: Mask
     coming: Mask
 
     @property
     def gone(self) -> Mask:
-        return np.asarray(~(self.here | self.below | self.deep | self.coming))
+        return np.asarray(~(self.here | self.shown | self.below | self.deep | self.coming))
 
 
 class Director:
@@ -153,9 +156,14 @@ class Director:
         """Units that could get frames in the next orders, whatever happens."""
         return max(0, self._planner.ready()) // self.unit_pages
 
-    def is_making_room(self) -> bool:
-        """True while pages are leaving the GPU, or could be made to."""
-        return self._planner.room() > self._planner.ready()
+    def coming(self) -> int:
+        """Pages whose frames are on their way to be had."""
+        return self._planner.coming()
+
+    @property
+    def passed(self) -> int:
+        """The last step whose work has ended on every rank."""
+        return min(self._passed)
 
     def look(self, units: Units) -> Look:
         """Where these units are at this moment."""
@@ -163,12 +171,17 @@ class Director:
         heads = self._heads(units)
         places, _ = self._planner.chain(heads)
         coming = table.to[heads] == AT_GPU
+        here = (table.at[heads] == AT_GPU) & (places == AT_GPU)
         return Look(
-            (places == AT_GPU) & ~coming,
+            here,
+            (places == AT_GPU) & ~here & ~coming,
             (places == AT_HOST) & ~coming,
             (places == AT_NVME) & ~coming,
             coming,
         )
+
+    def units_in_use(self) -> int:
+        return int((self._users > 0).sum())
 
     def in_use(self, units: Units) -> Mask:
         return np.asarray(self._users[units] > 0)
@@ -184,20 +197,27 @@ class Director:
         self._issue(self._planner.make_room(units * self.unit_pages, self.now()))
 
     def fetch(self, units: Units) -> bool:
-        """Begin to bring cached units to the GPU, deepest first.
+        """Cached units (each once, deepest first) are in use, and on their way to the GPU.
 
-        False: there is no room yet, or to make some was at the cost of one of them.
+        For a step later than the next: `look` says when they have come, or are lost. False, and
+        nothing is in use: there is no room yet, or to make some was at the cost of one of them.
         """
         if self.look(units).gone.any():
             return False
-        try:
-            request = self._planner.fault(self._pages(units), "read", self.now(), pin=False)
-        except TierFull:
-            return False
-        self._issue(request.plans)
-        if request.taken:
-            self._planner.touch(self._pages(units), self.now())
-        return request.taken
+        new = units[self._users[units] == 0]
+        if len(new):
+            now, rows = self.now(), self._pages(new)
+            try:
+                request = self._planner.fault(rows, "read", now)
+            except TierFull:
+                return False
+            self._issue(request.plans)
+            if not request.taken:
+                return False
+            self._planner.touch(rows, now)
+        self._users[units] += 1
+        self._worthless.difference_update(units.tolist())
+        return True
 
     def enter(
         self,
@@ -242,6 +262,9 @@ class Director:
         """
         self._users[units] -= 1
         done = units[self._users[units] == 0]
+        lost = self._is_lost(done)
+        self._worthless.update(done[lost].tolist())
+        done = done[~lost]
         if not len(done):
             return
         rows = self._pages(done)
@@ -296,6 +319,14 @@ class Director:
         self._planner.touch(rows, now)
         self._receives[name] = tuple(sorted(request.pending))
         return found
+
+    def mend(self, units: Units) -> None:
+        """Units in use whose content did not come: they are computed anew, in the next step."""
+        lost = units[self._is_lost(units)]
+        if len(lost):
+            self._require(self._planner.fault(self._pages(lost), "fresh", self.now()))
+            self._writing = np.concatenate([self._writing, self._pages(lost)])
+            self._note_written()
 
     def forget_content(self) -> None:
         """No content that has a key counts any more, here or on the drive."""
@@ -381,7 +412,9 @@ class Director:
         table = self._planner.table
         heads = self._heads(np.arange(self.units, dtype=np.int32))
         pinned = (table.pins[heads] > 0) | (table.waiters[heads] > 0)
-        assert np.array_equal(pinned, self._users > 0), "in use and pinned differ"
+        lost = table.at[heads] == AT_LOST
+        assert not (pinned & (self._users == 0)).any(), "pinned and not in use"
+        assert not ((self._users > 0) & ~pinned & ~lost).any(), "in use and not pinned"
 
     # ---------------------------------------------------------------- parts
 
@@ -391,6 +424,11 @@ class Director:
 
     def _pages(self, units: Units) -> Rows:
         return self._planner.table.pages(self._heads(units))
+
+    def _is_lost(self, units: Units) -> Mask:
+        """In use or not, what they held did not come; they have no frames and no pins."""
+        table, heads = self._planner.table, self._heads(units)
+        return np.asarray((table.at[heads] == AT_LOST) & (table.to[heads] == 0))
 
     def _issue(self, plans: list[Plan]) -> None:
         """Plans go to the ranks with the next orders; what only the owner must hear, it hears."""

@@ -7,6 +7,7 @@ Everything here is called by the thread that drives the rank's device, in the or
 from __future__ import annotations
 
 import logging
+import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
@@ -25,6 +26,7 @@ from tiermem.tier import PASSED, TIERS, Addresses, Done, Fence, Place, Slots
 log = logging.getLogger(__name__)
 
 START_S = 120.0
+_LOOK_S = 0.002
 
 
 class Rank:
@@ -69,17 +71,16 @@ class Rank:
 
         pages: of the range; as many as there are frames are shown at most.
         """
-        frames = self._capacity(Place.GPU)
-        every = np.arange(frames, dtype=np.int32)
+        every = np.arange(self._await_frames(), dtype=np.int32)
         self._finish(self._device.zero(every), "frames could not be zeroed")
-        first = every[: min(pages, frames)]
+        first = every[:pages]
         shown = self._device.window.show(self._addresses(first), first)
         self._finish(shown, "the first pages could not be shown")
         return Hello(
             self.rank,
             self._device.page_bytes,
             len(first),
-            {place: self._capacity(place) for place in TIERS},
+            {**{place: self._capacity(place) for place in TIERS}, Place.GPU: len(every)},
             self._ready(),
             frozenset(self._parts.routes),
             self._held(),
@@ -123,18 +124,23 @@ class Rank:
             del self._flights[flight.plan.id]
             outcome = flight.outcome()
             outcomes.append(outcome)
-            self._note_failed(flight.plan, outcome.failed)
+            if any(flight.plan.id in plans for plans in self._receiving.values()):
+                self._note_failed(flight.plan, outcome.failed)
         report = Report(
             self.rank,
             self._observe(),
             tuple(outcomes),
             self._ready(),
-            {route: Moved(c.pages, c.busy_s) for route, c in self._executor.counts().items()},
+            self.routes(),
             self._backed,
             self._unbacked,
         )
         self._backed = self._unbacked = NO_SLOTS
         return report
+
+    def routes(self) -> dict[tuple[Place, Place], Moved]:
+        """What each route has moved so far."""
+        return {route: Moved(c.pages, c.busy_s) for route, c in self._executor.counts().items()}
 
     def received(self) -> tuple[set[str], Rows]:
         """Requests all of whose plans have been reported, and page rows whose load failed."""
@@ -162,6 +168,14 @@ class Rank:
         self._parts.close()
 
     # ---------------------------------------------------------------- parts
+
+    def _await_frames(self) -> int:
+        """Frames with memory behind them, once the device makes no more."""
+        frames = self._parts.tiers[Place.GPU]
+        until = time.monotonic() + START_S
+        while frames.growing and time.monotonic() < until:
+            time.sleep(_LOOK_S)
+        return min(frames.ready, self._capacity(Place.GPU))
 
     def _capacity(self, place: Place) -> int:
         return self._parts.capacities.get(place, 0) if place in self._parts.tiers else 0

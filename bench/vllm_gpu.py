@@ -1,0 +1,249 @@
+"""vLLM over tiermem on one GPU, beside vLLM as it is and vLLM's own offloading.
+
+    python bench/vllm_gpu.py MODE --out DIR [--size 8b|tiny]      one engine, one JSON
+    python bench/vllm_gpu.py merge --out DIR                      table, verdicts, picture
+
+Modes, all with Llama-3.1-8B's shape and random weights, FLASH_ATTN and CUDA graphs:
+  resident   vLLM alone, everything fits        small    vLLM alone, a quarter fits: it recomputes
+  offload    its OffloadingConnector, a quarter fits, the rest in host memory
+  fits       tiermem, everything fits           host     tiermem, a quarter fits, the rest in host
+  nvme       tiermem, a quarter fits, host memory holds little, the rest is on the drive
+Each measures prompts of 4,096 and 16,384 tokens whose KV is 12 GiB in all: cold, then again one at
+a time (time to first token), then all at once, and what the routes moved. Tokens of the same
+prompts are kept, and `merge` compares them. A mode whose JSON is there is not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import platform
+import random
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+MODES = ("resident", "fits", "small", "offload", "host", "nvme")
+SHAPES = {"tiny": (1024, 2048, 32, 8, 8), "8b": (4096, 14336, 32, 32, 8)}
+BLOCK = 16
+LENGTHS = {4096: 24, 16384: 6}  # tokens of a prompt, and how many: 6,144 blocks each
+QUARTER = 1536  # blocks on the GPU, of 6,144
+EVERYTHING = 16384
+NEW = 16
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=_Raw)
+    parser.add_argument("mode", choices=[*MODES, "merge"])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--size", choices=SHAPES, default="8b")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--nvme-path", type=Path, default=Path("kv-bench"))
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    if args.mode == "merge":
+        print(json.dumps(merged(args.out), indent=1))
+        return
+    file = args.out / f"vllm-{args.size}-{args.mode}.json"
+    if file.exists():
+        print(f"{file} is there")
+        return
+    result = measure(args.mode, args.size, args.rounds, args.nvme_path)
+    file.write_text(json.dumps(result, indent=1))
+    print(json.dumps({k: v for k, v in result.items() if k != "tokens"}), flush=True)
+
+
+class _Raw(argparse.RawDescriptionHelpFormatter):
+    pass
+
+
+def engine(mode: str, size: str, nvme_path: Path) -> Any:
+    """The engine of one mode, in this process."""
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
+    folder = Path(tempfile.mkdtemp())
+    hidden, inner, layers, heads, kv_heads = SHAPES[size]
+    (folder / "config.json").write_text(
+        json.dumps(
+            dict(
+                architectures=["LlamaForCausalLM"], model_type="llama", hidden_size=hidden,
+                intermediate_size=inner, num_hidden_layers=layers, num_attention_heads=heads,
+                num_key_value_heads=kv_heads, head_dim=128, vocab_size=32000,
+                max_position_embeddings=131072, rms_norm_eps=1e-5, rope_theta=500000.0,
+                hidden_act="silu", bos_token_id=1, eos_token_id=2, tie_word_embeddings=False,
+                dtype="bfloat16",
+            )
+        )
+    )  # fmt: skip
+    more: dict[str, Any] = {}
+    blocks = EVERYTHING if mode in ("resident", "fits") else QUARTER
+    if mode in ("resident", "small", "offload"):
+        more["num_gpu_blocks_override"] = blocks
+    if mode == "offload":
+        more["kv_transfer_config"] = dict(
+            kv_connector="OffloadingConnector",
+            kv_role="kv_both",
+            kv_connector_extra_config={"cpu_bytes_to_use": 32 << 30},
+        )
+    if mode in ("fits", "host", "nvme"):
+        toml = folder / "tiermem.toml"
+        host = "4GiB" if mode == "nvme" else "32GiB"
+        text = f'[gpu]\nbudget = "{blocks * 2}MiB"\npage = "2MiB"\n[host]\ncapacity = "{host}"\n'
+        if mode == "nvme":
+            text += f'[nvme]\npath = "{nvme_path.absolute()}"\ncapacity = "20GiB"\n'
+        toml.write_text(text + '[log]\nlevel = "info"\n')
+        os.environ.update(TIERMEM="1", TIERMEM_CONFIG=str(toml))
+        from tiermem.integrations.plugin import activate
+
+        activate()
+    from vllm import LLM
+
+    return LLM(
+        model=str(folder), load_format="dummy", skip_tokenizer_init=True, max_model_len=16640,
+        max_num_seqs=32, max_num_batched_tokens=8192, seed=0, gpu_memory_utilization=0.5,
+        attention_config={"backend": "FLASH_ATTN"}, disable_log_stats=True,
+        compilation_config={"cudagraph_capture_sizes": [1, 2, 4, 8, 16, 32]}, **more,
+    )  # fmt: skip
+
+
+def measure(mode: str, size: str, rounds: int, nvme_path: Path) -> dict[str, Any]:
+    start = time.perf_counter()
+    llm = engine(mode, size, nvme_path)
+    started_s = time.perf_counter() - start
+    result: dict[str, Any] = {
+        "schema": "tiermem.vllm_gpu.v1", "mode": mode, "size": size, "start_s": started_s,
+        "machine": machine(), "lengths": {}, "tokens": {},
+    }  # fmt: skip
+    generate(llm, prompts(512, 2, seed=99), 4)  # warm-up
+    for length, count in LENGTHS.items():
+        batch = prompts(length, count, seed=length)
+        cold = one_by_one(llm, batch)
+        before = moved(llm)
+        hot = [one_by_one(llm, batch) for _ in range(rounds)]
+        after = moved(llm)
+        n = 16 if length == 4096 else count
+        at_once = []
+        for i in range(rounds):
+            some = (batch * 2)[(i * n) % count :][:n]
+            at_once.append(timed(lambda some=some: generate(llm, some, 1)))
+        with_new = timed(lambda batch=batch: generate(llm, batch[:4], NEW))
+        result["tokens"][length] = digest(generate(llm, batch, NEW))
+        result["lengths"][length] = {
+            "cold_ttft_ms": summary(cold),
+            "ttft_ms": summary([x for one in hot for x in one]),
+            "at_once_s": at_once,
+            "four_with_new_s": with_new,
+            "moved": {key: [after[key][i] - before[key][i] for i in (0, 1)] for key in after},
+        }
+        print(mode, length, json.dumps(result["lengths"][length]), flush=True)
+    result["counts"] = counts(llm)
+    return result
+
+
+def prompts(length: int, count: int, seed: int) -> list[list[int]]:
+    rnd = random.Random(seed)
+    return [[rnd.randrange(3, 31000) for _ in range(length)] for _ in range(count)]
+
+
+def generate(llm: Any, batch: list[list[int]], new: int) -> list[list[int]]:
+    from vllm import SamplingParams
+
+    params = SamplingParams(temperature=0, max_tokens=new, ignore_eos=True, detokenize=False)
+    inputs = [{"prompt_token_ids": prompt} for prompt in batch]
+    return [list(o.outputs[0].token_ids) for o in llm.generate(inputs, params, use_tqdm=False)]
+
+
+def timed(work: Any) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def one_by_one(llm: Any, batch: list[list[int]]) -> list[float]:
+    """Milliseconds to the first token of each prompt, nothing else running."""
+    return [timed(lambda prompt=prompt: generate(llm, [prompt], 1)) * 1000 for prompt in batch]
+
+
+def summary(values: list[float]) -> dict[str, float]:
+    ordered = sorted(values)
+    return {
+        "n": len(values),
+        "median": statistics.median(values),
+        "p99": ordered[min(len(ordered) - 1, int(0.99 * len(ordered)))],
+        "best": ordered[0],
+    }
+
+
+def connector(llm: Any) -> Any:
+    core = llm.llm_engine.engine_core.engine_core
+    found = core.scheduler.connector
+    return found.engine if hasattr(found, "engine") else None
+
+
+def moved(llm: Any) -> dict[str, list[float]]:
+    """Bytes and busy seconds of each route so far."""
+    from tiermem.integrations.vllm_worker import RANKS
+
+    result = {}
+    for rank in RANKS.values():
+        for (src, dst), count in rank.routes().items():
+            name = f"{src.name}-{dst.name}".lower()
+            result[name] = [count.pages * float(2 << 20), count.busy_s]
+    return result
+
+
+def counts(llm: Any) -> dict[str, Any]:
+    side = connector(llm)
+    return {} if side is None else {**side.director.statistics(), **side.counts}
+
+
+def digest(tokens: list[list[int]]) -> list[str]:
+    return [hashlib.sha256(json.dumps(one).encode()).hexdigest()[:12] for one in tokens]
+
+
+def machine() -> dict[str, str]:
+    import torch
+    import vllm
+
+    return {
+        "gpu": torch.cuda.get_device_name(0), "vllm": vllm.__version__,
+        "torch": torch.__version__, "python": platform.python_version(),
+    }  # fmt: skip
+
+
+def merged(out: Path) -> dict[str, Any]:
+    """All modes side by side, and the bars."""
+    found = {}
+    for file in sorted(out.glob("vllm-*-*.json")):
+        one = json.loads(file.read_text())
+        found[one["mode"]] = one
+    rows = {}
+    for length in map(str, LENGTHS):
+        rows[length] = {
+            mode: {
+                "cold_ttft_ms": one["lengths"][length]["cold_ttft_ms"]["median"],
+                "ttft_ms": one["lengths"][length]["ttft_ms"]["median"],
+                "ttft_p99_ms": one["lengths"][length]["ttft_ms"]["p99"],
+                "at_once_s": statistics.median(one["lengths"][length]["at_once_s"]),
+                "same_tokens": one["tokens"][length] == found["resident"]["tokens"][length]
+                if "resident" in found
+                else None,
+                "gb_per_s": {
+                    key: value[0] / value[1] / 1e9
+                    for key, value in one["lengths"][length]["moved"].items()
+                    if value[1]
+                },
+            }
+            for mode, one in found.items()
+        }
+    return {"schema": "tiermem.vllm_gpu.merged.v1", "rows": rows}
+
+
+if __name__ == "__main__":
+    main()

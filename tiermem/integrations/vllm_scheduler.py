@@ -1,0 +1,525 @@
+"""The scheduler's side of the vLLM connector: block ids and requests in, a director's verbs out.
+
+vLLM hands out block ids of a virtual pool, several times what the GPU holds, and never needs to
+know where a block's bytes are. Two things make that safe. A block is entered as long as a request
+holds it, and an entered block is on the GPU. And `BlockPool.get_num_free_blocks`, which vLLM asks
+before it admits or grows any request, answers for this one pool how many blocks can have frames
+at once.
+
+A waiting request whose prefix is below is not admitted (the answer is None) while its blocks are
+fetched and others run; if nobody runs, it is admitted at once and its step waits for the copies.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from tiermem import units as sizes
+from tiermem.config import load
+from tiermem.directed.director import NO_UNITS, Director, Units
+from tiermem.directed.orders import Hello, Orders, Report
+from tiermem.errors import ConfigError
+from tiermem.integrations.layout import Layout
+from tiermem.integrations.vllm_worker import RANKS
+from tiermem.keyindex import Keys
+
+log = logging.getLogger(__name__)
+
+SMALL_BYTES = 32 << 20
+"""A load of fewer bytes than this takes less than a step; running requests may wait for it."""
+PATIENCE_S = 10.0
+"""How long a waiting request is held back for loads; after that its prefix is computed again."""
+
+
+@dataclass(eq=False)
+class Tracked:
+    """A request that holds blocks. blocks: all that it holds; keyed: those labelled already."""
+
+    request: Any
+    blocks: list[int] = field(default_factory=list)
+    keyed: int = 0
+
+
+@dataclass(eq=False)
+class Fetch:
+    """A waiting request whose prefix is kept, or on its way up. blocks: held for it; new: others
+    that it will need when it is admitted."""
+
+    since_s: float
+    blocks: list[int] = field(default_factory=list)
+    new: int = 0
+
+
+@dataclass(frozen=True)
+class Match:
+    """What was found of a waiting request: blocks in vLLM's prefix cache, and behind them.
+
+    hits: how many; idle: those that nobody used; outside: on the drive, of an earlier run.
+    """
+
+    hits: int = 0
+    idle: frozenset[int] = frozenset()
+    outside: int = 0
+
+
+class EngineSide:
+    """What the connector does in the scheduler's process. One thread."""
+
+    def __init__(self, vllm_config: Any, kv_cache_config: Any) -> None:
+        self._vllm = vllm_config
+        self._config = load()
+        self._engine_id: str = vllm_config.kv_transfer_config.engine_id
+        self._block_tokens = int(vllm_config.cache_config.block_size)
+        groups = len(kv_cache_config.kv_cache_groups)
+        if groups != 1:
+            raise ConfigError(
+                f"tiermem: this model has {groups} kinds of KV cache (hybrid attention), and the "
+                "connector supports one; unset TIERMEM, or use --disable-hybrid-kv-cache-manager"
+            )
+        self._director: Director | None = None
+        self._layout: Layout | None = None
+        self._pool: Any = None
+        self._map: Any = None
+        self._tracked: dict[str, Tracked] = {}
+        self._waiting: dict[str, Fetch] = {}
+        self._queue_full = False
+        self._matched: dict[str, Match] = {}
+        self._later: list[list[int]] = []
+        self._computed: deque[tuple[int, str, int]] = deque()
+        self._stale = True
+        self._room = self._credit = self._spent = self._seen = 0
+        self.counts = {"waited": 0, "recomputed": 0, "adopted": 0, "stalled": 0}
+
+    # ---------------------------------------------------------------- starting
+
+    def bind(self, pool: Any) -> None:
+        """vLLM's block pool: from here on its free blocks are those that can have frames."""
+        self._pool = pool
+        self._map = pool.cached_block_hash_to_block
+        pool.get_num_free_blocks = self._free_blocks
+        pool.get_usage = self._usage
+
+    def meet(self, hellos: Sequence[Hello], layout: Layout) -> None:
+        """All ranks are up. Raises ConfigError if the longest request could never run."""
+        self._layout = layout
+        scheduler = self._vllm.scheduler_config
+        step_blocks = -(-int(scheduler.max_num_batched_tokens) // self._block_tokens)
+        self._director = Director(
+            hellos,
+            layout.units,
+            layout.unit_pages,
+            self._config,
+            headroom=2 * -(-step_blocks // layout.blocks_per_unit),
+            on_gone=self._gone,
+        )
+        longest = int(self._vllm.model_config.max_model_len)
+        most = (self._director.budget - 1) * layout.blocks_per_unit * self._block_tokens
+        if longest > most:
+            raise ConfigError(
+                f"tiermem: gpu.budget holds {most} tokens, a request may have {longest}: raise "
+                f"gpu.budget, or give --max-model-len {most}"
+            )
+        if layout.blocks_per_unit > 1:
+            log.warning(
+                "vllm blocks=%s move in groups of %d, and no content is kept for the next start; "
+                "with --block-size %d a block would be whole pages",
+                sizes.format_bytes(layout.stride * len(layout.offsets)),
+                layout.blocks_per_unit,
+                self._block_tokens * layout.blocks_per_unit,
+            )
+
+    @property
+    def director(self) -> Director:
+        assert self._director is not None, "the ranks introduce themselves first"
+        return self._director
+
+    @property
+    def layout(self) -> Layout:
+        assert self._layout is not None, "the ranks introduce themselves first"
+        return self._layout
+
+    # ---------------------------------------------------------------- vLLM's block pool
+
+    def _free_blocks(self) -> int:
+        """Blocks that vLLM may take now: virtual ones that are free and can have frames at once.
+
+        Between two orders frames only get fewer, by what vLLM has taken since; blocks that it
+        gives back have frames again only after the next orders.
+        """
+        virtual = int(self._pool.free_block_queue.num_free_blocks)
+        if self._director is None:
+            return virtual
+        self._begin_schedule()
+        self._note_taken()
+        return max(0, min(virtual, self._room + self._credit - self._spent))
+
+    def _begin_schedule(self) -> None:
+        if self._stale:
+            self._stale = False
+            self._hear_here()
+            self._seen = self._count_held()
+            self._credit = self._spent = 0
+            self._queue_full = False
+            self._room = self.director.room()
+
+    def _note_taken(self) -> None:
+        """Blocks that vLLM took since the last look have no frames in the table yet."""
+        held = self._count_held()
+        self._spent += max(0, held - self._seen)
+        self._seen = held
+
+    def _usage(self) -> float:
+        """Part of the GPU budget that requests hold."""
+        if self._director is None:
+            return 0.0
+        return min(1.0, self.director.statistics()["in_use"] / max(1, self.director.budget))
+
+    # ---------------------------------------------------------------- waiting requests
+
+    def match(self, request: Any, computed: int) -> tuple[int | None, bool]:
+        """What of a waiting request's prompt is to be had beyond vLLM's own prefix cache.
+
+        (None, False) holds the request back. (n, True): n tokens come from the drive, before the
+        request runs.
+        """
+        name = request.request_id
+        self._begin_schedule()
+        hits = computed // self._block_tokens
+        prefix = self._prefix(request, hits)
+        if self._is_held_back(request, prefix):
+            self.counts["waited"] += 1
+            return None, False
+        idle = frozenset(block.block_id for block in prefix if block.ref_cnt == 0)
+        outside = self._outside(request, hits)
+        self._matched[name] = Match(hits, idle, outside)
+        return outside * self._block_tokens, outside > 0
+
+    def _prefix(self, request: Any, hits: int) -> list[Any]:
+        """vLLM's blocks that hold the first `hits` blocks of a request."""
+        found = []
+        for block_hash in request.block_hashes[:hits]:
+            blocks = self._pool.get_cached_block(block_hash, [0])
+            if not blocks:
+                break
+            found.append(blocks[0])
+        return found
+
+    def _is_held_back(self, request: Any, prefix: list[Any]) -> bool:
+        """Look where a prefix is, and do what brings it up; True: the request waits."""
+        fetch = self._waiting.get(request.request_id)
+        if fetch is not None and fetch.blocks:
+            return self._awaits(request, fetch)
+        director = self.director
+        idle = [block.block_id for block in prefix if block.ref_cnt == 0]
+        wanted = self._units(idle)[::-1]
+        new = -(-request.num_tokens // self._block_tokens) - len(prefix)
+        self._note_taken()
+        look = director.look(wanted)
+        need = int((look.shown | look.below | look.deep).sum()) + new + self._spent
+        if need > self._room:
+            director.make_room(need)
+            self._room = director.room()
+            look = director.look(wanted)
+        if look.gone.any():
+            self._evict(wanted[look.gone])
+            return True  # vLLM looks again, and finds less
+        away = int((look.below | look.deep | look.coming).sum())
+        if look.deep.any() or look.coming.any() or self._would_disturb(away):
+            self._begin_fetch(request, idle, new)
+            return True
+        self._credit = int((look.here & ~director.in_use(wanted)).sum())
+        return False
+
+    def _begin_fetch(self, request: Any, idle: list[int], new: int) -> None:
+        """Bring a waiting request's prefix up and keep it, if all who wait so fit beside all who
+        run; in the order of the queue."""
+        director = self.director
+        fetch = self._waiting.setdefault(request.request_id, Fetch(time.monotonic()))
+        promised = sum(other.new for other in self._waiting.values())
+        free = director.budget - director.units_in_use() - promised - self._spent
+        units = self._units(idle)[::-1]
+        if self._queue_full or len(units) + new > free or not director.fetch(units):
+            self._queue_full = True
+            return
+        fetch.blocks, fetch.new = idle, new
+        self._pool.touch([self._pool.blocks[block] for block in idle])
+        self._seen = self._count_held()
+        self._room = director.room()
+
+    def _awaits(self, request: Any, fetch: Fetch) -> bool:
+        """Whether a fetched prefix is still on its way; what takes too long is given up."""
+        look = self.director.look(self._units(fetch.blocks))
+        late = time.monotonic() - fetch.since_s > PATIENCE_S
+        if look.gone.any() or (late and not look.here.all()):
+            self.counts["recomputed"] += 1
+            missing = self._units(fetch.blocks)[~look.here]
+            self._end_fetch(request.request_id)
+            self._evict(missing)
+            return True
+        return not look.here.all()
+
+    def _end_fetch(self, name: str) -> None:
+        """A request waits no more: what was kept for it is its own by now, or anybody's."""
+        fetch = self._waiting.pop(name, None)
+        if fetch is not None and fetch.blocks:
+            self.director.leave(self._units(fetch.blocks)[::-1])
+            self._pool.free_blocks([self._pool.blocks[block] for block in fetch.blocks[::-1]])
+            self._seen = self._count_held()
+
+    def _would_disturb(self, units: int) -> bool:
+        """Whether others run who would have to wait for a load of so many units."""
+        return bool(self._tracked) and units * self.layout.unit_bytes > SMALL_BYTES
+
+    def _outside(self, request: Any, hits: int) -> int:
+        """Blocks of a prompt, behind its local prefix, that an earlier run left on the drive."""
+        if not self._keeps or request.num_tokens <= (hits + 1) * self._block_tokens:
+            return 0
+        last = (request.num_tokens - 1) // self._block_tokens
+        keys = keys_of(request.block_hashes[hits:last])
+        return self.director.find(keys) if len(keys) else 0
+
+    # ---------------------------------------------------------------- admissions and ends
+
+    def admit(self, request: Any, block_ids: tuple[Sequence[int], ...], external: int) -> None:
+        """vLLM has given a waiting request these blocks; its step is being put together.
+
+        All are in use from now on, but for hits on blocks that a running request has got in this
+        very step: `orders` hears of those.
+        """
+        match = self._matched.pop(request.request_id, Match())
+        blocks = list(block_ids[0])
+        self._note_taken()
+        tracked = self._tracked.get(request.request_id)
+        if tracked is None:
+            tracked = self._tracked[request.request_id] = Tracked(request)
+            self._enter_hits(tracked, blocks[: match.hits], match.idle)
+            if external and match.outside:
+                self._adopt(tracked, blocks[match.hits : match.hits + match.outside])
+        else:  # its content from the drive has come, or has failed to
+            self.director.mend(self._units(tracked.blocks))
+        taken = len(match.idle) + len(blocks) - match.hits
+        self._enter_new(tracked, blocks[len(tracked.blocks) :])
+        self._end_fetch(request.request_id)
+        self._spent = max(0, self._spent - taken)
+        self._credit = 0
+        self._room = self.director.room()
+
+    def finish(self, request: Any) -> None:
+        """A request has ended, or was aborted; vLLM frees its blocks next."""
+        self._matched.pop(request.request_id, None)
+        self._end_fetch(request.request_id)
+        tracked = self._tracked.pop(request.request_id, None)
+        if tracked is not None:
+            self._leave(tracked)
+        self._stale = True
+
+    def _leave(self, tracked: Tracked) -> None:
+        """Blocks are no longer used by a request; those without a hash are worth nothing."""
+        self._label(tracked, self.director.step, len(tracked.blocks))
+        blocks = tracked.blocks[::-1]
+        units = self._units(blocks)
+        if self.layout.blocks_per_unit > 1:
+            for unit in units.tolist():  # blocks of one unit may be anybody's
+                self.director.leave(np.array([unit], np.int32))
+            return
+        pool = self._pool.blocks
+        worthless = [b for b in blocks if pool[b].block_hash is None]
+        self.director.leave(units, worthless=self._units(worthless))
+
+    def _leave_preempted(self) -> None:
+        for name, tracked in list(self._tracked.items()):
+            if tracked.request.status.name == "PREEMPTED":
+                del self._tracked[name]
+                self._leave(tracked)
+
+    def is_making_room(self) -> bool:
+        """Whether waiting a step brings frames that are lacking now, without a preemption."""
+        self.counts["stalled"] += 1
+        self._leave_preempted()
+        for name in list(self._waiting):
+            self._end_fetch(name)  # who runs goes before who waits
+        self.director.make_room(self._step_blocks())
+        return self.director.coming() > 0
+
+    # ---------------------------------------------------------------- steps
+
+    def orders(self, output: Any) -> Orders:
+        """Orders of the step that vLLM has just put together."""
+        director = self.director
+        self._forget_if_reset()
+        self._leave_preempted()
+        self._grow_running(output.scheduled_cached_reqs)
+        for hits in self._later:
+            self._enter_units(hits, "read")
+        self._later.clear()
+        orders = director.orders()
+        self._note_computed(output, orders.step)
+        self._stale = True
+        return orders
+
+    def hear(self, reports: Iterable[Report]) -> None:
+        """What the ranks report; sent by those in other processes."""
+        for report in reports:
+            self.director.settle(report)
+        self._hear_here()
+        self._label_computed()
+        self._stale = True
+
+    def _hear_here(self) -> None:
+        """A rank in this process is asked at once."""
+        rank = RANKS.get(self._engine_id)
+        if rank is not None and self._director is not None:
+            self.director.settle(rank.report())
+
+    def _grow_running(self, cached: Any) -> None:
+        """Blocks that running requests got in this step, with new content."""
+        resumed = getattr(cached, "resumed_req_ids", None)
+        if resumed is None:
+            flags = cached.resumed_from_preemption
+            resumed = {name for name, is_so in zip(cached.req_ids, flags, strict=True) if is_so}
+        for name, new in zip(cached.req_ids, cached.new_block_ids, strict=True):
+            if new is None or name in resumed:
+                continue
+            tracked = self._tracked[name]
+            self._enter_new(tracked, list(new[0]))
+
+    def _enter_hits(self, tracked: Tracked, hits: list[int], idle: frozenset[int]) -> None:
+        tracked.blocks += hits
+        tracked.keyed = len(hits)
+        used = self.director.in_use(self._units(hits))
+        ready = [b for b, so in zip(hits, used.tolist(), strict=True) if so or b in idle]
+        later = [b for b, so in zip(hits, used.tolist(), strict=True) if not so and b not in idle]
+        if ready:
+            self._enter_units(ready[::-1], "read")
+        if later:
+            self._later.append(later[::-1])
+
+    def _enter_new(self, tracked: Tracked, blocks: list[int]) -> None:
+        """Blocks that will be written, behind those that a request has."""
+        if not blocks:
+            return
+        first = len(tracked.blocks)
+        tracked.blocks += blocks
+        units = self._units(blocks)[::-1]
+        if self.layout.blocks_per_unit > 1:
+            for unit in units.tolist():
+                self.director.enter(np.array([unit], np.int32), "write")
+            return
+        above = np.concatenate([self._units(tracked.blocks[first - 1 : first]), NO_UNITS])
+        parents = np.concatenate([units[1:], above if first else np.array([-1], np.int32)])
+        depths = np.arange(first + len(blocks) - 1, first - 1, -1, dtype=np.int32)
+        self.director.enter(units, "fresh", parents=parents, depths=depths)
+
+    def _enter_units(self, blocks: list[int], access: Any) -> None:
+        units = self._units(blocks)
+        if self.layout.blocks_per_unit == 1:
+            self.director.enter(units, access)
+            return
+        for unit in units.tolist():
+            self.director.enter(np.array([unit], np.int32), access)
+
+    def _adopt(self, tracked: Tracked, blocks: list[int]) -> None:
+        """Blocks whose content is on the drive, from an earlier run; vLLM waits for it."""
+        first = len(tracked.blocks)
+        tracked.blocks += blocks
+        tracked.keyed = len(tracked.blocks)
+        units = self._units(blocks)
+        keys = keys_of(tracked.request.block_hashes[first : first + len(blocks)])
+        parents = np.concatenate([self._units(tracked.blocks[first - 1 : first]), units[:-1]])
+        parents = parents if first else np.concatenate([np.array([-1], np.int32), units[:-1]])
+        depths = np.arange(first, first + len(blocks), dtype=np.int32)
+        self.director.adopt(units, keys, tracked.request.request_id, parents=parents, depths=depths)
+        self.counts["adopted"] += len(blocks)
+
+    # ---------------------------------------------------------------- content with a name
+
+    @property
+    def _keeps(self) -> bool:
+        nvme = self._config.nvme
+        return nvme.enabled and nvme.persist and self.layout.blocks_per_unit == 1
+
+    def _note_computed(self, output: Any, step: int) -> None:
+        """After this step, so many tokens of each request have been computed."""
+        if not self._keeps:
+            return
+        for name in output.num_scheduled_tokens:
+            tracked = self._tracked.get(name)
+            if tracked is not None:
+                request = tracked.request
+                tokens = request.num_computed_tokens + output.num_scheduled_tokens[name]
+                self._computed.append((step, name, tokens // self._block_tokens))
+
+    def _label_computed(self) -> None:
+        while self._computed and self._computed[0][0] <= self.director.passed:
+            step, name, blocks = self._computed.popleft()
+            tracked = self._tracked.get(name)
+            if tracked is not None:
+                self._label(tracked, step, blocks)
+
+    def _label(self, tracked: Tracked, step: int, blocks: int) -> None:
+        """The first blocks of a request hold what their hashes say, once a step has passed."""
+        if not self._keeps or step > self.director.passed:
+            return
+        last = min(blocks, len(tracked.blocks), len(tracked.request.block_hashes))
+        if last > tracked.keyed:
+            units = self._units(tracked.blocks[tracked.keyed : last])
+            keys = keys_of(tracked.request.block_hashes[tracked.keyed : last])
+            self.director.label(units, keys)
+            tracked.keyed = last
+
+    def forget_content(self) -> None:
+        """What is on the drive is of other weights, or whatever vLLM knows: it counts no more."""
+        if self._keeps:
+            self.director.forget_content()
+
+    def _forget_if_reset(self) -> None:
+        """vLLM's prefix cache was emptied, as after new weights: so is what the drive holds."""
+        if self._pool.cached_block_hash_to_block is not self._map:
+            self._map = self._pool.cached_block_hash_to_block
+            self.forget_content()
+
+    def _gone(self, units: Units, reason: str) -> None:
+        log.debug("gone units=%d reason=%s", len(units), reason)
+        self._evict(units)
+
+    def _evict(self, units: Units) -> None:
+        """vLLM must not find these blocks in its prefix cache."""
+        self._pool.evict_blocks(set(self.layout.blocks_of(units).tolist()))
+
+    # ---------------------------------------------------------------- parts
+
+    def limit(self, nbytes: int) -> None:
+        """Change the GPU budget of every rank while serving."""
+        self.director.limit(nbytes)
+        self._stale = True
+
+    def check(self) -> None:
+        """Assert that what requests hold is in use, and every invariant below that."""
+        self.director.check()
+
+    def close(self) -> None:
+        """Nothing to give back here: the ranks close with their workers."""
+
+    def _units(self, blocks: Sequence[int] | np.ndarray) -> Units:
+        return self.layout.units_of(blocks)
+
+    def _step_blocks(self) -> int:
+        tokens = int(self._vllm.scheduler_config.max_num_batched_tokens)
+        return -(-tokens // self._block_tokens)
+
+    def _count_held(self) -> int:
+        return len(self._pool.blocks) - 1 - int(self._pool.free_block_queue.num_free_blocks)
+
+
+def keys_of(block_hashes: Sequence[bytes]) -> Keys:
+    """uint64[n, 2]: the first 128 bits of vLLM's block hashes, which name all that comes before."""
+    joined = b"".join(bytes(block_hash)[:16].ljust(16, b"\0") for block_hash in block_hashes)
+    keys: Keys = np.frombuffer(joined, np.uint64).reshape(-1, 2)
+    return keys
