@@ -259,8 +259,9 @@ class Space:
         A limit that falls meanwhile takes none of those away that there are; `budget` tells of it
         at once. So whoever plans work by the budget can start it, and then plan with less.
         """
-        self._counted_on = pages
-        self._mover.wake()
+        if pages != self._counted_on:
+            self._counted_on = pages
+            self._mover.wake()
 
     @property
     def shared(self) -> bool:

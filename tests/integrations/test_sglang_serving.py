@@ -189,7 +189,6 @@ def test_a_page_size_that_is_not_given_is_chosen(serve: Serve) -> None:
     [
         ({"enable_hierarchical_cache": True}, "HiCache copies KV by itself"),
         ({"page_size": 1}, "--page-size is 1"),
-        ({"enable_memory_saver": True}, "the memory saver frees the KV cache"),
     ],
 )
 def test_what_cannot_work_stops_the_engine_with_the_reason(

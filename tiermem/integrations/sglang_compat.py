@@ -36,6 +36,13 @@ def least_over(group: Any) -> Agree:
     return agree
 
 
+def tp_rank() -> int:
+    """Of this process among the tensor-parallel ranks."""
+    from sglang.srt.distributed.parallel_state import get_tp_group
+
+    return int(get_tp_group().rank_in_group)
+
+
 def forward_stream(scheduler: Any) -> int | None:
     """The CUDA stream that batches run on; None on a CPU."""
     if str(scheduler.device).startswith("cpu"):

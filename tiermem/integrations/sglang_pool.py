@@ -47,7 +47,7 @@ def refuse(configurator: Any) -> None:
         raise ConfigError("sglang: SGLANG_ENABLE_POST_CAPTURE_KV_SIZING makes its own memory")
     if args.disaggregation_mode != "null" or args.pp_size > 1 or getattr(args, "dcp_size", 1) > 1:
         raise ConfigError("sglang: disaggregation, pipeline and context parallelism: not supported")
-    if args.page_size == 1:
+    if configurator.page_size == 1:
         raise ConfigError("sglang: --page-size is 1; a page must be larger, such as 16")
 
 
@@ -69,7 +69,7 @@ class Plan:
         layout = _layout(configurator, SMALLEST_PAGE if on_cpu else CUDA_PAGE)
         args = configurator.server_args
         ranks = max(1, args.tp_size // max(1, args.nnodes))
-        config = rank_config(load(), layout.page_bytes, device, ranks, configurator.ps.tp_rank)
+        config = rank_config(load(), layout.page_bytes, device, ranks, compat.tp_rank())
         identity = _identity(configurator, layout)
         sizes = plan(config, layout.page_bytes, stock_bytes, _agreement())
         return cls(config, layout, sizes, identity)
@@ -105,7 +105,7 @@ def _layout(configurator: Any, granule: int) -> PageMajor:
     return choose(
         parts=layers if mla else 2 * layers,
         row_bytes=row * configurator.kv_cache_dtype.itemsize,
-        page_size=args.page_size,
+        page_size=configurator.page_size,
         granule=granule,
     )
 
@@ -151,7 +151,7 @@ def page_size_for(args: Any) -> int:
 def _identity(configurator: Any, layout: PageMajor) -> Identity:
     """Everything that a page's bytes depend on beside its tokens."""
     args = configurator.server_args
-    rank = configurator.ps.tp_rank
+    rank = compat.tp_rank()
     weights = weights_identity(args.model_path, args.revision, args.load_format, args.random_seed)
     fingerprint = {
         "engine": "sglang",

@@ -62,6 +62,7 @@ def seams(release: Release) -> Iterator[Seam]:
     yield Seam(f"{_SRT}.arg_groups.overrides._page_size_default", "after", "default_page_size")
     yield Seam(f"{_CONFIGURATOR}._profile_available_bytes", "around", "profile")
     yield Seam(f"{_POOL}.MHATokenToKVPool._create_buffers_normal", "around", "make_mha_buffers")
+    yield Seam(f"{_POOL}.MHATokenToKVPool._build_kv_buffer_descs", "around", "describe_none")
     yield Seam(f"{_POOL}.MHATokenToKVPool.get_kv_size_bytes", "after", "tell_size")
     yield Seam(f"{_POOL}.MLATokenToKVPool._create_buffers", "around", "make_mla_buffers")
     yield Seam(f"{_POOL}.MLATokenToKVPool.get_kv_size_bytes", "after", "tell_size")
