@@ -38,7 +38,8 @@ test: $(TEST_READY) ## all tests that need neither a GPU nor an engine
 
 test-engines-sglang: $(TEST_READY) $(ENGINES)/sglang-$(SGLANG)/.ready ## SGLang (SGLANG=0.5.17) on a CPU
 	TIERMEM_SGLANG_PYTHON=$(abspath $(SGLANG_PYTHON)) \
-		$(BIN)/python -m pytest -m engine tests/integrations -k sglang $(ARGS)
+		$(BIN)/python -m pytest -m engine -o faulthandler_timeout=900 \
+		tests/integrations/test_sglang_serving.py $(ARGS)
 
 matrix-sglang: ## the same for every release that is tested, one after the other
 	$(MAKE) test-engines-sglang SGLANG=0.5.17

@@ -225,6 +225,34 @@ def test_who_is_neither_in_the_batch_nor_running_holds_nothing(engine: Engine) -
     assert engine.residence.pages(here) == [2]
 
 
+def test_the_policies_hear_how_a_request_ended() -> None:
+    ended = SimpleNamespace(
+        session_id="abc",
+        finished_reason=SimpleNamespace(to_json=lambda: {"type": "stop"}),
+        output_ids=[1, 2, 3],
+    )
+    told = compat.ended(ended)
+    assert (told.reason, told.output_tokens, told.turn) == ("end_turn", 3, None)
+    assert told.session == compat.ended(ended).session
+    bare = compat.ended(SimpleNamespace(output_ids=[]))
+    assert (bare.session, bare.reason) == (None, None)
+
+
+def test_pages_that_a_tree_takes_over_are_named_in_what_the_policies_hear(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heard: list[list[int]] = []
+    monkeypatch.setattr(
+        type(engine.region), "finished", lambda self, pages, facts: heard.append(pages.tolist())
+    )
+    req = Request(TOKENS[:32], kv=length(32))
+    hooks.extended(None, batch_of(req, taken=[pages_of(1, 2)], prefixes=[0]))
+    hooks.step(scheduler_of(), batch_of(req, taken=[], prefixes=[]))
+    req.kv.kv_committed_len = 32
+    hooks.released(lambda *args: None, req, SimpleNamespace(disable=False), True)
+    assert heard == [[2, 1]]
+
+
 def test_a_request_that_ended_lets_go(engine: Engine) -> None:
     req = Request(TOKENS, kv=length(16))
     hooks.extended(None, batch_of(req, taken=[pages_of(1)], prefixes=[0]))

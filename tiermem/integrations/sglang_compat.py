@@ -7,8 +7,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
+import xxhash
 
-from tiermem.integrations.sglang_engine import Agree, Engine, alone
+from tiermem.integrations.sglang_engine import Agree, Ended, Engine, alone
 from tiermem.integrations.sglang_pages import Pages
 
 _NO_PAGES = np.empty(0, np.int32)
@@ -84,6 +85,18 @@ def extra_of(req: Any) -> str | None:
     """What tells apart equal tokens with other KV."""
     salt = getattr(req, "cache_salt", None)
     return req.extra_key if salt is None else f"{req.extra_key}\0{salt}"
+
+
+def ended(req: Any) -> Ended:
+    """How a request ended: its session, if it has one, and whether it came to its own end."""
+    session = getattr(req, "session_id", None)
+    how = getattr(req, "finished_reason", None)
+    kind = None if how is None else how.to_json()["type"]
+    return Ended(
+        session=None if session is None else xxhash.xxh3_64_intdigest(str(session).encode()) >> 1,
+        reason="end_turn" if kind == "stop" else kind,
+        output_tokens=len(req.output_ids),
+    )
 
 
 def keeps(req: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

@@ -61,6 +61,16 @@ class Usable:
     load: int
 
 
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """What is known of a request that ended (`RequestFacts`); None where SGLang does not say."""
+
+    session: int | None
+    reason: str | None
+    output_tokens: int
+    turn: int | None = None
+
+
 class Engine:
     """Opens the space, which lives as long as the process."""
 
@@ -212,6 +222,13 @@ class Engine:
         if here.any():
             self.region.label(pages[here], keys[here])
         self._labelled[request] = count
+
+    def finished(self, request: Hashable, facts: Ended) -> None:
+        """Tell the policies how a request ended whose pages the tree has taken over."""
+        held = self.residence.pages(request)
+        if held:
+            pages = np.array(held[::-1], np.int32)
+            self.region.finished(pages[self.residence.valid(pages)], facts)
 
     def release(self, request: Hashable) -> None:
         """A request has ended or was sent back: it holds nothing."""

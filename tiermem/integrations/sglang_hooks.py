@@ -259,6 +259,7 @@ def released(original: Callable[..., None], req: Any, tree: Any, *args: Any, **k
     engine = state.engine()
     if compat.keeps(req, args, kwargs) and not compat.caches_nothing(tree):
         engine.label(req, compat.committed_tokens(req), compat.extra_of(req))
+        engine.finished(req, compat.ended(req))
     original(req, tree, *args, **kwargs)
     engine.release(req)
 
