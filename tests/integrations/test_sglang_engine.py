@@ -247,6 +247,7 @@ def test_a_budget_that_changed_is_taken_over_in_the_same_round_by_all(open_engin
 def test_every_page_has_a_place_below_the_gpu_if_there_is_one() -> None:
     assert Sizes(gpu=48, host=162, nvme=0).virtual == 162
     assert Sizes(gpu=48, host=60, nvme=200).virtual == 260
+    assert Sizes(gpu=48, host=60, nvme=200, rings=14).virtual == 246
     assert Sizes(gpu=48, host=10, nvme=0).virtual == 47
     assert Sizes(gpu=48, host=0, nvme=0).virtual == 47
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from tiermem import drive, units
-from tiermem.assemble import survey
+from tiermem.assemble import RING_SLOTS, survey
 from tiermem.config import Config, load
 from tiermem.errors import ConfigError
 from tiermem.integrations.sglang_gates import RESERVED
@@ -22,6 +22,8 @@ class Sizes:
     gpu: int
     host: int
     nvme: int
+    rings: int = 0
+    """Of the host pages, those that bytes cross through between a GPU and its drive."""
 
     @property
     def virtual(self) -> int:
@@ -30,7 +32,7 @@ class Sizes:
         Each has a place below the GPU, so that a whole batch can give way to another one; with
         small tiers below, those that are on the GPU at once.
         """
-        return max(self.gpu - RESERVED, self.host + self.nvme)
+        return max(self.gpu - RESERVED, self.host - self.rings + self.nvme)
 
 
 def rank_config(config: Config, page_bytes: int, device: str, ranks: int, rank: int = 0) -> Config:
@@ -65,7 +67,9 @@ def plan(
     gpu = min(ground.sizes.gpu, stock_bytes) // page_bytes
     host = ground.sizes.host // page_bytes
     nvme = drive.slots_in(config, ground.sizes.nvme, page_bytes)
-    sizes = Sizes(*agree([gpu, host, nvme]))
+    gpu, host, nvme = agree([gpu, host, nvme])
+    bounced = nvme and config.gpu.device != "cpu"
+    sizes = Sizes(gpu, host, nvme, 2 * min(RING_SLOTS, host // 8) if bounced else 0)
     if sizes.gpu < LEAST_FRAMES:
         raise ConfigError(
             f"sglang: {sizes.gpu} pages of {units.format_bytes(page_bytes)} fit on the GPU, at "
