@@ -529,6 +529,21 @@ def _await(gate: threading.Event) -> None:
     assert gate.wait(LONG_S)
 
 
+def test_a_page_is_held_until_it_is_given_up_not_until_its_work_has_ended(tmp_path: Path) -> None:
+    with Space.open(config(tmp_path, gpu=4)) as space:
+        device = space.device
+        assert isinstance(device, EmulatedDevice)
+        stream = device.new_stream()
+        region = space.reserve(8 * PAGE, numbered=True)
+        region.allocate(2, pages=[5, 6])
+        gate = threading.Event()
+        with region.use([5], "write", stream):
+            device.launch(stream, lambda: _await(gate))
+        region.free([5])
+        assert region.held([4, 5, 6]).tolist() == [False, False, True]
+        gate.set()
+
+
 def test_pins_are_given_back_in_any_grouping(space: Space, region: Region) -> None:
     pages = region.allocate(4)
     region.pin(pages[:3])

@@ -328,6 +328,17 @@ class Region:
             planner = self._pager.planner
             self._pager.decide(lambda: planner.shelve(rows, self._space.now()))
 
+    def held(self, pages: Sequence[int] | Pages) -> npt.NDArray[np.bool_]:
+        """bool[n]: pages that are allocated and not being given up: those that `free` takes.
+
+        Of a page that the tiers drop this is false before `on_gone` has said so.
+        """
+        table = self._pager.planner.table
+        rows = np.asarray(pages, np.int32) + np.int32(self._first)
+        with self._pager.lock:
+            mask: npt.NDArray[np.bool_] = table.at[rows] != Place.NONE
+            return mask & ~self._pager.planner.is_doomed(rows)
+
     def where(self, pages: Sequence[int] | Pages | None = None) -> npt.NDArray[np.uint8]:
         """uint8[n]: the Place of each page at this moment (default: of all)."""
         table = self._pager.planner.table

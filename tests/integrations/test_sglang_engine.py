@@ -170,6 +170,9 @@ def test_a_page_whose_bytes_on_the_drive_are_not_as_written_is_lost(
         file.write(b"\xff" * 8)
     assert engine.usable(pages) == Usable(1, 1)
     assert reads(engine, pages[:1], TOKENS)
+    engine.residence.forget(pages[1:])  # the tree gives it up, and the numbers are used again
+    compute(engine, "b", pages[1:], TOKENS[16:])
+    assert reads(engine, pages, TOKENS)
 
 
 def test_what_was_named_is_taken_over_by_the_next_process(open_engine: Open) -> None:

@@ -183,6 +183,26 @@ def test_a_page_that_the_tiers_dropped_is_not_valid(region: Region, residence: R
     region.free([2])
 
 
+def test_pages_that_are_being_dropped_are_neither_valid_nor_freed_twice(
+    tmp_path: Path,
+) -> None:
+    made: list[Residence] = []
+    with Space.open(config(tmp_path, gpu=FRAMES, host=0, nvme=0)) as space:
+        region = space.reserve(
+            PAGES * PAGE, numbered=True, on_gone=lambda pages, why: made[0].gone(pages, why)
+        )
+        made.append(Residence(region, lambda: None))
+        run(made[0], region, "a", [1, 2, 3, 4, 5])
+        run(made[0], region, "b", [6, 7, 8, 9])  # nothing is below: some of the others go
+        valid = made[0].valid(np.array([1, 2, 3, 4, 5], np.int32))
+        assert int(valid.sum()) <= 1
+        made[0].forget(np.arange(1, 10, dtype=np.int32))
+        run(made[0], region, "c", [1, 2, 3, 4, 5])
+        assert holds(region, [1, 2, 3, 4, 5])
+        made[0].reset()
+        region.unpin([0])
+
+
 def test_what_waits_is_brought_up_as_far_as_there_is_room(
     space: Space, region: Region, residence: Residence
 ) -> None:

@@ -20,13 +20,15 @@ import numpy.typing as npt
 from tiermem.errors import NotOurs, TierFull
 from tiermem.planner import Access
 from tiermem.region import Hint
-from tiermem.tier import AT_GPU, AT_LOST, AT_NONE, AT_NVME, Mask
+from tiermem.tier import AT_GPU, AT_LOST, AT_NVME, Mask
 
 log = logging.getLogger(__name__)
 
 Pages = npt.NDArray[np.int32]
 _NO_PAGES = np.empty(0, np.int32)
 PADDING = 0
+LOST = "lost"
+"""Why a page is gone whose bytes could not be read as written; `Region`'s on_gone says it."""
 
 
 class PagedRegion(Protocol):
@@ -46,6 +48,8 @@ class PagedRegion(Protocol):
     def hint(self, pages: Pages, hint: Hint) -> None: ...
 
     def shelve(self, pages: Pages) -> None: ...
+
+    def held(self, pages: Pages) -> Mask: ...
 
     def where(self, pages: Pages) -> npt.NDArray[np.uint8]: ...
 
@@ -190,20 +194,16 @@ class Residence:
         """
         if self._users[pages].any():
             self._let_go_of(set(pages.tolist()))
-        while True:
-            backed = pages[self._backed[pages]]
-            if not len(backed):
-                return
+        backed = pages[self._backed[pages]]
+        while len(backed):
+            backed = backed[self._region.held(backed)]
             try:
-                self._region.shelve(backed)
-            except NotOurs:  # one was dropped just now, by itself
-                alive = self._region.where(backed) != AT_NONE
-                self._backed[backed[~alive]] = False
-                if alive.all():
-                    raise
+                if len(backed):
+                    self._region.shelve(backed)
+                break
+            except NotOurs:  # the tiers have begun to drop one of them just now
                 continue
-            self._backed[backed] = False
-            return
+        self._backed[pages] = False
 
     def _let_go_of(self, pages: set[int]) -> None:
         for held in self._held.values():
@@ -214,9 +214,13 @@ class Residence:
                     break
 
     def gone(self, pages: Pages, reason: str) -> None:
-        """The tiers dropped or lost pages that the engine still counts on. From any thread."""
+        """The tiers dropped or lost pages that the engine still counts on. From any thread.
+
+        What is lost stays allocated, without bytes, until the engine frees it.
+        """
         log.debug("gone pages=%d reason=%s", len(pages), reason)
-        self._backed[pages] = False
+        if reason != LOST:
+            self._backed[pages] = False
 
     def valid(self, pages: Pages) -> Mask:
         """bool[n]: which of these pages still have their bytes, as far as is known."""
@@ -227,8 +231,7 @@ class Residence:
         return mask
 
     def _alive(self, pages: Pages) -> Mask:
-        places = self._region.where(pages)
-        alive: Mask = (places != AT_LOST) & (places != AT_NONE)
+        alive: Mask = self._region.held(pages) & (self._region.where(pages) != AT_LOST)
         return alive
 
     def adopted(self, pages: Pages) -> None:
