@@ -37,7 +37,7 @@ def lines(config: Config) -> Iterator[Line]:
 def _tested(release: Release) -> Line:
     version = ".".join(map(str, release.version))
     if release.tested:
-        return ok("sglang", f"{version}: the engine's tests pass on it")
+        return ok("sglang", f"{version}: was run over tiermem and gave the same tokens as alone")
     known = ", ".join(".".join(map(str, each.version)) for each in RELEASES if each.tested)
     text = f"{version}: its names are those that are hooked, but it was not run; tested: {known}"
     return note("sglang", text, "run make test-engines-sglang")
