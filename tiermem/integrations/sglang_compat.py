@@ -55,6 +55,15 @@ def forward_stream(scheduler: Any) -> int | None:
     return int(torch.cuda.current_stream().cuda_stream)
 
 
+def model_of(args: Any) -> Any:
+    """The model's description, while SGLang's arguments are being resolved."""
+    if hasattr(args, "get_model_config"):
+        return args.get_model_config()
+    from sglang.srt.arg_groups.model_override_base import model_config_of
+
+    return model_config_of(args)
+
+
 # ---------------------------------------------------------------- requests
 
 

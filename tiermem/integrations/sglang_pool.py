@@ -129,7 +129,7 @@ def page_size_for(args: Any) -> int:
 
     args: SGLang's arguments while they are resolved. Raises ConfigError if none does.
     """
-    model = args.get_model_config()
+    model = compat.model_of(args)
     mla = str(getattr(model.attention_arch, "name", "")) == "MLA"
     layers = model.num_hidden_layers
     row = _row(model, args.tp_size, mla) * _ITEM.get(args.kv_cache_dtype, model.dtype.itemsize)
