@@ -28,6 +28,6 @@ def back_up(self: Any, device_pool: Any, host: Any, device: Any, backend: str) -
 def install() -> None:
     from sglang.srt.mem_cache.pool_host import common, mha
 
-    common._cuda_host_register = lambda buffer: None
+    common._cuda_host_register = lambda *given: None
     mha.MHATokenToKVPoolHost.load_to_device_per_layer = load
     mha.MHATokenToKVPoolHost.backup_from_device_all_layer = back_up
