@@ -92,6 +92,13 @@ def python() -> str:
     return _NAMED
 
 
+def release() -> str:
+    """The version of SGLang there."""
+    ask = "from importlib.metadata import version; print(version('sglang'))"
+    told = subprocess.run([python(), "-c", ask], check=True, capture_output=True, text=True)
+    return told.stdout.strip()
+
+
 def run(scenario: Scenario, folder: Path, model: Path) -> Ended:
     """Serve a scenario in `folder`, which may hold what an earlier run left there."""
     folder.mkdir(parents=True, exist_ok=True)
