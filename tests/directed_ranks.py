@@ -12,7 +12,7 @@ from random import Random
 import numpy as np
 import numpy.typing as npt
 
-from tiermem import Config, Gpu, Host, Nvme
+from tiermem import Config, Gpu, Host, Nvme, Share
 from tiermem.assemble import assemble
 from tiermem.directed.director import NO_UNITS, Director, Units
 from tiermem.directed.orders import Orders
@@ -22,6 +22,7 @@ from tiermem.gpu.tensor import view
 from tiermem.integrations.layout import Layout
 from tiermem.native import Ticket
 from tiermem.nvme.kept import Persist
+from tiermem.sharing import Sharing
 from tiermem.table import Rows
 
 PAGE = 4096
@@ -48,23 +49,31 @@ class Ranks:
         seed: int = 0,
         headroom: int = 0,
         queued: bool = False,
+        page: int = PAGE,
+        share: Share | None = None,
     ) -> None:
         """Sizes in units of `pieces` pages each, which lie in as many places of the range.
 
-        queued: work runs on a stream of its rank, some time after its step.
+        queued: work runs on a stream of its rank, some time after its step. share: the one rank's
+        memory is held under a lease.
         """
+        self.wake: Callable[[], None] = lambda: None
         self.random = Random(seed)
-        self.layout = Layout(units, PAGE, tuple(i * units * PAGE for i in range(pieces)), PAGE)
+        self.page = page
+        self.layout = Layout(units, page, tuple(i * units * page for i in range(pieces)), page)
         unit = self.layout.unit_bytes
         drive = Nvme()
         if path is not None:
             size = nvme * unit + (8 << 20)
             drive = Nvme(path=path, capacity=size, persist=persist, high=1.0, low=1.0)
         self.config = Config(
-            gpu=Gpu(device="cpu", budget=budget * unit, page=PAGE, high=1.0, low=1.0),
+            gpu=Gpu(device="cpu", budget=budget * unit, page=page, high=1.0, low=1.0),
             host=Host(capacity=host * unit, high=1.0, low=1.0),
             nvme=drive,
+            share=share or Share(),
         )
+        sharing = None if share is None else Sharing.open(self.config)
+        first = None if sharing is None else sharing.terms.first
         self.bases: list[int] = []
         self.ranks: list[Rank] = []
         self.devices: list[EmulatedDevice] = []
@@ -73,12 +82,13 @@ class Ranks:
         self.tickets: list[Ticket] = []
         self.views: list[npt.NDArray[np.generic]] = []
         for number in range(ranks):
-            parts = assemble(self.config, None, Persist(f"r{number}", {"model": "test"}))
+            parts = assemble(self.config, first, Persist(f"r{number}", {"model": "test"}))
             assert isinstance(parts.device, EmulatedDevice)
             base = parts.device.reserve(self.layout.nbytes)
             self.bases.append(base)
             addresses = partial(self.layout.addresses, base)
-            self.ranks.append(Rank(number, parts, addresses, persist=persist))
+            rank = Rank(number, parts, addresses, persist=persist, sharing=sharing)
+            self.ranks.append(rank)
             self.devices.append(parts.device)
             self.streams.append(parts.device.new_stream() if queued else None)
             shape = (self.layout.nbytes // 8,)
@@ -94,6 +104,8 @@ class Ranks:
             self.config,
             headroom=headroom,
             on_gone=self._on_gone,
+            sharing=sharing,
+            wake=lambda: self.wake(),
         )
 
     def _on_gone(self, units: Units, reason: str) -> None:
@@ -161,12 +173,16 @@ class Ranks:
 
     def write(self, *units: int) -> None:
         """Enter units with new content, and write it in the same step."""
-        for unit in units:
-            self.model[unit] = self.next_value
-            self.next_value += 1
+        self.assign(*units)
         self.director.enter(ids(*units), "fresh")
         self.step(write=ids(*units))
         self.hear()
+
+    def assign(self, *units: int) -> None:
+        """What these units will hold once they are written: a number each, never used before."""
+        for unit in units:
+            self.model[unit] = self.next_value
+            self.next_value += 1
 
     def read(self, *units: int) -> None:
         """Enter cached units that need no fetching, and read them in the same step."""
@@ -220,7 +236,7 @@ class Ranks:
 
     def _words(self, unit: int) -> slice | npt.NDArray[np.int64]:
         first = self.layout.addresses(0, self._rows(unit)).astype(np.int64) // 8
-        every: npt.NDArray[np.int64] = (first[:, None] + np.arange(PAGE // 8)).ravel()
+        every: npt.NDArray[np.int64] = (first[:, None] + np.arange(self.page // 8)).ravel()
         return every
 
     def _rows(self, unit: int) -> Rows:

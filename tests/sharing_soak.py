@@ -21,7 +21,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -158,10 +160,10 @@ def is_told_to_end() -> bool:
 class Engine:
     """A running engine, seen from outside."""
 
-    def __init__(self, name: str, seed: int, directory: Path) -> None:
+    def __init__(self, program: str, name: str, seed: int, directory: Path) -> None:
         self.name = name
         self.process = subprocess.Popen(
-            [sys.executable, __file__, "--engine", name, "--seed", str(seed)],
+            [sys.executable, program, "--engine", name, "--seed", str(seed)],
             env={**os.environ, "XDG_RUNTIME_DIR": str(directory)},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -210,8 +212,13 @@ class Engine:
                 pipe.close()
 
 
-def soak(seconds: float, engines: int, seed: int, every_s: float = 2.0) -> Outcome:
-    """Let engines run for a while, and kill one every now and then."""
+def soak(
+    seconds: float, engines: int, seed: int, every_s: float = 2.0, program: str = __file__
+) -> Outcome:
+    """Let engines run for a while, and kill one every now and then.
+
+    program: what an engine runs, with `--engine NAME --seed N`.
+    """
     with tempfile.TemporaryDirectory(prefix="tm-") as name:
         directory = Path(name)
         home = directory / "tiermem"
@@ -222,7 +229,8 @@ def soak(seconds: float, engines: int, seed: int, every_s: float = 2.0) -> Outco
             log.touch()
         with Ledger.open("cpu", PAGES * PAGE, group=GROUP, directory=home) as ledger:
             outcome = Outcome()
-            _run(outcome, ledger, directory, seconds, engines, random.Random(seed), every_s)
+            start = partial(Engine, program, directory=directory)
+            _run(outcome, ledger, start, seconds, engines, random.Random(seed), every_s)
             left = ledger.snapshot()
             if left.members or left.free != PAGES * PAGE:
                 outcome.faults.append(f"left behind: {left}")
@@ -238,14 +246,14 @@ def soak(seconds: float, engines: int, seed: int, every_s: float = 2.0) -> Outco
 def _run(
     outcome: Outcome,
     ledger: Ledger,
-    directory: Path,
+    start: Callable[[str, int], Engine],
     seconds: float,
     engines: int,
     rng: random.Random,
     every_s: float,
 ) -> None:
     file = LedgerFile(ledger.path, "", None)
-    running = [Engine(f"e{i}", rng.randrange(1 << 30), directory) for i in range(engines)]
+    running = [start(f"e{i}", rng.randrange(1 << 30)) for i in range(engines)]
     try:
         until = time.monotonic() + seconds
         next_kill = time.monotonic() + every_s
@@ -256,12 +264,12 @@ def _run(
                 if each.process.poll() is not None:
                     outcome.faults.append(f"{each.name} ended with {each.process.returncode}")
                     each.end()
-                    running[i] = Engine(each.name, rng.randrange(1 << 30), directory)
+                    running[i] = start(each.name, rng.randrange(1 << 30))
             if time.monotonic() > next_kill:
                 next_kill = time.monotonic() + every_s * (0.5 + rng.random())
                 i = rng.randrange(engines)
                 _kill(outcome, ledger, running[i])
-                running[i] = Engine(running[i].name, rng.randrange(1 << 30), directory)
+                running[i] = start(running[i].name, rng.randrange(1 << 30))
         for each in running:
             seen = each.end()
             outcome.engines.append(seen)
@@ -339,9 +347,15 @@ def main() -> None:
         engine(given.engine, given.seed)
         return
     outcome = soak(given.seconds, given.engines, given.seed)
+    tell(outcome, given.seconds, given.engines, given.seed)
+    sys.exit(bool(outcome.faults))
+
+
+def tell(outcome: Outcome, seconds: float, engines: int, seed: int) -> None:
+    """Print what was seen."""
     freed = sorted(outcome.freed_s)
     print(
-        f"{given.seconds:.0f} s, {given.engines} engines, seed {given.seed}: "
+        f"{seconds:.0f} s, {engines} engines, seed {seed}: "
         f"{outcome.kills} kills, {outcome.samples} samples, {outcome.changes} changes, memory "
         f"{outcome.most_held / PAGES / PAGE:.0%} of the budget, host "
         f"{outcome.most_host / HOST_PAGES / PAGE:.0%}"
@@ -355,7 +369,6 @@ def main() -> None:
         print(f"engine: {seen}")
     for fault in outcome.faults[:20]:
         print(f"FAULT {fault}")
-    sys.exit(bool(outcome.faults))
 
 
 if __name__ == "__main__":

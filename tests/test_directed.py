@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 
@@ -11,7 +12,10 @@ import pytest
 
 from tests.directed_ranks import Ranks, ids
 from tiermem.directed.director import Director
+from tiermem.directed.orders import Report
 from tiermem.errors import ConfigError, TierFull
+from tiermem.plan import Outcome
+from tiermem.tier import Place
 
 
 @pytest.fixture
@@ -150,6 +154,56 @@ def test_the_limit_moves_and_holds_on_every_rank() -> None:
     with pytest.raises(ConfigError, match="1 to 8 can be"):
         ranks.director.limit(9 * ranks.layout.unit_bytes)
     ranks.close()
+
+
+def test_a_step_without_work_passes_after_the_work_before_it() -> None:
+    ranks = Ranks(ranks=1, queued=True)
+    try:
+        ranks.write(1, 2, 3)
+        orders = ranks.director.orders()
+        ranks.ranks[0].carry(orders, None)
+        ranks.ranks[0].skip(orders.step)
+        ranks.hear()
+        assert ranks.director.passed == 0
+        ranks.leave(1, 2, 3)  # behind the step that has no work
+        ranks.director.make_room(6)
+        ranks.step()
+        ranks.ranks[0].wait(0.1)  # a copy that did not wait for the work would have ended
+        ranks.hear()
+        assert ranks.director.look(ids(1, 2, 3)).here.all()
+        ranks.run()
+        ranks.settle()
+        assert ranks.director.passed >= orders.step
+        ranks.bring(1, 2, 3)
+        ranks.read(1, 2, 3)
+    finally:
+        ranks.close()
+
+
+def test_nothing_is_dropped_while_the_host_tier_has_no_memory_yet() -> None:
+    ranks = Ranks()
+    try:
+        hellos = [replace(h, ready={**h.ready, Place.HOST: 0}) for h in ranks.hellos]
+        gone: list[int] = []
+        director = Director(
+            hellos, 24, 1, ranks.config, on_gone=lambda units, _: gone.extend(units.tolist())
+        )
+        director.enter(ids(1, 2, 3, 4, 5), "fresh")
+        orders = director.orders()
+        done = tuple(Outcome(p.id, tuple(None for _ in p.steps)) for p in orders.plans)
+        for rank in range(2):
+            growing = frozenset({Place.HOST})
+            director.settle(Report(rank, 1, done, hellos[rank].ready, {}, growing=growing))
+        director.leave(ids(1, 2, 3, 4, 5))
+        director.make_room(6)
+        assert gone == []
+        for rank in range(2):
+            director.settle(Report(rank, 1, (), ranks.hellos[rank].ready, {}))
+        director.make_room(6)
+        assert director.coming() == 5
+        assert gone == []
+    finally:
+        ranks.close()
 
 
 def test_headroom_is_kept_ahead_of_need() -> None:

@@ -133,9 +133,10 @@ class LeasedPlanner(Planner):
         )
 
     def used_since(self, clock: int) -> int:
-        """Pages, wherever they are, that were used or allocated since the clock showed that."""
+        """Pages, wherever they are, that are in use, or were since the clock showed that."""
         table = self.table
         recent = table.stamp[table.unit[: table.rows]] >= np.uint64(clock)
+        recent |= table.pins[: table.rows] > 0
         return int((recent & (table.at[: table.rows] != AT_NONE)).sum())
 
     def clock(self) -> int:
@@ -149,6 +150,14 @@ class LeasedPlanner(Planner):
         table = self.table
         recent = table.stamp[table.unit[owners]] >= np.uint64(clock)
         return int((recent & (table.at[owners] == HOST)).sum())
+
+    def make_room(self, n: int, now: int) -> list[Plan]:
+        """As of `Planner`, but pages go down only for what is asked for and not granted."""
+        short = n - self.ready() - self._coming()
+        if short > self.lender.promised:
+            self.lender.lend(short - self.lender.promised)
+        short -= self.lender.promised
+        return self._push_down(GPU, short, now) if short > 0 else []
 
     def _push_down(self, place: Place, n: int, now: int) -> list[Plan]:
         """Nothing leaves the host tier as long as it is about to get more slots."""

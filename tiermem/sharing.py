@@ -303,8 +303,9 @@ class Sharing:
         return False
 
     def _is_idle(self, demand: Demand) -> bool:
-        """True if no page was used for idle_s."""
-        if not self._clocks or self._clocks[0][0] > time.monotonic() - self._idle_s:
+        """True if no page was used for idle_s, and nobody waits for some to be there."""
+        now = time.monotonic()
+        if now < self._asked_until or not self._clocks or self._clocks[0][0] > now - self._idle_s:
             return False
         return self._clocks[0][1] == demand.clock
 

@@ -8,6 +8,9 @@ of the layout, numbered from 0; unit 0 always stays on the GPU.
     free units ── enter(fresh) ─▶ in use ── leave ─▶ cached ── enter(read) ─▶ in use
                                                ▲         │ make_room, relieve: down a tier
                                                └─ fetch ─┘ gone: dropped or lost, the owner is told
+
+Under a lease the budget is what the ledger lets the one rank hold, asked anew with each orders.
+A frame counts as held from before its memory is ordered until every rank has given it back.
 """
 
 from __future__ import annotations
@@ -27,10 +30,12 @@ from tiermem.config import Config
 from tiermem.directed.orders import NO_SLOTS, Hello, Orders, Report
 from tiermem.errors import ConfigError, TierFailed, TierFull
 from tiermem.keyindex import Keys
+from tiermem.leased import LeasedPlanner
 from tiermem.plan import Drop, Outcome, Plan, Request, Show, merge
 from tiermem.planner import Access, Planner
 from tiermem.policies.admission import admission
 from tiermem.policies.base import RequestFacts
+from tiermem.sharing import Sharing
 from tiermem.table import PageTable, Rows
 from tiermem.tier import (
     AT_GPU,
@@ -53,6 +58,8 @@ OnGone = Callable[[Units, str], None]
 
 BATCH = 2048
 """Pages on their way down at most that nobody waits for: two steps of a prefill at full speed."""
+PIECE = 256
+"""Frames that get or give back memory in one step at most: 15 ms (2 MiB each, H200, FACTS)."""
 NO_UNITS: Units = np.empty(0, np.int32)
 
 
@@ -76,6 +83,28 @@ class Look:
         return np.asarray(~(self.here | self.shown | self.below | self.deep | self.coming))
 
 
+class _Lender:
+    """What a lease promises a director: also frames whose memory is ordered and not there yet."""
+
+    def __init__(self, sharing: Sharing, ordered: Mapping[int, object]) -> None:
+        self._sharing = sharing
+        self._ordered = ordered
+
+    @property
+    def promised(self) -> int:
+        return self._sharing.promised + len(self._ordered)
+
+    @property
+    def expects(self) -> bool:
+        return self._sharing.expects
+
+    def lend(self, slots: int) -> bool:
+        return self._sharing.lend(slots)
+
+    def explain(self) -> str:
+        return self._sharing.explain()
+
+
 class Director:
     """One engine's units over the tiers of all its ranks. For one thread."""
 
@@ -89,13 +118,27 @@ class Director:
         headroom: int = 0,
         on_gone: OnGone = lambda units, reason: None,
         clock: Callable[[], float] = time.monotonic,
+        sharing: Sharing | None = None,
+        wake: Callable[[], None] = lambda: None,
     ) -> None:
         """hellos: of all ranks. headroom: units that should have frames at once, ahead of need.
 
         on_gone(units, reason): content that is lost or was dropped; called before a slot of it is
-        used again. Raises ConfigError if the ranks do not fit one another.
+        used again. sharing: the lease that the memory of the one rank is held under; wake: called
+        from any thread when orders are due for it. Raises ConfigError if the ranks do not fit one
+        another.
         """
         first = hellos[0]
+        if sharing is not None and len(hellos) > 1:
+            raise ConfigError(
+                f"[share] and {len(hellos)} ranks: each has a device, and so a ledger, of its own, "
+                "and they must hold the same; leave [share] out, or use one rank"
+            )
+        if first.shown < unit_pages:
+            raise TierFull(
+                f"gpu: {first.shown} pages to begin with, a unit has {unit_pages}; raise "
+                f"{'gpu.budget' if sharing is None else 'share.floor'}"
+            )
         if any((h.page_bytes, h.shown) != (first.page_bytes, first.shown) for h in hellos):
             raise ConfigError(f"ranks differ in page size or frames: {list(hellos)}")
         self.unit_pages = unit_pages
@@ -111,7 +154,9 @@ class Director:
         self._log = evicting.event_log(config, self._capacity)
         table = PageTable()
         table.extend(units * unit_pages, unit_pages)
-        self._planner = Planner(
+        self._sharing = sharing
+        planner = Planner if sharing is None else LeasedPlanner
+        self._planner = planner(
             table,
             {place: SlotPool(place, self._ready[place]) for place in TIERS},
             evicting.rankings(config, self._capacity, table, self._log),
@@ -120,6 +165,7 @@ class Director:
             batch=max(BATCH, unit_pages),
         )
         self._headroom = headroom
+        self._marked = 0  # frames that the marks are made for
         self._set_marks()
         self._users = np.zeros(units, np.int32)
         self._worthless: set[int] = set()
@@ -130,15 +176,23 @@ class Director:
         self._outcomes: dict[int, list[Outcome]] = {}
         self._passed = [0] * self._ranks
         self._step = 0
-        self._park = self._back = self._parked = self._forget = NO_SLOTS
+        self._park = self._back = self._forget = NO_SLOTS
+        self._parked = np.arange(self._ready[GPU], self._capacity[GPU], dtype=np.int32)
+        self._surrendered = NO_SLOTS  # frames that are to be parked, PIECE at a time
         self._backing: dict[int, list[bool]] = {}
+        self._parking: dict[int, int] = {}  # frames, and how many ranks have parked them
         self._ready_of: dict[int, Mapping[Place, int]] = {}
+        self._growing_of: dict[int, frozenset[Place]] = {}
+        self._planner.growing = {p for p in (HOST, NVME) if self._ready[p] < self._capacity[p]}
         self._show_first(first.shown)
         rule = admission(config.nvme.admit)
         unit_bytes = self.page_bytes * unit_pages
         self._planner.admission = evicting.asked(rule, config, unit_bytes)
         if all(h.held is not None for h in hellos):
             self._restore([h.held for h in hellos if h.held is not None])
+        if sharing is not None and isinstance(self._planner, LeasedPlanner):
+            sharing.start(self._planner, wake)
+            self._planner.lender = _Lender(sharing, self._backing)
 
     # ---------------------------------------------------------------- looking
 
@@ -149,8 +203,15 @@ class Director:
 
     @property
     def budget(self) -> int:
-        """Units that may be on the GPU at a time."""
+        """Units that may be on the GPU at a time now."""
         return self._planner.allowed() // self.unit_pages
+
+    @property
+    def most(self) -> int:
+        """Units that may be on the GPU at a time, once others have given back what they can."""
+        if self._sharing is None:
+            return self.budget
+        return self._sharing.ceiling // self.page_bytes // self.unit_pages
 
     def room(self) -> int:
         """Units that could get frames in the next orders, whatever happens."""
@@ -158,7 +219,11 @@ class Director:
 
     def coming(self) -> int:
         """Pages whose frames are on their way to be had."""
-        return self._planner.coming()
+        coming = self._planner.coming()
+        if isinstance(self._planner, LeasedPlanner):
+            lender = self._planner.lender
+            coming += max(lender.promised, int(lender.expects))
+        return coming
 
     @property
     def passed(self) -> int:
@@ -344,18 +409,25 @@ class Director:
                 f"limit {nbytes} bytes = {frames} pages of {self.page_bytes}; {self.unit_pages} "
                 f"to {most} can be"
             )
-        self._planner.limits[GPU] = frames
-        self._set_marks()
+        if self._sharing is not None:
+            self._sharing.ceiling = frames * self.page_bytes
+        else:
+            self._planner.limits[GPU] = frames
 
     def orders(self) -> Orders:
         """What the ranks do before the next step's work."""
         now = self.now()
         planner = self._planner
         self._free_worthless(now)
+        if self._sharing is not None:
+            self._follow_lease(self._sharing)
+        self._set_marks()
         self._issue(planner.relieve(now))
         if planner.attic is not None:
             self._issue(planner.back_up(now))
         self._obey_limit()
+        if self._sharing is not None:
+            self._sharing.settle(self._held())
         self._step += 1
         record = planner.take_unrecorded() if planner.is_unrecorded else None
         orders = Orders(
@@ -374,7 +446,8 @@ class Director:
 
     def is_idle(self) -> bool:
         """True if nothing is under way, and nothing waits to be ordered."""
-        return not self._plans and self._planner.is_idle()
+        ordered = len(self._surrendered) or self._backing or self._parking
+        return not (self._plans or ordered) and self._planner.is_idle()
 
     def unsaved(self) -> int:
         """Units with a key whose content is above the drive only, where it is to be kept."""
@@ -386,6 +459,7 @@ class Director:
         planner = self._planner
         self._passed[report.rank] = max(self._passed[report.rank], report.passed)
         planner.table.fences.observe(np.array([min(self._passed)], np.uint64))
+        self._take_parked(report)
         self._take_backed(report)
         for outcome in report.outcomes:
             heard = self._outcomes.setdefault(outcome.plan, [])
@@ -521,24 +595,53 @@ class Director:
         self._forget = np.unique(np.concatenate(mine)) if mine else NO_SLOTS
         self._planner.restore(common, 0)
 
+    def _held(self) -> int:
+        """Frames that have memory on some rank, or are about to."""
+        pool = self._planner.pools[GPU]
+        return pool.capacity + len(self._surrendered) + len(self._backing) + len(self._parking)
+
+    def _follow_lease(self, sharing: Sharing) -> None:
+        """The limit is what the ledger lets us hold."""
+        planner = self._planner
+        assert isinstance(planner, LeasedPlanner), "a lease makes a leased planner"
+        sharing.settle(self._held())
+        planner.limits[GPU] = sharing.limit(planner.demand())
+        if sharing.is_report_due():
+            sharing.report(planner.report(self.page_bytes))
+
     def _set_marks(self) -> None:
+        """The configured marks, lowered so that the headroom is free."""
         frames = max(1, self._planner.allowed())
+        if frames == self._marked:
+            return
+        self._marked = frames
         most = 1.0 - min(self._headroom * self.unit_pages, frames // 2) / frames
         marks = evicting.marks(self._config)
         marks[GPU] = Marks(min(marks[GPU].high, most), min(marks[GPU].low, most))
         self._planner.marks = marks
 
     def _obey_limit(self) -> None:
+        """Free frames above the limit are parked, and parked ones below it get memory again."""
         planner = self._planner
-        freed = planner.surrender()
-        if len(freed):
-            self._park = np.concatenate([self._park, freed])
-            self._parked = np.concatenate([self._parked, freed])
-        short = planner.short_of_limit(GPU) - len(self._backing)
+        self._surrendered = np.concatenate([self._surrendered, planner.surrender()])
+        short = planner.limits.get(GPU, self._held()) - self._held()
         if short > 0 and len(self._parked):
+            short = min(short, PIECE)
             fresh, self._parked = self._parked[:short], self._parked[short:]
             self._back = np.concatenate([self._back, fresh])
             self._backing.update({frame: [] for frame in fresh.tolist()})
+        self._park, self._surrendered = self._surrendered[:PIECE], self._surrendered[PIECE:]
+        self._parking.update(dict.fromkeys(self._park.tolist(), 0))
+
+    def _take_parked(self, report: Report) -> None:
+        """Frames whose memory every rank has given back."""
+        for frame in report.parked.tolist():
+            self._parking[frame] += 1
+        done = [frame for frame, ranks in self._parking.items() if ranks == self._ranks]
+        for frame in done:
+            del self._parking[frame]
+        if done:
+            self._parked = np.concatenate([self._parked, np.array(done, np.int32)])
 
     def _take_backed(self, report: Report) -> None:
         """Frames with memory on every rank are ours again; those with none on one, on no rank."""
@@ -550,15 +653,19 @@ class Director:
         bad = np.array(sorted(set(told) - set(good)), np.int32)
         if good:
             self._planner.grow(GPU, np.array(good, np.int32))
-        if len(bad):
-            log.warning("limit not reached: a device has no memory for %d pages", len(bad))
-            self._park = np.concatenate([self._park, bad])
-            self._parked = np.concatenate([self._parked, bad])
+        if not len(bad):
+            return
+        log.warning("limit not reached: a device has no memory for %d pages", len(bad))
+        self._surrendered = np.concatenate([self._surrendered, bad])
+        if self._sharing is None:
             self._planner.limits[GPU] = self._planner.allowed()
+        else:
+            self._sharing.no_memory()
 
     def _grow(self, report: Report) -> None:
         """Slots of the lower tiers that have memory on every rank by now."""
         self._ready_of[report.rank] = report.ready
+        self._growing_of[report.rank] = report.growing
         if len(self._ready_of) < self._ranks:
             return
         for place in (HOST, NVME):
@@ -566,6 +673,7 @@ class Director:
             if ready > self._ready[place]:
                 self._planner.grow(place, np.arange(self._ready[place], ready, dtype=np.int32))
                 self._ready[place] = ready
+        self._planner.growing = set().union(*self._growing_of.values())
 
 
 def agreed(held: Sequence[Stored]) -> Stored:

@@ -67,7 +67,8 @@ class Report:
     """What has become of orders since a rank's last report.
 
     passed: the last step whose work has ended. ready: slots of each tier by now. backed: frames
-    that have memory again; unbacked: for which the device had none.
+    that have memory again; unbacked: for which the device had none; parked: that gave theirs back.
+    growing: lower tiers that will have more slots.
     """
 
     rank: int
@@ -77,3 +78,5 @@ class Report:
     moved: Mapping[tuple[Place, Place], Moved]
     backed: Slots = field(default_factory=lambda: NO_SLOTS)
     unbacked: Slots = field(default_factory=lambda: NO_SLOTS)
+    parked: Slots = field(default_factory=lambda: NO_SLOTS)
+    growing: frozenset[Place] = frozenset()

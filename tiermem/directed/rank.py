@@ -17,9 +17,11 @@ import numpy as np
 from tiermem.assemble import Parts
 from tiermem.attic import Stored
 from tiermem.directed.orders import NO_SLOTS, Hello, Moved, Orders, Report
+from tiermem.directed.turns import Turns
 from tiermem.errors import TierFailed, TierFull
 from tiermem.executor import Executor, Flight
 from tiermem.plan import Copy, Plan
+from tiermem.sharing import Sharing
 from tiermem.table import Rows
 from tiermem.tier import PASSED, TIERS, Addresses, Done, Fence, Place, Slots
 
@@ -39,12 +41,16 @@ class Rank:
         addresses: Callable[[Rows], Addresses],
         *,
         persist: bool = False,
+        sharing: Sharing | None = None,
     ) -> None:
         """parts: which it will close. addresses: of page rows, in one reservation.
 
-        persist: the slab of the parts is kept for the next start.
+        persist: the slab of the parts is kept for the next start. sharing: the lease that the
+        GPU's memory is held under, for the director; closed last.
         """
         self.rank = rank
+        self.sharing = sharing
+        self.turns = Turns()
         self._persist = persist
         self._parts = parts
         self._device = parts.device
@@ -60,7 +66,7 @@ class Rank:
         self._flights: dict[int, Flight] = {}
         self._ticks: deque[tuple[int, tuple[int, int] | None]] = deque()
         self._passed = 0
-        self._backed = self._unbacked = NO_SLOTS
+        self._backed = self._unbacked = self._parked = NO_SLOTS
         self._bare = NO_SLOTS  # frames that were to get memory, and have none
         self._receiving: dict[str, set[int]] = {}
         self._failed_rows: list[Rows] = []
@@ -80,7 +86,7 @@ class Rank:
             self.rank,
             self._device.page_bytes,
             len(first),
-            {**{place: self._capacity(place) for place in TIERS}, Place.GPU: len(every)},
+            self._capacities(len(every)),
             self._ready(),
             frozenset(self._parts.routes),
             self._held(),
@@ -103,6 +109,7 @@ class Rank:
         if len(orders.park):
             self._device.park(orders.park[~np.isin(orders.park, self._bare)])
             self._bare = np.setdiff1d(self._bare, orders.park)
+            self._parked = np.concatenate([self._parked, orders.park])
         if len(orders.back):
             self._back(orders.back)
         for plan in orders.plans:
@@ -116,6 +123,10 @@ class Rank:
         """The step's work is queued on `stream` (None: it has ended)."""
         self._ticks.append((step, self._device.streams.tick(stream)))
 
+    def skip(self, step: int) -> None:
+        """The step has no work: it has ended when those before it have."""
+        self._ticks.append((step, self._ticks[-1][1] if self._ticks else None))
+
     def report(self) -> Report:
         """What has ended since the last report; waits for nothing."""
         ended = [flight for flight in self._flights.values() if flight.ready()]
@@ -126,6 +137,7 @@ class Rank:
             outcomes.append(outcome)
             if any(flight.plan.id in plans for plans in self._receiving.values()):
                 self._note_failed(flight.plan, outcome.failed)
+        growing = self._growing()  # asked first: what is ready by then counts
         report = Report(
             self.rank,
             self._observe(),
@@ -134,8 +146,10 @@ class Rank:
             self.routes(),
             self._backed,
             self._unbacked,
+            self._parked,
+            growing,
         )
-        self._backed = self._unbacked = NO_SLOTS
+        self._backed = self._unbacked = self._parked = NO_SLOTS
         return report
 
     def routes(self) -> dict[tuple[Place, Place], Moved]:
@@ -158,14 +172,21 @@ class Rank:
         if flight is not None:
             flight.wait(timeout_s)
 
+    @property
+    def closed(self) -> bool:
+        return self._closed
+
     def close(self) -> None:
         """Give everything back; the device's work has ended. A second call does nothing."""
-        if self._closed:
-            return
-        self._closed = True
-        for flight in self._flights.values():
-            flight.wait()
-        self._parts.close()
+        with self.turns.lock:
+            if self._closed:
+                return
+            self._closed = True
+            for flight in self._flights.values():
+                flight.wait()
+            self._parts.close()
+        if self.sharing is not None:
+            self.sharing.close()
 
     # ---------------------------------------------------------------- parts
 
@@ -180,9 +201,24 @@ class Rank:
     def _capacity(self, place: Place) -> int:
         return self._parts.capacities.get(place, 0) if place in self._parts.tiers else 0
 
+    def _capacities(self, frames: int) -> dict[Place, int]:
+        """Slots at most; frames that have no memory by now get some only under a lease."""
+        most = {place: self._capacity(place) for place in TIERS}
+        return most if self.sharing is not None else {**most, Place.GPU: frames}
+
     def _ready(self) -> dict[Place, int]:
         tiers = self._parts.tiers
         return {p: min(tiers[p].ready, self._capacity(p)) if p in tiers else 0 for p in TIERS}
+
+    def _growing(self) -> frozenset[Place]:
+        tiers = self._parts.tiers
+        return frozenset(
+            place
+            for place in (Place.HOST, Place.NVME)
+            if place in tiers
+            and tiers[place].growing
+            and tiers[place].ready < self._capacity(place)
+        )
 
     def _held(self) -> Stored | None:
         slab = self._parts.slab

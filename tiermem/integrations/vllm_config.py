@@ -58,6 +58,11 @@ def prepare(args: Any, config: Config) -> None:
             "leave --no-enable-prefix-caching out, or set TIERMEM=0"
         )
     args.enable_prefix_caching = True
+    if config.share.host is not None:
+        raise ConfigError(
+            "tiermem: share.host is not supported in vLLM, where each engine has host.capacity of "
+            "its own; leave share.host out"
+        )
     args.kv_transfer_config = with_ours(args.kv_transfer_config)
     if config.nvme.enabled and config.nvme.persist:
         # Before 0.32 block hashes of two runs agree only under a seed.
@@ -98,11 +103,17 @@ def with_ours(given: Any) -> Any:
 
 def complete(vllm_config: Any, config: Config) -> None:
     """Set the virtual pool of blocks, unless the user has: what all tiers hold."""
+    ranks = vllm_config.parallel_config.world_size
+    if config.share.enabled and ranks > 1:
+        raise ConfigError(
+            f"tiermem: [share] with {ranks} ranks: each GPU has a ledger of its own, and all ranks "
+            "must hold the same; leave [share] out, or run with one rank"
+        )
     cache = vllm_config.cache_config
     if cache.num_gpu_blocks_override is not None:
         return
     block = block_bytes(vllm_config)
-    held = capacities(config, vllm_config.parallel_config.world_size)
+    held = capacities(config, ranks)
     budget = config.gpu.budget if isinstance(config.gpu.budget, int) else 0
     fixed = getattr(cache, "kv_cache_memory_bytes", None)
     blocks = (int(fixed or budget) + held.host + held.nvme) // block

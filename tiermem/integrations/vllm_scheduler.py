@@ -25,6 +25,8 @@ from tiermem import units as sizes
 from tiermem.config import load
 from tiermem.directed.director import NO_UNITS, Director, Units
 from tiermem.directed.orders import Hello, Orders, Report
+from tiermem.directed.turns import Turns
+from tiermem.directed.upkeep import Upkeep
 from tiermem.errors import ConfigError
 from tiermem.integrations.layout import Layout
 from tiermem.integrations.vllm_worker import RANKS
@@ -93,6 +95,9 @@ class EngineSide:
         self._matched: dict[str, Match] = {}
         self._later: list[list[int]] = []
         self._computed: deque[tuple[int, str, int]] = deque()
+        self._turns = Turns()
+        self._upkeep: Upkeep | None = None
+        self._lost: list[Units] = []
         self._stale = True
         self._room = self._credit = self._spent = self._seen = 0
         self.counts = {"waited": 0, "recomputed": 0, "adopted": 0, "stalled": 0}
@@ -111,6 +116,15 @@ class EngineSide:
         self._layout = layout
         scheduler = self._vllm.scheduler_config
         step_blocks = -(-int(scheduler.max_num_batched_tokens) // self._block_tokens)
+        rank = RANKS.get(self._engine_id)
+        if self._config.share.enabled and rank is None:
+            raise ConfigError(
+                "tiermem: [share] and a worker in another process than the scheduler, where its "
+                "lease cannot be followed; leave [share] out, or use the uniproc executor"
+            )
+        if rank is not None:
+            self._turns = rank.turns
+            self._upkeep = Upkeep(rank)
         self._director = Director(
             hellos,
             layout.units,
@@ -118,9 +132,11 @@ class EngineSide:
             self._config,
             headroom=2 * -(-step_blocks // layout.blocks_per_unit),
             on_gone=self._gone,
+            sharing=None if rank is None else rank.sharing,
+            wake=(lambda: None) if self._upkeep is None else self._upkeep.wake,
         )
         longest = int(self._vllm.model_config.max_model_len)
-        most = (self._director.budget - 1) * layout.blocks_per_unit * self._block_tokens
+        most = (self._director.most - 1) * layout.blocks_per_unit * self._block_tokens
         if longest > most:
             raise ConfigError(
                 f"tiermem: gpu.budget holds {most} tokens, a request may have {longest}: raise "
@@ -134,6 +150,8 @@ class EngineSide:
                 layout.blocks_per_unit,
                 self._block_tokens * layout.blocks_per_unit,
             )
+        if self._upkeep is not None:
+            self._upkeep.start(self._director)
 
     @property
     def director(self) -> Director:
@@ -161,6 +179,7 @@ class EngineSide:
         return max(0, min(virtual, self._room + self._credit - self._spent))
 
     def _begin_schedule(self) -> None:
+        self._begin_step()
         if self._stale:
             self._stale = False
             self._hear_here()
@@ -168,6 +187,13 @@ class EngineSide:
             self._credit = self._spent = 0
             self._queue_full = False
             self._room = self.director.room()
+
+    def _begin_step(self) -> None:
+        """From here to the end of the step's work, nobody else uses director or rank."""
+        self._turns.begin()
+        if self._upkeep is not None and self._upkeep.error is not None:
+            raise self._upkeep.error
+        self._evict_lost()
 
     def _note_taken(self) -> None:
         """Blocks that vLLM took since the last look have no frames in the table yet."""
@@ -193,6 +219,8 @@ class EngineSide:
         self._begin_schedule()
         hits = computed // self._block_tokens
         prefix = self._prefix(request, hits)
+        if len(prefix) < hits:
+            return None, False  # some were lost since vLLM looked; it looks again, and finds less
         if self._is_held_back(request, prefix):
             self.counts["waited"] += 1
             return None, False
@@ -313,12 +341,13 @@ class EngineSide:
 
     def finish(self, request: Any) -> None:
         """A request has ended, or was aborted; vLLM frees its blocks next."""
-        self._matched.pop(request.request_id, None)
-        self._end_fetch(request.request_id)
-        tracked = self._tracked.pop(request.request_id, None)
-        if tracked is not None:
-            self._leave(tracked)
-        self._stale = True
+        with self._turns.lock:
+            self._matched.pop(request.request_id, None)
+            self._end_fetch(request.request_id)
+            tracked = self._tracked.pop(request.request_id, None)
+            if tracked is not None:
+                self._leave(tracked)
+            self._stale = True
 
     def _leave(self, tracked: Tracked) -> None:
         """Blocks are no longer used by a request; those without a hash are worth nothing."""
@@ -353,6 +382,7 @@ class EngineSide:
     def orders(self, output: Any) -> Orders:
         """Orders of the step that vLLM has just put together."""
         director = self.director
+        self._begin_step()
         self._forget_if_reset()
         self._leave_preempted()
         self._grow_running(output.scheduled_cached_reqs)
@@ -366,11 +396,13 @@ class EngineSide:
 
     def hear(self, reports: Iterable[Report]) -> None:
         """What the ranks report; sent by those in other processes."""
-        for report in reports:
-            self.director.settle(report)
-        self._hear_here()
-        self._label_computed()
-        self._stale = True
+        with self._turns.lock:
+            for report in reports:
+                self.director.settle(report)
+            self._hear_here()
+            self._label_computed()
+            self._stale = True
+        self._evict_lost()
 
     def _hear_here(self) -> None:
         """A rank in this process is asked at once."""
@@ -477,7 +509,8 @@ class EngineSide:
     def forget_content(self) -> None:
         """What is on the drive is of other weights, or whatever vLLM knows: it counts no more."""
         if self._keeps:
-            self.director.forget_content()
+            with self._turns.lock:
+                self.director.forget_content()
 
     def _forget_if_reset(self) -> None:
         """vLLM's prefix cache was emptied, as after new weights: so is what the drive holds."""
@@ -486,8 +519,15 @@ class EngineSide:
             self.forget_content()
 
     def _gone(self, units: Units, reason: str) -> None:
+        """vLLM hears of it in its own thread, before it uses what it finds in its cache."""
         log.debug("gone units=%d reason=%s", len(units), reason)
-        self._evict(units)
+        self._lost.append(units)
+        if self._turns.under_way:
+            self._evict_lost()
+
+    def _evict_lost(self) -> None:
+        while self._lost:
+            self._evict(self._lost.pop())
 
     def _evict(self, units: Units) -> None:
         """vLLM must not find these blocks in its prefix cache."""
@@ -497,15 +537,19 @@ class EngineSide:
 
     def limit(self, nbytes: int) -> None:
         """Change the GPU budget of every rank while serving."""
-        self.director.limit(nbytes)
-        self._stale = True
+        with self._turns.lock:
+            self.director.limit(nbytes)
+            self._stale = True
 
     def check(self) -> None:
         """Assert that what requests hold is in use, and every invariant below that."""
-        self.director.check()
+        with self._turns.lock:
+            self.director.check()
 
     def close(self) -> None:
-        """Nothing to give back here: the ranks close with their workers."""
+        """End what goes on while idle; the ranks close with their workers."""
+        if self._upkeep is not None:
+            self._upkeep.close()
 
     def _units(self, blocks: Sequence[int] | np.ndarray) -> Units:
         return self.layout.units_of(blocks)

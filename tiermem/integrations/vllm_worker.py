@@ -26,6 +26,7 @@ from tiermem.gpu.tensor import tensor
 from tiermem.integrations.layout import Layout, Run, automatic_page, layout_of, runs_of
 from tiermem.integrations.vllm_config import divided
 from tiermem.nvme.kept import Persist
+from tiermem.sharing import Sharing
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +54,14 @@ class RankSide:
         mine = divided(load(), parallel.world_size)
         config = self._configured(mine, strides_of(kv_cache_config, self._blocks))
         name, number = rank_name(vllm_config), int(getattr(parallel, "rank", 0))
-        self._parts = assemble(config, None, Persist(name, fingerprint(vllm_config)))
+        self._sharing = Sharing.open(config) if config.share.enabled else None
+        first = None if self._sharing is None else self._sharing.terms.first
+        try:
+            self._parts = assemble(config, first, Persist(name, fingerprint(vllm_config)))
+        except BaseException:
+            if self._sharing is not None:
+                self._sharing.close()
+            raise
         self._number = number
         self._persist = config.nvme.enabled and config.nvme.persist
         page = self._parts.device.page_bytes
@@ -113,7 +121,9 @@ class RankSide:
                 f"tiermem: blocks reach {self.layout.nbytes} bytes, {self._nbytes} are reserved"
             )
         addresses = partial(self.layout.addresses, self._base)
-        self._rank = Rank(self._number, self._parts, addresses, persist=self._persist)
+        self._rank = Rank(
+            self._number, self._parts, addresses, persist=self._persist, sharing=self._sharing
+        )
         RANKS[self._engine_id] = self._rank
         self.hello: Hello = self._rank.start(self.layout.units * self.layout.unit_pages)
         log.info(
@@ -133,11 +143,13 @@ class RankSide:
 
     def mark(self) -> None:
         self.rank.mark(self._step, self._stream())
+        self.rank.turns.end()
 
     def received(self) -> set[str]:
         """Requests whose content has come, or failed to; the report goes with the same output."""
-        self._keep(self.rank.report())
-        done, rows = self.rank.received()
+        with self.rank.turns.lock:
+            self._keep(self.rank.report())
+            done, rows = self.rank.received()
         failed = np.unique(rows // self.layout.unit_pages).astype(np.int32)
         self._failed.update(self.layout.blocks_of(failed).tolist())
         return done
@@ -161,8 +173,10 @@ class RankSide:
             if self._device.type == "cuda":
                 torch.cuda.synchronize(self._device)
             self._rank.close()
-        else:
-            self._parts.close()
+            return
+        self._parts.close()
+        if self._sharing is not None:
+            self._sharing.close()
 
     # ---------------------------------------------------------------- parts
 
@@ -211,7 +225,9 @@ class RankSide:
         device = f"cuda:{self._device.index}"
         budget = gpu.budget
         if not isinstance(budget, int) and not _was_set(config, "gpu.budget"):
-            budget = left_for_cache(self._vllm, self._device)
+            shared = config.share.total if config.share.enabled else None
+            fixed = shared if isinstance(shared, int) else None
+            budget = fixed or left_for_cache(self._vllm, self._device)
         return msgspec.structs.replace(
             config, gpu=msgspec.structs.replace(gpu, device=device, budget=budget)
         )
