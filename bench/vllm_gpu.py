@@ -42,6 +42,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--size", choices=SHAPES, default="8b")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--block-size", type=int, help="tokens; default: vLLM's, or tiermem's")
     parser.add_argument("--nvme-path", type=Path, default=Path("kv-bench"))
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
@@ -52,7 +53,7 @@ def main() -> None:
     if file.exists():
         print(f"{file} is there")
         return
-    result = measure(args.mode, args.size, args.rounds, args.nvme_path)
+    result = measure(args.mode, args.size, args.rounds, args.nvme_path, args.block_size)
     file.write_text(json.dumps(result, indent=1))
     print(json.dumps({k: v for k, v in result.items() if k != "tokens"}), flush=True)
 
@@ -61,7 +62,7 @@ class _Raw(argparse.RawDescriptionHelpFormatter):
     pass
 
 
-def engine(mode: str, size: str, nvme_path: Path) -> Any:
+def engine(mode: str, size: str, nvme_path: Path, block_size: int | None) -> Any:
     """The engine of one mode, in this process."""
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
@@ -81,10 +82,10 @@ def engine(mode: str, size: str, nvme_path: Path) -> Any:
             )
         )
     )  # fmt: skip
-    more: dict[str, Any] = {}
+    more: dict[str, Any] = {} if block_size is None else {"block_size": block_size}
     blocks = EVERYTHING if mode in ("resident", "fits") else QUARTER
     if mode in ("resident", "small", "offload"):
-        more["num_gpu_blocks_override"] = blocks
+        more["num_gpu_blocks_override"] = blocks * BLOCK // (block_size or BLOCK)
     if mode == "offload":
         more["kv_transfer_config"] = dict(
             kv_connector="OffloadingConnector",
@@ -94,7 +95,7 @@ def engine(mode: str, size: str, nvme_path: Path) -> Any:
     if mode in ("fits", "host", "nvme"):
         toml = folder / "tiermem.toml"
         host = "4GiB" if mode == "nvme" else "32GiB"
-        text = f'[gpu]\nbudget = "{blocks * 2}MiB"\npage = "2MiB"\n[host]\ncapacity = "{host}"\n'
+        text = f'[gpu]\nbudget = "{blocks * 2}MiB"\n[host]\ncapacity = "{host}"\n'
         if mode == "nvme":
             text += f'[nvme]\npath = "{nvme_path.absolute()}"\ncapacity = "20GiB"\n'
         toml.write_text(text + '[log]\nlevel = "info"\n')
@@ -112,20 +113,24 @@ def engine(mode: str, size: str, nvme_path: Path) -> Any:
     )  # fmt: skip
 
 
-def measure(mode: str, size: str, rounds: int, nvme_path: Path) -> dict[str, Any]:
+def measure(
+    mode: str, size: str, rounds: int, nvme_path: Path, block_size: int | None
+) -> dict[str, Any]:
+    ceilings = link()
     start = time.perf_counter()
-    llm = engine(mode, size, nvme_path)
+    llm = engine(mode, size, nvme_path, block_size)
     started_s = time.perf_counter() - start
     result: dict[str, Any] = {
         "schema": "tiermem.vllm_gpu.v1", "mode": mode, "size": size, "start_s": started_s,
-        "machine": machine(), "lengths": {}, "tokens": {},
+        "machine": machine(), "ceilings_gbps": ceilings, "lengths": {}, "tokens": {},
     }  # fmt: skip
     generate(llm, prompts(512, 2, seed=99), 4)  # warm-up
     for length, count in LENGTHS.items():
         batch = prompts(length, count, seed=length)
         cold = one_by_one(llm, batch)
         before = moved(llm)
-        hot = [one_by_one(llm, batch) for _ in range(rounds)]
+        with Hooks(llm) as hooks:
+            hot = [one_by_one(llm, batch) for _ in range(rounds)]
         after = moved(llm)
         n = 16 if length == 4096 else count
         at_once = []
@@ -138,6 +143,7 @@ def measure(mode: str, size: str, rounds: int, nvme_path: Path) -> dict[str, Any
             "cold_ttft_ms": summary(cold),
             "ttft_ms": summary([x for one in hot for x in one]),
             "at_once_s": at_once,
+            "hooks": hooks.summary(rounds * count),
             "four_with_new_s": with_new,
             "moved": {key: [after[key][i] - before[key][i] for i in (0, 1)] for key in after},
         }
@@ -180,6 +186,73 @@ def summary(values: list[float]) -> dict[str, float]:
     }
 
 
+class Hooks:
+    """How long tiermem's part of the scheduler and of the worker takes, while open."""
+
+    NAMES = ("match", "admit", "orders", "hear")
+
+    def __init__(self, llm: Any) -> None:
+        self._times: dict[str, list[float]] = {}
+        self._objects: list[tuple[Any, str]] = []
+        side = connector(llm)
+        if side is not None:
+            self._objects = [(side, name) for name in self.NAMES]
+            from tiermem.integrations.vllm_worker import RANKS
+
+            self._objects += [(rank, name) for rank in RANKS.values() for name in ("carry",)]
+
+    def __enter__(self) -> Hooks:
+        for owner, name in self._objects:
+            setattr(owner, name, self._timing(name, getattr(owner, name)))
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for owner, name in self._objects:
+            delattr(owner, name)
+
+    def _timing(self, name: str, right: Any) -> Any:
+        times = self._times.setdefault(name, [])
+
+        def timing(*args: Any, **more: Any) -> Any:
+            start = time.perf_counter()
+            try:
+                return right(*args, **more)
+            finally:
+                times.append((time.perf_counter() - start) * 1000)
+
+        return timing
+
+    def summary(self, requests: int) -> dict[str, dict[str, float]]:
+        """Milliseconds and calls a request."""
+        return {
+            name: {"calls": len(times) / requests, "ms": sum(times) / requests}
+            for name, times in self._times.items()
+        }
+
+
+def link() -> dict[str, float]:
+    """GB/s of large copies each way, before anything else runs."""
+    import torch
+
+    host = torch.empty(1 << 29, dtype=torch.uint8, pin_memory=True)
+    device = torch.empty(1 << 29, dtype=torch.uint8, device="cuda")
+    found = {}
+    for name, dst, src in (("h2d", device, host), ("d2h", host, device)):
+        times = []
+        for _ in range(7):
+            torch.cuda.synchronize()
+            times.append(timed(lambda dst=dst, src=src: _copy(dst, src)))
+        found[name] = (1 << 29) / statistics.median(times) / 1e9
+    return found
+
+
+def _copy(dst: Any, src: Any) -> None:
+    import torch
+
+    dst.copy_(src, non_blocking=True)
+    torch.cuda.synchronize()
+
+
 def connector(llm: Any) -> Any:
     core = llm.llm_engine.engine_core.engine_core
     found = core.scheduler.connector
@@ -194,7 +267,7 @@ def moved(llm: Any) -> dict[str, list[float]]:
     for rank in RANKS.values():
         for (src, dst), count in rank.routes().items():
             name = f"{src.name}-{dst.name}".lower()
-            result[name] = [count.pages * float(2 << 20), count.busy_s]
+            result[name] = [count.pages * float(rank.page_bytes), count.busy_s]
     return result
 
 

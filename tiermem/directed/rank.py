@@ -51,6 +51,7 @@ class Rank:
         self.rank = rank
         self.sharing = sharing
         self.turns = Turns()
+        self.page_bytes = parts.device.page_bytes
         self._persist = persist
         self._parts = parts
         self._device = parts.device

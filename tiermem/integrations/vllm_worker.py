@@ -24,7 +24,7 @@ from tiermem.directed.rank import Rank
 from tiermem.errors import ConfigError
 from tiermem.gpu.tensor import tensor
 from tiermem.integrations.layout import Layout, Run, automatic_page, layout_of, runs_of
-from tiermem.integrations.vllm_config import divided
+from tiermem.integrations.vllm_config import CUDA_PAGE, divided
 from tiermem.nvme.kept import Persist
 from tiermem.sharing import Sharing
 
@@ -223,13 +223,16 @@ class RankSide:
                 config, gpu=msgspec.structs.replace(gpu, device="cpu", page=page)
             )
         device = f"cuda:{self._device.index}"
+        wanted = gpu.page
+        if wanted == "auto" and len(strides) == 1 and strides[0] % CUDA_PAGE == 0:
+            wanted = strides[0]  # a block is one page
         budget = gpu.budget
         if not isinstance(budget, int) and not _was_set(config, "gpu.budget"):
             shared = config.share.total if config.share.enabled else None
             fixed = shared if isinstance(shared, int) else None
             budget = fixed or left_for_cache(self._vllm, self._device)
         return msgspec.structs.replace(
-            config, gpu=msgspec.structs.replace(gpu, device=device, budget=budget)
+            config, gpu=msgspec.structs.replace(gpu, device=device, budget=budget, page=wanted)
         )
 
 
