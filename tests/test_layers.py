@@ -18,9 +18,10 @@ LEVEL = {
     ),
     **dict.fromkeys(LEAVES, 2),
     **dict.fromkeys(
-        ("books", "descent", "executor", "ledger", "pager", "planner", "ranking", "stats", "trace"),
+        ("ascent", "books", "descent", "executor", "ledger", "pager", "planner", "ranking", "room"),
         3,
     ),
+    **dict.fromkeys(("stats", "trace"), 3),
     **dict.fromkeys(("attic", "backup", "compaction", "contents", "inplace", "single"), 3),
     **dict.fromkeys(
         ("ledger_file", "ledger_records", "ledger_pass", "ledger_shares", "ledger_wake"), 3

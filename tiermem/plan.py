@@ -8,11 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 
 from tiermem.table import Rows
 from tiermem.tier import PASSED, Fence, Mask, Place, Slots
+
+Access = Literal["read", "write", "fresh"]
+"""What a user does with pages: reads, reads and writes, or writes without asking for old bytes."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,20 +11,17 @@ there is no deadlock: when neither could help, the answer is TierFull.
 
 from __future__ import annotations
 
-from typing import Literal
-
 import numpy as np
 import numpy.typing as npt
 
-from tiermem.books import Marks, copies, either, pages_of
-from tiermem.compaction import Compaction
-from tiermem.errors import NotOurs, PageInUse, PageLost, TierFailed, TierFull
-from tiermem.plan import Copy, Drop, Hide, Outcome, Plan, Request, Show, ShowInPlace, Step, Zero
+from tiermem.ascent import Ascent
+from tiermem.books import Marks, copies, either
+from tiermem.errors import NotOurs, PageInUse, PageLost
+from tiermem.plan import Access, Copy, Drop, Hide, Outcome, Plan, Request, Show, ShowInPlace, Zero
 from tiermem.policies.base import Keys, RequestFacts
 from tiermem.table import (
     DIRTY,
     DOOMED,
-    IS_FRAME,
     IS_HIDING,
     IS_IN_PLACE,
     IS_RETIRED,
@@ -42,14 +39,11 @@ from tiermem.tier import (
     GPU,
     HOST,
     NVME,
-    PASSED,
     Fence,
     Mask,
     Place,
-    Slots,
 )
 
-Access = Literal["read", "write", "fresh"]
 __all__ = ["Access", "Marks", "Planner", "Request"]
 
 _NO_ROWS = np.empty(0, np.int32)
@@ -57,11 +51,9 @@ SOILED = np.iinfo(np.uint16).max
 """Tenant of a frame that could not be zeroed: nobody's, so that it is zeroed before any use."""
 _BARRED = DOOMED | STALE
 _BARRED_WRITE = _BARRED | LABELLED
-_FEW = 2
-_ARRIVED = {HOST: "host_gpu", NVME: "nvme_gpu"}
 
 
-class Planner(Compaction):
+class Planner(Ascent):
     """All verbs. See `table.py` for the states and arcs, `books.py` for the state."""
 
     # ---------------------------------------------------------------- verbs of the owner
@@ -536,323 +528,3 @@ class Planner(Compaction):
             return bool(flags & ORDERED) or not self.table.to.item(rows.item())
         rows = rows[self.table.to[rows] != 0]
         return bool(((self.table.flags[rows] & ORDERED) != 0).all())
-
-    # ---------------------------------------------------------------- bringing pages up
-
-    def _split(self, away: Rows, wanted: Rows, touches: int | None) -> tuple[Rows, Rows]:
-        """(pages to be shown where they are, pages to be loaded) of a read."""
-        room = self._available(wanted) >= self._frameless(away)
-        placeable = self._placeable(away, touches, room)
-        return away[placeable], away[~placeable]
-
-    def _unplace(self, rows: Rows, request: Request) -> bool:
-        """True if pages among these are read in place, and that has to end first."""
-        hide = self._end_in_place(rows, request)
-        if hide is not None:
-            self._follow(hide, request)
-        return bool(request.fence.ticks) or (hide is not None and not self.in_order)
-
-    def _bring(self, away: Rows, access: Access, request: Request, now: int, order: bool) -> None:
-        """Claim frames for pages below and load them; there is room (`_have_room`)."""
-        table = self.table
-        back = self._take_back(away)
-        if len(back):
-            self._moved(back, GPU, now)
-        if access == "fresh":
-            blank = away[table.at[away] != AT_GPU]
-            busy = table.busy[blank] > 0  # a cancelled copy still reads or writes slots of theirs
-            for place in (HOST, NVME):
-                self._leave_tier(place, blank[table.at[blank] == int(place)], now)
-                self._release_slots(blank[(table.slot(place)[blank] >= 0) & ~busy], place)
-            table.at[blank] = AT_LOST
-            table.flags[blank] = np.where(busy, STALE, np.uint8(0))
-            if len(blank):
-                self.rankings[GPU].inserted(table.heads(blank), None, now)
-            self._blank(blank, request)
-            return
-        at = table.at[away]
-        for place in (HOST, NVME):
-            here = at == int(place)
-            if here.any():
-                rows = away if here.all() else away[here]
-                self._load(rows, place, request, ordered=order and place == HOST)
-
-    def _load(self, rows: Rows, src: Place, request: Request, ordered: bool) -> None:
-        frames, steps = self._frames(rows)
-        table = self.table
-        copy = Copy(src, GPU, rows, table.slot(src)[rows].copy(), frames, PASSED)
-        # A page or two are shown by the calling thread, so their copy goes first; a group takes a
-        # thread of the window's longer than its copy, so that goes second.
-        show = Show(rows, frames)
-        steps += [copy, show] if len(rows) <= _FEW else [show, copy]
-        plan = self._begin(steps)
-        table.to[rows] = AT_GPU
-        table.move[rows] = plan.id
-        table.reads[rows] = 0
-        if ordered:
-            table.flags[rows] |= ORDERED
-        self._follow(plan, request)
-
-    def _blank(self, rows: Rows, request: Request) -> None:
-        """Show frames at pages without bytes (LOST): an allocation, or a page written anew.
-
-        The policy was told at once, so that one allocation is one fact, in its order.
-        """
-        if not len(rows):
-            return
-        frames, steps = self._frames(rows)
-        plan = self._begin([*steps, Show(rows, frames)])
-        self.table.busy[rows] += 1
-        self.table.to[rows] = AT_GPU
-        self.table.move[rows] = plan.id
-        self._follow(plan, request)
-
-    def _frames(self, rows: Rows) -> tuple[Slots, list[Step]]:
-        """A frame for each page, free ones first, then the oldest retired; what must be done."""
-        table, pool = self.table, self.pools[GPU]
-        frames = pool.take_free(min(len(rows), pool.free))
-        steps: list[Step] = []
-        if len(frames) < len(rows):
-            hide, stolen = self._steal(len(rows) - len(frames))
-            steps.append(hide)
-            frames = np.concatenate([frames, stolen])
-        pool.owner[frames] = rows
-        foreign = frames[pool.tenant[frames] != table.tenant[rows]]
-        pool.tenant[frames] = table.tenant[rows]
-        if len(foreign):
-            steps.append(Zero(foreign))
-        return frames, steps
-
-    def _steal(self, n: int) -> tuple[Hide, Slots]:
-        """The n oldest retired frames, and what hides the pages that still show them."""
-        owners, frames = self._take_kept(GPU, n)
-        extra = frames[n:]
-        self.pools[GPU].owner[extra] = -1
-        self.counts["stolen"] += len(frames)
-        return self._hide(owners, extra), frames[:n]
-
-    def _take_back(self, rows: Rows) -> Rows:
-        """Pages whose retired frame is still theirs return to it. Returns these pages."""
-        table = self.table
-        rows = rows[table.shown[rows] == IS_RETIRED]
-        if not len(rows):
-            return rows
-        self._reuse_frames(rows)
-        self.counts["taken_back"] += len(rows)
-        at = table.at[rows]
-        for place in (HOST, NVME):
-            self.pools[place].keep(table.slot(place)[rows[at == int(place)]])
-        return rows
-
-    def _reuse_frames(self, rows: Rows) -> None:
-        self.pools[GPU].reuse(self.table.slot(GPU)[rows])
-        self.table.shown[rows] = IS_FRAME
-
-    def _join(self, rows: Rows, request: Request) -> None:
-        """Wait for loads that others began."""
-        self.counts["shared_faults"] += len(rows)
-        for plan_id in np.unique(self.table.move[rows]).tolist():
-            request.pending.add(plan_id)
-            self._watch.setdefault(plan_id, []).append(request)
-
-    def _pin(self, rows: Rows) -> None:
-        table = self.table
-        later = (table.to[rows] != 0) & ((table.flags[rows] & ORDERED) == 0)
-        table.pins[rows[~later]] += 1
-        table.waiters[rows[later]] += 1
-
-    def _land_up(
-        self, step: Copy, plan_id: int, bad: Mask | None, unshown: Rows, failed: set[int], now: int
-    ) -> list[Plan]:
-        """A load ended: pages that still want it are on the GPU, whoever waited has its pin."""
-        table, rows = self.table, step.pages
-        if len(rows) == 1 and bad is None and self._land_one(step, plan_id, now):
-            self.counts[_ARRIVED[step.src]] += 1
-            return []
-        table.busy[rows] -= 1
-        live = table.move[rows] == plan_id
-        good = live if bad is None else live & ~bad
-        all_good = bool(good.all())
-        alive = rows if all_good else rows[live]
-        landed = rows if all_good else rows[good]
-        table.to[alive] = 0
-        table.move[alive] = 0
-        table.slot(GPU)[landed] = step.dst_slots if all_good else step.dst_slots[good]
-        table.shown[landed] = IS_FRAME
-        self.pools[step.src].keep(table.slot(step.src)[landed])
-        self._moved(landed, GPU, now)
-        table.pins[landed] += table.waiters[landed]
-        table.waiters[alive] = 0
-        flags = table.flags[rows]
-        if not all_good and ((flags & ORDERED != 0) & live & ~good).any():
-            self.failed_tiers.add(GPU)  # a stream has gone on without its bytes
-        table.flags[alive] &= ~ORDERED
-        if (flags & STALE).any():
-            self._release_stale(rows)
-        self.counts[_ARRIVED[step.src]] += len(landed)
-        if self.gauge is not None:
-            self.gauge.arrived(landed)
-        if all_good:
-            return []
-        if self.gauge is not None:
-            self.gauge.dropped(rows[~good])
-        unread = rows[live & ~good]
-        failed.update(unread.tolist())
-        after = self._read_failed(unread, step.src, now)
-        rest, frames = rows[~good], step.dst_slots[~good]
-        # Freed, and a stream that waited for this load has work on it: shown until that has ended.
-        used = (table.flags[rest] & DOOMED != 0) & ~table.fences.is_passed(table.fence[rest])
-        used &= ~np.isin(rest, unshown)
-        table.slot(GPU)[rest[used]] = frames[used]
-        table.shown[rest[used]] = IS_FRAME
-        return after + self._unshow(rest[~used], frames[~used], unshown)
-
-    def _settle_blank(
-        self, step: Show, plan_id: int, unshown: Rows, failed: set[int], now: int
-    ) -> list[Plan]:
-        table, rows = self.table, step.pages
-        if len(rows) == 1 and not len(unshown) and self._land_blank_one(step, plan_id):
-            return []
-        table.busy[rows] -= 1
-        live = table.move[rows] == plan_id
-        good = live & ~np.isin(rows, unshown)
-        table.to[rows[live]] = 0
-        table.move[rows[live]] = 0
-        landed = rows[good]
-        table.slot(GPU)[landed] = step.frames[good]
-        table.shown[landed] = IS_FRAME
-        table.at[landed] = AT_GPU
-        table.flags[landed] |= DIRTY
-        table.pins[landed] += table.waiters[landed]
-        table.waiters[rows[live]] = 0
-        self._release_stale(rows)
-        if good.all():
-            return []
-        broken = rows[live & ~good]
-        failed.update(broken.tolist())
-        table.flags[broken] &= STALE
-        self._leave_tier(GPU, broken, now)
-        return self._unshow(rows[~good], step.frames[~good], unshown)
-
-    def _failed_shows(self, plan: Plan, outcome: Outcome) -> Rows:
-        for step, bad in zip(plan.steps, outcome.failed, strict=True):
-            if isinstance(step, Show) and bad is not None:
-                return step.pages[bad]  # a plan has one Show at most
-        return _NO_ROWS
-
-    # ---------------------------------------------------------------- room and waiting
-
-    def _have_room(self, n: int, request: Request, now: int, spare_us: Rows = _NO_ROWS) -> bool:
-        """True if n frames can be had now. Else the request says what to do and await.
-
-        spare_us: pages of this request, which must not be evicted for it.
-        """
-        have = self._available(spare_us)
-        if have >= n:
-            return True
-        if GPU in self.failed_tiers:
-            raise TierFailed("gpu: the tier has failed; reopen the space")
-        self.table.pins[spare_us] += 1
-        try:
-            if n > self._allowed(GPU) - self._pinned_frames():
-                self._refuse(n)
-            short = n - have - self._coming()
-            if short > 0:
-                request.plans += self._push_down(GPU, short, now)
-            if self._available(spare_us) >= n:
-                return not request.plans
-            request.fence = self.table.fences.point(self.table.fence[self._fenced()])
-            if not (self._open or request.fence.ticks or self.growing):
-                # All that could make room below is wanted here: the last tier is this one.
-                short = n - self._available(spare_us)
-                request.plans += self._drop_ranked(GPU, short, now)
-        finally:
-            self.table.pins[spare_us] -= 1
-        request.pending |= set(self._open)
-        for plan_id in self._open:
-            self._watch.setdefault(plan_id, []).append(request)
-        if not (request.pending or request.fence.ticks or self.growing):
-            self._refuse(n)
-        return False
-
-    def _available(self, spare_us: Rows) -> int:
-        """Frames that can be had now within the limit, without those that these pages return to."""
-        pool = self.pools[GPU]
-        return pool.free + self._stealable(spare_us) - pool.capacity + self._allowed(GPU)
-
-    def _refuse(self, n: int) -> None:
-        pool = self.pools[GPU]
-        below = ", ".join(
-            f"{p.name.lower()} {self.pools[p].used} of {self.pools[p].capacity} used"
-            + (" (failed)" if p in self.failed_tiers else "")
-            for p in (HOST, NVME)
-        )
-        raise TierFull(
-            f"gpu: need {n} pages, {pool.free} free, {pool.kept} retired, "
-            f"{self._pinned_frames()} of {self._allowed(GPU)} pinned; {below}; "
-            "use fewer pages at once, or raise gpu.budget"
-        )
-
-    def _pinned_frames(self) -> int:
-        """Frames whose pages are pinned, awaited, or wanted by the request at hand."""
-        owners = self.pools[GPU].owner
-        owners = owners[owners >= 0]
-        return int(((self.table.pins[owners] > 0) | (self.table.waiters[owners] > 0)).sum())
-
-    def _frameless(self, rows: Rows) -> int:
-        """How many of these pages have no retired frame of their own to return to."""
-        return int((self.table.shown[rows] != IS_RETIRED).sum())
-
-    def _stealable(self, spare_us: Rows = _NO_ROWS) -> int:
-        """Retired frames whose last work has passed and that are not of these pages."""
-        pool = self.pools[GPU]
-        if not pool.kept:
-            return 0
-        own = int((self.table.shown[spare_us] == IS_RETIRED).sum())
-        if self.table.fences.all_passed:
-            return pool.kept - own
-        return len(self._idle_kept(GPU, None)) - own
-
-    def _fenced(self) -> Rows:
-        """Unpinned pages with a frame: some may wait for a fence before they can give it up."""
-        owners = self.pools[GPU].owner
-        if self.crossover is not None:  # host slots that are read in place are held by it, too
-            owners = np.concatenate([owners, self.pools[HOST].owner])
-        owners = owners[owners >= 0]
-        return np.concatenate([self._doomed, owners[self.table.pins[owners] == 0]])
-
-    def _coming(self) -> int:
-        """Frames that open plans will free."""
-        coming = 0
-        for opened in self._open.values():
-            for step in opened.plan.steps:
-                if isinstance(step, Copy) and step.src == AT_GPU:
-                    coming += int((self.table.move[step.pages] == opened.plan.id).sum())
-                elif isinstance(step, Hide):
-                    coming += len(step.frees)
-                elif isinstance(step, Drop):
-                    pages = self.table.pages(step.units)
-                    coming += int((self.table.at[pages] == AT_GPU).sum())
-        return coming + int((self.table.at[self._doomed] == AT_GPU).sum())
-
-    def _rescue(self, rows: Rows) -> None:
-        """Pages on their way down that are wanted again: let go of the move, for nothing."""
-        table = self.table
-        leaving = rows[(table.at[rows] == AT_GPU) & (table.to[rows] != 0)]
-        if len(leaving):
-            self.counts["rescued"] += len(leaving)
-            self._cancel(leaving)
-
-    def _blocked(self, rows: Rows, request: Request) -> bool:
-        """Pages being hidden, or on their way from NVMe to the host: wait for those plans."""
-        table = self.table
-        stuck = rows[(table.shown[rows] == IS_HIDING) | (table.to[rows] == AT_HOST)]
-        return bool(len(stuck)) and self._await(stuck, request)
-
-    def _await(self, rows: Rows, request: Request) -> bool:
-        for plan_id, opened in self._open.items():
-            if any(np.isin(rows, pages_of(step)).any() for step in opened.plan.steps):
-                request.pending.add(plan_id)
-                self._watch.setdefault(plan_id, []).append(request)
-        assert request.pending, "a busy page that no open plan touches"
-        return True
