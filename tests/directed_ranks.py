@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from tiermem import Config, Gpu, Host, Nvme, Share
 from tiermem.assemble import assemble
+from tiermem.config import Prefetch
 from tiermem.directed.director import NO_UNITS, Director, Units
 from tiermem.directed.orders import Orders
 from tiermem.directed.rank import Rank
@@ -51,6 +52,7 @@ class Ranks:
         queued: bool = False,
         page: int = PAGE,
         share: Share | None = None,
+        prefetch: Prefetch | None = None,
     ) -> None:
         """Sizes in units of `pieces` pages each, which lie in as many places of the range.
 
@@ -71,6 +73,7 @@ class Ranks:
             host=Host(capacity=host * unit, high=1.0, low=1.0),
             nvme=drive,
             share=share or Share(),
+            prefetch=prefetch or Prefetch(),
         )
         sharing = None if share is None else Sharing.open(self.config)
         first = None if sharing is None else sharing.terms.first

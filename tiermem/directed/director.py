@@ -27,14 +27,20 @@ from tiermem import evicting
 from tiermem.attic import Stored
 from tiermem.books import Marks
 from tiermem.config import Config
-from tiermem.directed.orders import NO_SLOTS, Hello, Orders, Report
+from tiermem.directed.orders import NO_SLOTS, Hello, Moved, Orders, Report
+from tiermem.directed.paces import Ends, Paces
 from tiermem.errors import ConfigError, TierFailed, TierFull
+from tiermem.facts import Fact
+from tiermem.foresight import Foresight, load_prefetch
 from tiermem.keyindex import Keys
 from tiermem.leased import LeasedPlanner
 from tiermem.plan import Drop, Outcome, Plan, Request, Show, merge
 from tiermem.planner import Access, Planner
 from tiermem.policies.admission import admission
 from tiermem.policies.base import RequestFacts
+from tiermem.policies.prefetch import Quality
+from tiermem.policies.recompute import I64, Places, RouteSpeed
+from tiermem.policies.retention import Retained
 from tiermem.sharing import Sharing
 from tiermem.table import PageTable, Rows
 from tiermem.tier import (
@@ -164,6 +170,8 @@ class Director:
             in_order=True,
             batch=max(BATCH, unit_pages),
         )
+        self._paces = Paces(frozenset.intersection(*(h.routes for h in hellos)), self.page_bytes)
+        self._foresight = self._look_ahead()
         self._headroom = headroom
         self._marked = 0  # frames that the marks are made for
         self._set_marks()
@@ -244,6 +252,32 @@ class Director:
             (places == AT_NVME) & ~coming,
             coming,
         )
+
+    def chain(self, units: Units) -> tuple[Places, I64]:
+        """For each: uint8 where a load would begin (GPU: none), int64 the bytes that it copies."""
+        places, pages = self._planner.chain(self._heads(units))
+        return places, pages * self.page_bytes
+
+    def speeds(self) -> dict[Place, RouteSpeed]:
+        """How fast pages come to the GPU from each tier of late, and what is queued there.
+
+        Of one rank, the slowest; for `policies.recompute.split`.
+        """
+        planner = self._planner
+        return {
+            src: RouteSpeed(gbps, queued_bytes=planner.queued(src) * self.page_bytes)
+            for src, gbps in self._paces.gbps().items()
+            if src not in planner.failed_tiers
+        }
+
+    def residence(self) -> dict[Place, int]:
+        """Units by where their newest bytes are."""
+        at = self._planner.table.at[self._heads(np.arange(self.units, dtype=np.int32))]
+        return dict(zip(Place, np.bincount(at, minlength=len(Place)).tolist(), strict=True))
+
+    def moved(self) -> dict[Ends, Moved]:
+        """What the routes of all ranks have moved since the start, as reported so far."""
+        return self._paces.totals()
 
     def units_in_use(self) -> int:
         return int((self._users > 0).sum())
@@ -342,6 +376,22 @@ class Director:
         if len(units):
             self._planner.finished(self._pages(units), facts, self.now())
 
+    def retain(self, units: Units, priority: int, seconds: float) -> None:
+        """These cached units leave the tier that they are in after others; see `Region.retain`."""
+        now, table, heads = self.now(), self._planner.table, self._heads(units)
+        until = now + round(seconds * 1000) if seconds else 0
+        for place, ranking in self._planner.rankings.items():
+            here = heads[table.at[heads] == int(place)]
+            ranking.retain(here, priority, until, now, lambda under: Retained(1, over=under))
+
+    def foresee(self, fact: Fact, units: Units) -> None:
+        """Tell the prefetch policy of the configuration, if there is one.
+
+        units: of the fact's chain, the first block first.
+        """
+        if self._foresight is not None:
+            self._foresight.tell(fact, self._heads(units), 0, self.now())
+
     def label(self, units: Units, keys: Keys) -> None:
         """These units, whose bytes have been written, hold the content of these keys."""
         if len(units):
@@ -425,6 +475,8 @@ class Director:
         self._issue(planner.relieve(now))
         if planner.attic is not None:
             self._issue(planner.back_up(now))
+        if self._foresight is not None:
+            self._issue(self._foresight.turn(now))
         self._obey_limit()
         if self._sharing is not None:
             self._sharing.settle(self._held())
@@ -461,6 +513,7 @@ class Director:
         planner.table.fences.observe(np.array([min(self._passed)], np.uint64))
         self._take_parked(report)
         self._take_backed(report)
+        self._paces.observe(report)
         for outcome in report.outcomes:
             heard = self._outcomes.setdefault(outcome.plan, [])
             heard.append(outcome)
@@ -479,6 +532,10 @@ class Director:
         planner = self._planner
         pools = {f"{p.name.lower()}_used": planner.pools[p].used for p in TIERS}
         return {**planner.counts, **pools, "in_use": int((self._users > 0).sum())}
+
+    def events(self) -> dict[str, int]:
+        """Pages by what happened to them since the start; `metrics.EVENTS` says what each means."""
+        return dict(self._planner.counts)
 
     def check(self) -> None:
         """Assert every invariant of the table, and that exactly what is in use is pinned."""
@@ -608,6 +665,18 @@ class Director:
         planner.limits[GPU] = sharing.limit(planner.demand())
         if sharing.is_report_due():
             sharing.report(planner.report(self.page_bytes))
+
+    def _look_ahead(self) -> Foresight | None:
+        """What the configuration says of loads ahead of need."""
+        policy, budget = load_prefetch(self._config), self._config.prefetch.budget
+        if policy is None:
+            return None
+        if isinstance(budget, float):
+            budget = int(budget * self._capacity[GPU] * self.page_bytes)
+        quality = self._planner.gauge = Quality(self.page_bytes)
+        ahead = Foresight(self._planner, quality, self.page_bytes, self.speeds)
+        ahead.run(policy, budget, self.now())
+        return ahead
 
     def _set_marks(self) -> None:
         """The configured marks, lowered so that the headroom is free."""

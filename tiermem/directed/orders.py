@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from tiermem.attic import Stored
-from tiermem.plan import Outcome, Plan
+from tiermem.plan import Copy, Outcome, Plan
 from tiermem.tier import Place, Slots
 
 NO_SLOTS: Slots = np.empty(0, np.int32)
@@ -52,6 +52,15 @@ class Orders:
     park: Slots = field(default_factory=lambda: NO_SLOTS)
     back: Slots = field(default_factory=lambda: NO_SLOTS)
     receives: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+
+    def awaits_loads(self) -> bool:
+        """Whether the work of this step waits for bytes that these orders bring up."""
+        return any(
+            isinstance(step, Copy) and step.dst == Place.GPU
+            for plan in self.plans
+            if plan.id in self.needs
+            for step in plan.steps
+        )
 
 
 @dataclass(frozen=True, slots=True)
