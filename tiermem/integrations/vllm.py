@@ -15,6 +15,7 @@ rides on vLLM's own metadata. Here is only which hook means what.
 | handle_preemptions | the worker carries them out, before the step |
 | wait_for_save | the step's work is queued: a fence |
 | get_finished, build_connector_worker_meta, update_connector_output | what became of orders |
+| get_kv_connector_stats, build_prom_metrics | metrics on vLLM's own page |
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 from tiermem.directed.orders import Hello, Orders, Report
 from tiermem.integrations.layout import Layout
 from tiermem.integrations.vllm_scheduler import EngineSide
+from tiermem.integrations.vllm_stats import TiermemPage, TiermemStats
 from tiermem.integrations.vllm_worker import RankSide
 
 if TYPE_CHECKING:
@@ -167,6 +169,24 @@ class TiermemConnector(KVConnectorBase_V1):  # type: ignore[misc]  # untyped her
     def reset_cache(self) -> bool | None:
         self.engine.forget_content()
         return True
+
+    def get_kv_connector_stats(self) -> TiermemStats | None:
+        stats = None if self._engine is None else self._engine.take_stats()
+        return None if stats is None else TiermemStats(stats)
+
+    @classmethod
+    def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> TiermemStats:
+        return TiermemStats({} if data is None else data)
+
+    @classmethod
+    def build_prom_metrics(
+        cls,
+        vllm_config: Any,
+        metric_types: dict[type, Any],
+        labelnames: list[str],
+        per_engine_labelvalues: dict[int, list[object]],
+    ) -> TiermemPage:
+        return TiermemPage(vllm_config, metric_types, labelnames, per_engine_labelvalues)
 
     def take_events(self) -> Iterable[Any]:
         return ()

@@ -29,8 +29,13 @@ from tiermem.directed.turns import Turns
 from tiermem.directed.upkeep import Upkeep
 from tiermem.errors import ConfigError
 from tiermem.integrations.layout import Layout
+from tiermem.integrations.vllm_choice import Choice
+from tiermem.integrations.vllm_hints import NO_HINTS, Hints, hints_of
+from tiermem.integrations.vllm_metrics import Told, snapshot
+from tiermem.integrations.vllm_sessions import AHEAD_S, Sessions
 from tiermem.integrations.vllm_worker import RANKS
 from tiermem.keyindex import Keys
+from tiermem.tier import AT_GPU, AT_NVME
 
 log = logging.getLogger(__name__)
 
@@ -42,11 +47,16 @@ PATIENCE_S = 10.0
 
 @dataclass(eq=False)
 class Tracked:
-    """A request that holds blocks. blocks: all that it holds; keyed: those labelled already."""
+    """A request that holds blocks. blocks: all that it holds; keyed: those labelled already.
+
+    hits: the first ones, whose content it found.
+    """
 
     request: Any
+    hints: Hints = NO_HINTS
     blocks: list[int] = field(default_factory=list)
     keyed: int = 0
+    hits: int = 0
 
 
 @dataclass(eq=False)
@@ -63,12 +73,14 @@ class Fetch:
 class Match:
     """What was found of a waiting request: blocks in vLLM's prefix cache, and behind them.
 
-    hits: how many; idle: those that nobody used; outside: on the drive, of an earlier run.
+    hits: how many; idle: those that nobody used; outside: on the drive, of an earlier run;
+    dear: more of these, which are computed sooner than they would come.
     """
 
     hits: int = 0
     idle: frozenset[int] = frozenset()
     outside: int = 0
+    dear: int = 0
 
 
 class EngineSide:
@@ -100,7 +112,12 @@ class EngineSide:
         self._lost: list[Units] = []
         self._stale = True
         self._room = self._credit = self._spent = self._seen = 0
-        self.counts = {"waited": 0, "recomputed": 0, "adopted": 0, "stalled": 0}
+        self._choice = Choice()
+        ahead_ms = self._config.prefetch.params.get("ahead_ms")
+        self._sessions = Sessions(AHEAD_S if ahead_ms is None else float(str(ahead_ms)) / 1000)
+        self._told = Told()
+        self.counts = dict.fromkeys(("waited", "recomputed", "given_up", "adopted", "stalled"), 0)
+        """What was done for requests; docs/metrics.md says what each means."""
 
     # ---------------------------------------------------------------- starting
 
@@ -225,14 +242,19 @@ class EngineSide:
             self.counts["waited"] += 1
             return None, False
         idle = frozenset(block.block_id for block in prefix if block.ref_cnt == 0)
-        outside = self._outside(request, hits)
-        self._matched[name] = Match(hits, idle, outside)
+        found = self._outside(request, hits)
+        outside = self._worth(request, hits, found)
+        self._matched[name] = Match(hits, idle, outside, found - outside)
         return outside * self._block_tokens, outside > 0
 
     def _prefix(self, request: Any, hits: int) -> list[Any]:
         """vLLM's blocks that hold the first `hits` blocks of a request."""
+        return self._kept(request.block_hashes[:hits])
+
+    def _kept(self, hashes: Sequence[bytes]) -> list[Any]:
+        """vLLM's blocks that hold a chain, as far as it is kept."""
         found = []
-        for block_hash in request.block_hashes[:hits]:
+        for block_hash in hashes:
             blocks = self._pool.get_cached_block(block_hash, [0])
             if not blocks:
                 break
@@ -260,20 +282,27 @@ class EngineSide:
             return True  # vLLM looks again, and finds less
         away = int((look.below | look.deep | look.coming).sum())
         if look.deep.any() or look.coming.any() or self._would_disturb(away):
-            self._begin_fetch(request, idle, new)
+            self._begin_fetch(request, prefix, idle, new)
+            return True
+        if away and self._leave_dear(request, prefix):
             return True
         self._credit = int((look.here & ~director.in_use(wanted)).sum())
         return False
 
-    def _begin_fetch(self, request: Any, idle: list[int], new: int) -> None:
-        """Bring a waiting request's prefix up and keep it, if all who wait so fit beside all who
-        run; in the order of the queue."""
+    def _begin_fetch(self, request: Any, prefix: list[Any], idle: list[int], new: int) -> None:
+        """Bring a waiting request's prefix up and keep it, if it is worth that and all who wait so
+        fit beside all who run; in the order of the queue."""
         director = self.director
         fetch = self._waiting.setdefault(request.request_id, Fetch(time.monotonic()))
         promised = sum(other.new for other in self._waiting.values())
         free = director.budget - director.units_in_use() - promised - self._spent
         units = self._units(idle)[::-1]
-        if self._queue_full or len(units) + new > free or not director.fetch(units):
+        if self._queue_full or len(units) + new > free:
+            self._queue_full = True
+            return
+        if self._leave_dear(request, prefix):
+            return
+        if not director.fetch(units):
             self._queue_full = True
             return
         fetch.blocks, fetch.new = idle, new
@@ -286,7 +315,7 @@ class EngineSide:
         look = self.director.look(self._units(fetch.blocks))
         late = time.monotonic() - fetch.since_s > PATIENCE_S
         if look.gone.any() or (late and not look.here.all()):
-            self.counts["recomputed"] += 1
+            self.counts["given_up"] += 1
             missing = self._units(fetch.blocks)[~look.here]
             self._end_fetch(request.request_id)
             self._evict(missing)
@@ -300,6 +329,42 @@ class EngineSide:
             self.director.leave(self._units(fetch.blocks)[::-1])
             self._pool.free_blocks([self._pool.blocks[block] for block in fetch.blocks[::-1]])
             self._seen = self._count_held()
+
+    def _leave_dear(self, request: Any, prefix: list[Any]) -> bool:
+        """Let vLLM find no more of a prefix than comes sooner than it is computed.
+
+        True: what is behind that is out of its prefix cache, but for what is on the GPU or on its
+        way; vLLM looks again, and finds less. A connector cannot admit a request with fewer hits
+        than the cache has, and the request's own blocks would stand behind the old ones in it.
+        """
+        blocks = [block.block_id for block in prefix]
+        units, tokens = self._units(blocks), self._block_tokens
+        places, nbytes = self.director.chain(units)
+        nbytes //= self.layout.blocks_per_unit
+        suffix = request.num_tokens - len(prefix) * tokens
+        speeds, now_s = self.director.speeds(), time.monotonic()
+        cut = self._choice.cut(places, nbytes, tokens, speeds, suffix, now_s)
+        rests_below = (places != AT_GPU) & (nbytes > 0)
+        dear = {b.block_id for b in prefix[cut:] if b.ref_cnt == 0}
+        dear &= set(np.asarray(blocks)[rests_below].tolist())
+        if not dear:
+            return False
+        log.debug(
+            "recompute request=%s blocks=%d of %d", request.request_id, len(dear), len(blocks)
+        )
+        self.counts["recomputed"] += 1
+        self._pool.evict_blocks(dear)
+        return True
+
+    def _worth(self, request: Any, hits: int, found: int) -> int:
+        """How many of the blocks that an earlier run left come sooner than they are computed."""
+        if not found:
+            return 0
+        tokens = self._block_tokens
+        places = np.full(found, AT_NVME, np.uint8)
+        suffix = request.num_tokens - (hits + found) * tokens
+        speeds, now_s = self.director.speeds(), time.monotonic()
+        return self._choice.cut(places, self.layout.unit_bytes, tokens, speeds, suffix, now_s)
 
     def _would_disturb(self, units: int) -> bool:
         """Whether others run who would have to wait for a load of so many units."""
@@ -326,7 +391,9 @@ class EngineSide:
         self._note_taken()
         tracked = self._tracked.get(request.request_id)
         if tracked is None:
-            tracked = self._tracked[request.request_id] = Tracked(request)
+            tracked = self._tracked[request.request_id] = Tracked(request, hints_of(request))
+            self._sessions.came(tracked.hints)
+            self.counts["recomputed"] += match.dear > 0
             self._enter_hits(tracked, blocks[: match.hits], match.idle)
             if external and match.outside:
                 self._adopt(tracked, blocks[match.hits : match.hits + match.outside])
@@ -346,8 +413,18 @@ class EngineSide:
             self._end_fetch(request.request_id)
             tracked = self._tracked.pop(request.request_id, None)
             if tracked is not None:
+                self._give_up(tracked)
                 self._leave(tracked)
-            self._stale = True
+                units = self._chain(tracked.blocks)[::-1]
+                self._sessions.end(request, tracked.hints, units, self.director, time.monotonic())
+            self._told.is_due = self._stale = True
+
+    def _give_up(self, tracked: Tracked) -> None:
+        """Blocks that a request says nobody will want, and nobody else holds, are not kept."""
+        mine = self._sessions.given_up(tracked.hints, tracked.blocks, tracked.hits)
+        alone = {block for block in mine if self._pool.blocks[block].ref_cnt == 1}
+        if alone:
+            self._pool.evict_blocks(alone)
 
     def _leave(self, tracked: Tracked) -> None:
         """Blocks are no longer used by a request; those without a hash are worth nothing."""
@@ -389,13 +466,18 @@ class EngineSide:
         for hits in self._later:
             self._enter_units(hits, "read")
         self._later.clear()
+        now_s = time.monotonic()
+        self._sessions.look_ahead(director, self._units_kept, now_s)
         orders = director.orders()
+        tokens = output.num_scheduled_tokens.values()
+        self._choice.prefill.begin(tokens, now_s, loads=orders.awaits_loads())
         self._note_computed(output, orders.step)
         self._stale = True
         return orders
 
     def hear(self, reports: Iterable[Report]) -> None:
         """What the ranks report; sent by those in other processes."""
+        self._choice.prefill.end(time.monotonic())
         with self._turns.lock:
             for report in reports:
                 self.director.settle(report)
@@ -424,7 +506,8 @@ class EngineSide:
 
     def _enter_hits(self, tracked: Tracked, hits: list[int], idle: frozenset[int]) -> None:
         tracked.blocks += hits
-        tracked.keyed = len(hits)
+        tracked.keyed = tracked.hits = len(hits)
+        self._sessions.used(tracked.hints, hits)
         used = self.director.in_use(self._units(hits))
         ready = [b for b, so in zip(hits, used.tolist(), strict=True) if so or b in idle]
         later = [b for b, so in zip(hits, used.tolist(), strict=True) if not so and b not in idle]
@@ -439,6 +522,7 @@ class EngineSide:
             return
         first = len(tracked.blocks)
         tracked.blocks += blocks
+        self._sessions.computes(tracked.hints, blocks)
         units = self._units(blocks)[::-1]
         if self.layout.blocks_per_unit > 1:
             for unit in units.tolist():
@@ -461,7 +545,8 @@ class EngineSide:
         """Blocks whose content is on the drive, from an earlier run; vLLM waits for it."""
         first = len(tracked.blocks)
         tracked.blocks += blocks
-        tracked.keyed = len(tracked.blocks)
+        tracked.keyed = tracked.hits = len(tracked.blocks)
+        self._sessions.computes(NO_HINTS, blocks)
         units = self._units(blocks)
         keys = keys_of(tracked.request.block_hashes[first : first + len(blocks)])
         parents = np.concatenate([self._units(tracked.blocks[first - 1 : first]), units[:-1]])
@@ -497,7 +582,7 @@ class EngineSide:
 
     def _label(self, tracked: Tracked, step: int, blocks: int) -> None:
         """The first blocks of a request hold what their hashes say, once a step has passed."""
-        if not self._keeps or step > self.director.passed:
+        if not self._keeps or step > self.director.passed or not tracked.hints.keep:
             return
         last = min(blocks, len(tracked.blocks), len(tracked.request.block_hashes))
         if last > tracked.keyed:
@@ -535,6 +620,13 @@ class EngineSide:
 
     # ---------------------------------------------------------------- parts
 
+    def take_stats(self) -> dict[str, float] | None:
+        """Totals for vLLM's metrics page, now and then and after a request has ended."""
+        if self._director is None or not self._told.is_time(time.monotonic()):
+            return None
+        with self._turns.lock:
+            return snapshot(self._director, self.layout, self.counts)
+
     def limit(self, nbytes: int) -> None:
         """Change the GPU budget of every rank while serving."""
         with self._turns.lock:
@@ -550,6 +642,15 @@ class EngineSide:
         """End what goes on while idle; the ranks close with their workers."""
         if self._upkeep is not None:
             self._upkeep.close()
+
+    def _units_kept(self, hashes: Sequence[bytes]) -> Units:
+        """What holds a chain by now, the first block first."""
+        return self._chain([block.block_id for block in self._kept(hashes)])
+
+    def _chain(self, blocks: Sequence[int]) -> Units:
+        """The units of these blocks, each once; in their order where each is a unit."""
+        units = self._units(blocks)
+        return units if self.layout.blocks_per_unit == 1 else np.unique(units)
 
     def _units(self, blocks: Sequence[int] | np.ndarray) -> Units:
         return self.layout.units_of(blocks)
