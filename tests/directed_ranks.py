@@ -123,6 +123,11 @@ class Ranks:
         orders = self.director.orders()
         writes = {unit: self.model[unit] for unit in write.tolist()}
         reads = {unit: self.model[unit] for unit in read.tolist()}
+        self.carry_out(orders, writes, reads)
+        return orders
+
+    def carry_out(self, orders: Orders, writes: dict[int, int], reads: dict[int, int]) -> None:
+        """Orders, then work on every rank: units are read and compared, then units are written."""
         for i, rank in enumerate(self.ranks):
             rank.carry(pickle.loads(pickle.dumps(orders)), self.streams[i])
             work = partial(self._work, self.views[i], writes, reads)
@@ -131,7 +136,6 @@ class Ranks:
             else:
                 self._queue(i, work, [*writes, *reads])
             rank.mark(orders.step, self.streams[i])
-        return orders
 
     def _work(
         self, words: npt.NDArray[np.generic], writes: dict[int, int], reads: dict[int, int]

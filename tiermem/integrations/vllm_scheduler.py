@@ -264,9 +264,11 @@ class EngineSide:
     def _is_held_back(self, request: Any, prefix: list[Any]) -> bool:
         """Look where a prefix is, and do what brings it up; True: the request waits."""
         fetch = self._waiting.get(request.request_id)
-        if fetch is not None and fetch.blocks:
-            return self._awaits(request, fetch)
+        if fetch is not None and fetch.blocks and self._awaits(request, fetch):
+            return True
         director = self.director
+        if self._awaits_another(prefix):
+            return True
         idle = [block.block_id for block in prefix if block.ref_cnt == 0]
         wanted = self._units(idle)[::-1]
         new = -(-request.num_tokens // self._block_tokens) - len(prefix)
@@ -289,15 +291,23 @@ class EngineSide:
         self._credit = int((look.here & ~director.in_use(wanted)).sum())
         return False
 
+    def _awaits_another(self, prefix: list[Any]) -> bool:
+        """Whether a part of a prefix is kept for another request that waits, and not here yet."""
+        fetched = {block for fetch in self._waiting.values() for block in fetch.blocks}
+        shared = [block.block_id for block in prefix if block.block_id in fetched]
+        return bool(shared) and not self.director.look(self._units(shared)).here.all()
+
     def _begin_fetch(self, request: Any, prefix: list[Any], idle: list[int], new: int) -> None:
         """Bring a waiting request's prefix up and keep it, if it is worth that and all who wait so
         fit beside all who run; in the order of the queue."""
         director = self.director
         fetch = self._waiting.setdefault(request.request_id, Fetch(time.monotonic()))
-        promised = sum(other.new for other in self._waiting.values())
+        promised = sum(other.new for other in self._waiting.values() if other is not fetch)
         free = director.budget - director.units_in_use() - promised - self._spent
         units = self._units(idle)[::-1]
-        if self._queue_full or len(units) + new > free:
+        look = director.look(units)
+        frames = self._spent + int((look.shown | look.below | look.deep).sum())
+        if self._queue_full or len(units) + new > free or frames > director.room():
             self._queue_full = True
             return
         if self._leave_dear(request, prefix):
@@ -305,7 +315,7 @@ class EngineSide:
         if not director.fetch(units):
             self._queue_full = True
             return
-        fetch.blocks, fetch.new = idle, new
+        fetch.blocks, fetch.new = fetch.blocks + idle, new
         self._pool.touch([self._pool.blocks[block] for block in idle])
         self._seen = self._count_held()
         self._room = director.room()

@@ -1,0 +1,95 @@
+"""The scheduler's side beside a small vLLM scheduler, over real ranks on the CPU device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("torch")
+
+from tests.directed_ranks import Ranks
+from tests.integrations.vllm_machine import Machine
+from tiermem.errors import TierFull
+from tiermem.integrations import vllm_scheduler
+
+
+def serve(machine: Machine, steps: int) -> None:
+    """Random requests, aborts, and budgets; then everything is served to its end."""
+    drawn = machine.random
+    frames, unit = machine.frames, machine.ranks.layout.unit_bytes
+    for _ in range(steps):
+        if len(machine.requests) < 8 and drawn.random() < 0.5:
+            prompt = drawn.randint(1, machine.longest - 2)
+            machine.ask(drawn.randrange(4), prompt, drawn.randint(1, machine.longest - prompt))
+        if machine.requests and drawn.random() < 0.05:
+            live = [*machine.running, *machine.waiting]
+            if live:
+                machine.abort(drawn.choice(live))
+        if drawn.random() < 0.05:
+            machine.engine.limit(drawn.randint(frames // 2 + 1, frames) * unit)
+        machine.step()
+    machine.engine.limit(frames * unit)
+    machine.drain()
+
+
+def random_requests(
+    monkeypatch: pytest.MonkeyPatch, folder: Path, seed: int, *, lag: int
+) -> Machine:
+    """With a drive, and two ranks, at every other seed."""
+    nvme = 16 if seed % 2 else 0
+    ranks = Ranks(
+        ranks=1 + seed % 2, units=40, pieces=1 + seed % 3, budget=12, host=14,
+        nvme=nvme, path=folder if nvme else None, seed=seed, queued=True,
+    )  # fmt: skip
+    monkeypatch.setattr(vllm_scheduler, "load", lambda: ranks.config)
+    machine = Machine(ranks, seed, lag=lag, whole=seed % 2 == 0)
+    serve(machine, 150)
+    ranks.close()
+    return machine
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+@pytest.mark.parametrize("small", [0, 32 << 20], ids=["deferred", "at once"])
+@pytest.mark.parametrize("seed", range(6))
+def test_random_requests_read_what_was_written_and_all_end(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, seed: int, small: int, lag: int
+) -> None:
+    monkeypatch.setattr(vllm_scheduler, "SMALL_BYTES", small)
+    machine = random_requests(monkeypatch, tmp_path, seed, lag=lag)
+    assert machine.seen["finished"] > 5
+    assert machine.seen["hits"] > 0
+
+
+FAULTS: dict[str, tuple[str, Callable[..., object]]] = {
+    "as many free blocks as there are virtual ones": (
+        "_free_blocks",
+        lambda side: side._pool.free_block_queue.num_free_blocks,
+    ),
+    "blocks taken since the last orders have frames": ("_note_taken", lambda side: None),
+    "hits of a waiting request are not looked at": (
+        "_is_held_back",
+        lambda side, request, prefix: False,
+    ),
+    "what another waits for is here": ("_awaits_another", lambda side, prefix: False),
+    "blocks of preempted requests stay in use": ("_leave_preempted", lambda side: None),
+    "lost content stays in the prefix cache": ("_evict", lambda side, units: None),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", FAULTS)
+def test_the_machine_finds_a_planted_fault(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, fault: str
+) -> None:
+    method, wrong = FAULTS[fault]
+    monkeypatch.setattr(vllm_scheduler, "SMALL_BYTES", 0)
+    monkeypatch.setattr(vllm_scheduler.EngineSide, method, wrong)
+    with pytest.raises((AssertionError, TierFull, ValueError)):
+        hunt(monkeypatch, tmp_path)
+
+
+def hunt(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    for seed in range(200):
+        random_requests(monkeypatch, folder / str(seed), seed, lag=seed // 2 % 2)
