@@ -22,8 +22,10 @@ TEST_READY := $(VENV)/.ready-to-test
 ENGINES := .engines
 SGLANG ?= 0.5.17
 SGLANG_PYTHON := $(ENGINES)/sglang-$(SGLANG)/bin/python
+VLLM ?= 0.32.0
+VLLM_PYTHON := $(ENGINES)/vllm-$(VLLM)/bin/python
 
-.PHONY: test-engines-sglang matrix-sglang
+.PHONY: engine test-engines matrix-vllm test-engines-sglang matrix-sglang
 .PHONY: demo test lint format types bench clean help
 .DEFAULT_GOAL := help
 
@@ -36,6 +38,18 @@ demo: $(RUN_READY) ## replay chats and agents over three tiers, every page verif
 test: $(TEST_READY) ## all tests that need neither a GPU nor an engine
 	$(BIN)/python -m pytest $(ARGS)
 
+engine: $(ENGINES)/vllm-$(VLLM)/.ready ## set up what the next one needs: 1.8 GB, about a minute
+
+test-engines: $(TEST_READY) $(ENGINES)/vllm-$(VLLM)/.ready ## vLLM (VLLM=0.32.0) on a CPU
+	TIERMEM_VLLM_PYTHON=$(abspath $(VLLM_PYTHON)) \
+		$(BIN)/python -m pytest -m engine -o faulthandler_timeout=900 \
+		tests/integrations -k vllm $(ARGS)
+
+matrix-vllm: ## the same for every release that is tested, one after the other
+	$(MAKE) test-engines VLLM=0.28.0
+	$(MAKE) test-engines VLLM=0.30.0
+	$(MAKE) test-engines VLLM=0.32.0
+
 test-engines-sglang: $(TEST_READY) $(ENGINES)/sglang-$(SGLANG)/.ready ## SGLang (SGLANG=0.5.17) on a CPU
 	TIERMEM_SGLANG_PYTHON=$(abspath $(SGLANG_PYTHON)) \
 		$(BIN)/python -m pytest -m engine -o faulthandler_timeout=900 \
@@ -46,8 +60,12 @@ matrix-sglang: ## the same for every release that is tested, one after the other
 	$(MAKE) test-engines-sglang SGLANG=0.5.21
 	$(MAKE) test-engines-sglang SGLANG=0.5.23
 
-$(ENGINES)/sglang-$(SGLANG)/.ready: scripts/make_sglang_environment.py pyproject.toml
-	$(PYTHON) scripts/make_sglang_environment.py $(ENGINES)/sglang-$(SGLANG) $(SGLANG)
+$(ENGINES)/vllm-$(VLLM)/.ready: scripts/make_vllm_environment.py scripts/engine_environment.py pyproject.toml
+	TORCH_INDEX=$(TORCH_INDEX) $(PYTHON) scripts/make_vllm_environment.py $(ENGINES)/vllm-$(VLLM) $(VLLM)
+	@touch $@
+
+$(ENGINES)/sglang-$(SGLANG)/.ready: scripts/make_sglang_environment.py scripts/engine_environment.py pyproject.toml
+	TORCH_INDEX=$(TORCH_INDEX) $(PYTHON) scripts/make_sglang_environment.py $(ENGINES)/sglang-$(SGLANG) $(SGLANG)
 	@touch $@
 
 lint: $(TEST_READY) ## ruff: rules and format

@@ -13,10 +13,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import engine_environment
 import make_environment
 
-ROOT = Path(__file__).parents[1]
-TORCH = "torch==2.13.0"
 TRANSFORMERS = {
     "0.5.17": ("transformers==5.12.1", "tokenizers==0.22.2"),
     "0.5.21": ("transformers==5.12.1", "tokenizers==0.22.2"),
@@ -63,18 +62,14 @@ KERNELS = ("rotary_embedding", "rms_norm", "fused_add_rms_norm")
 def main(folder: Path, version: str) -> None:
     if version not in TRANSFORMERS:
         raise SystemExit(f"sglang {version}: the packages are known for {', '.join(TRANSFORMERS)}")
-    make_environment.main(folder)
-    python = make_environment.python_of(folder)
-    pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    make_environment.run([*pip, TORCH, *TRANSFORMERS[version], *NEEDED])
-    make_environment.run([*pip, "--no-deps", f"sglang=={version}", *ALONE])
+    needed = (*TRANSFORMERS[version], *NEEDED)
+    python = engine_environment.make(folder, needed, (f"sglang=={version}", *ALONE))
     _stand_ins(_packages_of(python))
-    make_environment.run([*pip, "-e", str(ROOT)])
 
 
-def _packages_of(python: Path | str) -> Path:
+def _packages_of(python: str) -> Path:
     told = subprocess.run(
-        [str(python), "-c", "import site; print(site.getsitepackages()[0])"],
+        [python, "-c", "import site; print(site.getsitepackages()[0])"],
         check=True, capture_output=True, text=True,
     )  # fmt: skip
     return Path(told.stdout.strip())
@@ -93,4 +88,7 @@ def _stand_ins(packages: Path) -> None:
 if __name__ == "__main__":
     if len(sys.argv) != 3:
         raise SystemExit(__doc__)
-    main(Path(sys.argv[1]), sys.argv[2])
+    try:
+        main(Path(sys.argv[1]), sys.argv[2])
+    except make_environment.Failed as error:
+        raise SystemExit(str(error)) from None

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
-import signal
 import socket
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -13,18 +11,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import pytest
+from tests.integrations.children import python, run_child
 
-PYTHON = "TIERMEM_SGLANG_PYTHON"
-"""Names the interpreter of an environment with SGLang: `make test-engines-sglang` makes one."""
-
-_NAMED = os.environ.get(PYTHON, "")  # read before the session's fixture removes our variables
-
+ENVIRONMENT = ("TIERMEM_SGLANG_PYTHON", "test-engines-sglang")
 CHILD = Path(__file__).with_name("sglang_child.py")
 PAGE = 16384
 """Bytes of a page of the child's model: 16 tokens, 2 layers, 2 KV heads of 32 float32."""
-
-LONG_S = 600
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,17 +77,11 @@ class Ended:
         return int(float(found.group(1))) if found else 0
 
 
-def python() -> str:
-    """The interpreter, or the test is skipped."""
-    if not _NAMED or not Path(_NAMED).exists():
-        pytest.skip(f"${PYTHON} names no environment with SGLang: make test-engines-sglang")
-    return _NAMED
-
-
 def release() -> str:
     """The version of SGLang there."""
     ask = "from importlib.metadata import version; print(version('sglang'))"
-    told = subprocess.run([python(), "-c", ask], check=True, capture_output=True, text=True)
+    command = [python(*ENVIRONMENT), "-c", ask]
+    told = subprocess.run(command, check=True, capture_output=True, text=True)
     return told.stdout.strip()
 
 
@@ -104,8 +90,6 @@ def run(scenario: Scenario, folder: Path, model: Path) -> Ended:
     folder.mkdir(parents=True, exist_ok=True)
     ranks = int(str(scenario.options.get("tp_size", 1)))
     ports = _free_ports(ranks) if scenario.toml is not None and scenario.on else []
-    answer = folder / "answer.json"
-    answer.unlink(missing_ok=True)
     given = {
         "model": str(model),
         "options": dict(scenario.options),
@@ -120,12 +104,9 @@ def run(scenario: Scenario, folder: Path, model: Path) -> Ended:
             for r in scenario.rounds
         ],
         "ports": ports,
-        "answer": str(answer),
         "kill": scenario.kill,
     }
-    (folder / "scenario.json").write_text(json.dumps(given))
     env = {
-        **{k: v for k, v in os.environ.items() if not k.startswith("TIERMEM")},
         "TRITON_INTERPRET": "1",
         "SGLANG_USE_CPU_ENGINE": "0",
         "SGLANG_CPU_OMP_THREADS_BIND": "|".join("0" * ranks),
@@ -138,27 +119,10 @@ def run(scenario: Scenario, folder: Path, model: Path) -> Ended:
         metrics = f"[metrics]\nport = {ports[0]}\n" if ports else ""
         config.write_text(f"{scenario.toml}\n{metrics}")
         env |= {"TIERMEM": str(int(scenario.on)), "TIERMEM_CONFIG": str(config)}
-    log = folder / "log.txt"
-    with log.open("wb") as out:
-        child = subprocess.Popen(
-            [python(), str(CHILD), str(folder / "scenario.json")],
-            stdout=out, stderr=out, cwd=folder, env=env, start_new_session=True,
-        )  # fmt: skip
-        try:
-            status = child.wait(LONG_S)
-        finally:
-            _end_group(child.pid)
-    made = json.loads(answer.read_text()) if answer.exists() else {"rounds": [], "metrics": []}
-    text = log.read_text(errors="replace")
-    return Ended(status, text, made["rounds"], made["metrics"])
-
-
-def _end_group(group: int) -> None:
-    """The scheduler and others that the child may have left behind."""
-    try:
-        os.killpg(group, signal.SIGKILL)
-    except ProcessLookupError:
-        return
+    command = [python(*ENVIRONMENT), str(CHILD)]
+    child = run_child(command, folder, given, env)
+    answer = child.answer
+    return Ended(child.status, child.log, answer.get("rounds", []), answer.get("metrics", []))
 
 
 def _free_ports(count: int) -> list[int]:
