@@ -277,7 +277,9 @@ def test_content_goes_oldest_first(where: Path, reopen: Callable[..., Space]) ->
     space.drain()
     held = np.flatnonzero(space.find(keys_of(range(1, 27))))
     assert 0 < len(held) < 26
-    assert held.min() == 26 - len(held)
+    assert held.max() == 25
+    # Stores that are under way at once have no order among themselves: one for each frame.
+    assert held.min() >= 26 - len(held) - FRAMES
 
 
 def test_a_region_without_room_adopts_nothing(where: Path, reopen: Callable[..., Space]) -> None:
