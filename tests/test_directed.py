@@ -364,3 +364,37 @@ def test_places_are_counted(ranks: Ranks) -> None:
     ranks.write(1, 2)
     found = ranks.director.statistics()
     assert (found["gpu_used"], found["host_used"], found["in_use"]) == (3, 0, 3)
+
+
+def test_content_that_cannot_be_had_is_told_back_and_computed_anew(tmp_path: Path) -> None:
+    keys = np.arange(1, 5, dtype=np.uint64).reshape(2, 2)
+    first = Ranks(budget=10, host=8, nvme=12, path=tmp_path, persist=True)
+    first.write(1, 2)
+    first.director.label(ids(1, 2), keys)
+    first.leave(1, 2)
+    first.settle()
+    first.step()
+    value = first.model[1]
+    first.close()
+    second = Ranks(budget=10, host=8, nvme=12, path=tmp_path, persist=True)
+    wanted = np.concatenate([keys[:1], keys[1:] + np.uint64(90)])  # the second was never stored
+    found = second.director.adopt(
+        ids(11, 12), wanted, "request", parents=ids(-1, 11), depths=ids(0, 1)
+    )
+    assert found.tolist() == [True, False]
+    assert second.director.in_use(ids(11, 12)).all()
+    told, failed = set[str](), list[int]()
+    while not told:
+        second.step()
+        for rank in second.ranks:
+            rank.wait(0.05)
+        second.hear()
+        done, rows = second.ranks[0].received()
+        told |= done
+        failed += rows.tolist()
+    assert (told, failed) == ({"request"}, [12])
+    second.model = {11: value, 12: 77}
+    second.step(write=ids(12), read=ids(11))
+    second.step(read=ids(11, 12))
+    second.director.check()
+    second.close()

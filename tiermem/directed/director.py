@@ -27,7 +27,7 @@ from tiermem import evicting
 from tiermem.attic import Stored
 from tiermem.books import Marks
 from tiermem.config import Config
-from tiermem.directed.orders import NO_SLOTS, Hello, Moved, Orders, Report
+from tiermem.directed.orders import NO_SLOTS, Hello, Moved, Orders, Receive, Report
 from tiermem.directed.paces import Ends, Paces
 from tiermem.errors import ConfigError, TierFailed, TierFull
 from tiermem.facts import Fact
@@ -180,7 +180,7 @@ class Director:
         self._writing: Rows = np.empty(0, np.int32)  # written in use, and on their way up
         self._plans: list[Plan] = []
         self._needs: list[int] = []
-        self._receives: dict[str, tuple[int, ...]] = {}
+        self._receives: dict[str, Receive] = {}
         self._outcomes: dict[int, list[Outcome]] = {}
         self._passed = [0] * self._ranks
         self._step = 0
@@ -406,42 +406,60 @@ class Director:
         return int(missing[0]) if len(missing) else len(keys)
 
     def adopt(self, units: Units, keys: Keys, name: str, *, parents: Units, depths: Units) -> Mask:
-        """Units get the content of these keys from the drive and are in use; bool[n]: which did.
+        """Units get the content of these keys from the drive; bool[n]: which will.
 
-        name: of the request that is told back (`Orders.receives`) when all of it has come.
+        All are in use from now on, those that get nothing with frames to be computed into. name:
+        of the request that is told back (`Orders.receives`) when all of it has come.
         """
+        found = self._adopt(units, keys, parents, depths)
+        plans: tuple[int, ...] = ()
+        if found.any():
+            request = self._planner.fault(self._pages(units[found]), "read", self.now())
+            self._issue(request.plans)
+            if request.taken:
+                self._users[units[found]] += 1
+                self._planner.touch(request.rows, self.now())
+                plans = tuple(sorted(request.pending))
+            else:
+                found[:] = False
+        missing = units[~found]
+        if len(missing):
+            self.enter(missing, "fresh", parents=parents[~found], depths=depths[~found])
+        self._receives[name] = Receive(plans, self._pages(missing))
+        return found
+
+    def _adopt(self, units: Units, keys: Keys, parents: Units, depths: Units) -> Mask:
+        """bool[n]: units that are on the drive now, with the content of their keys."""
         shelved = self._planner.in_attic(keys, 0, self.unit_pages)
         found: Mask = (shelved[:, 0] >= 0) & (self._users[units] == 0)
         if found.any():
             self._vacate(units[found])
             found &= self._planner.table.at[self._heads(units)] == 0
-        new = units[found]
-        if not len(new):
-            return found
-        now = self.now()
-        above = np.where(parents < 0, -1, self._heads(parents)).astype(np.int32)
-        self._issue(
-            self._planner.adopt(
-                self._heads(new), shelved[found], now, parents=above[found], depths=depths[found]
+        if found.any():
+            above = np.where(parents < 0, -1, self._heads(parents)).astype(np.int32)
+            self._issue(
+                self._planner.adopt(
+                    self._heads(units[found]),
+                    shelved[found],
+                    self.now(),
+                    parents=above[found],
+                    depths=depths[found],
+                )
             )
-        )
-        rows = self._pages(new)
-        request = self._planner.fault(rows, "read", now)
-        self._issue(request.plans)
-        if not request.taken:
-            return np.zeros(len(units), np.bool_)
-        self._users[new] += 1
-        self._planner.touch(rows, now)
-        self._receives[name] = tuple(sorted(request.pending))
         return found
 
-    def mend(self, units: Units) -> None:
-        """Units in use whose content did not come: they are computed anew, in the next step."""
-        lost = units[self._is_lost(units)]
-        if len(lost):
-            self._require(self._planner.fault(self._pages(lost), "fresh", self.now()))
-            self._writing = np.concatenate([self._writing, self._pages(lost)])
+    def mend(self, units: Units) -> Mask:
+        """Units in use whose content did not come: they are computed anew, in the next step.
+
+        bool[n]: which.
+        """
+        lost = self._is_lost(units)
+        if lost.any():
+            rows = self._pages(units[lost])
+            self._require(self._planner.fault(rows, "fresh", self.now()))
+            self._writing = np.concatenate([self._writing, rows])
             self._note_written()
+        return lost
 
     def forget_content(self) -> None:
         """No content that has a key counts any more, here or on the drive."""

@@ -9,6 +9,7 @@ import numpy as np
 
 from tiermem.attic import Stored
 from tiermem.plan import Copy, Outcome, Plan
+from tiermem.table import Rows
 from tiermem.tier import Place, Slots
 
 NO_SLOTS: Slots = np.empty(0, np.int32)
@@ -32,6 +33,14 @@ class Hello:
 
 
 @dataclass(frozen=True, slots=True)
+class Receive:
+    """What a request that is told back waits for, and pages whose content could not be had."""
+
+    plans: tuple[int, ...]
+    missing: Rows
+
+
+@dataclass(frozen=True, slots=True)
 class Orders:
     """What every rank does before its next work, in this order.
 
@@ -51,7 +60,7 @@ class Orders:
     forget: Slots = field(default_factory=lambda: NO_SLOTS)
     park: Slots = field(default_factory=lambda: NO_SLOTS)
     back: Slots = field(default_factory=lambda: NO_SLOTS)
-    receives: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    receives: Mapping[str, Receive] = field(default_factory=dict)
 
     def awaits_loads(self) -> bool:
         """Whether the work of this step waits for bytes that these orders bring up."""

@@ -115,8 +115,9 @@ class Rank:
             self._back(orders.back)
         for plan in orders.plans:
             self._flights[plan.id] = self._executor.start(self._here(plan))
-        for request, plans in orders.receives.items():
-            self._receiving[request] = set(plans)
+        for request, receive in orders.receives.items():
+            self._receiving[request] = set(receive.plans)
+            self._failed_rows.append(receive.missing)
         for plan_id in orders.needs:
             self._await(plan_id, stream)
 

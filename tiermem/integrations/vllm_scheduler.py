@@ -408,7 +408,9 @@ class EngineSide:
             if external and match.outside:
                 self._adopt(tracked, blocks[match.hits : match.hits + match.outside])
         else:  # its content from the drive has come, or has failed to
-            self.director.mend(self._units(tracked.blocks))
+            lost = self.director.mend(self._units(tracked.blocks))
+            if lost.any():
+                tracked.keyed = min(tracked.keyed, int(np.flatnonzero(lost)[0]))
         taken = len(match.idle) + len(blocks) - match.hits
         self._enter_new(tracked, blocks[len(tracked.blocks) :])
         self._end_fetch(request.request_id)
@@ -555,15 +557,17 @@ class EngineSide:
         """Blocks whose content is on the drive, from an earlier run; vLLM waits for it."""
         first = len(tracked.blocks)
         tracked.blocks += blocks
-        tracked.keyed = tracked.hits = len(tracked.blocks)
+        tracked.hits = len(tracked.blocks)
         self._sessions.computes(NO_HINTS, blocks)
         units = self._units(blocks)
         keys = keys_of(tracked.request.block_hashes[first : first + len(blocks)])
         parents = np.concatenate([self._units(tracked.blocks[first - 1 : first]), units[:-1]])
         parents = parents if first else np.concatenate([np.array([-1], np.int32), units[:-1]])
         depths = np.arange(first, first + len(blocks), dtype=np.int32)
-        self.director.adopt(units, keys, tracked.request.request_id, parents=parents, depths=depths)
-        self.counts["adopted"] += len(blocks)
+        name = tracked.request.request_id
+        found = self.director.adopt(units, keys, name, parents=parents, depths=depths)
+        tracked.keyed = first + int(found.cumprod().sum())
+        self.counts["adopted"] += int(found.sum())
 
     # ---------------------------------------------------------------- content with a name
 
