@@ -411,6 +411,7 @@ class Director:
         All are in use from now on, those that get nothing with frames to be computed into. name:
         of the request that is told back (`Orders.receives`) when all of it has come.
         """
+        self._worthless.difference_update(units.tolist())
         found = self._adopt(units, keys, parents, depths)
         plans: tuple[int, ...] = ()
         if found.any():
