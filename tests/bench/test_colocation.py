@@ -236,3 +236,13 @@ def test_room_for_a_while_ends_by_itself(home: Path, printed: Printed) -> None:
         run("yield", "--bytes", f"{PAGE}", "--seconds", "0.05", "--json", "-")
         assert printed()["nbytes"] == PAGE
         assert members(home).keys() == {"chat"}
+
+
+def test_pages_in_use_are_what_a_released_engine_still_holds(printed: Printed) -> None:
+    with engine(config("chat")) as (_, region):
+        pages = fill(region, 40)
+        with region.use(pages[:5]):
+            run("release", "chat", "--json", "-")
+            result = printed()
+        assert result["reached"]
+        assert result["engine"]["held"] == 5 * PAGE

@@ -9,6 +9,7 @@ import typer
 
 from tiermem.bench import engines, output
 from tiermem.bench.engines import size
+from tiermem.ledger import Member
 
 
 class Released(msgspec.Struct, frozen=True, kw_only=True):
@@ -30,16 +31,17 @@ def command(
 ) -> None:
     """Move an engine's pages to its lower tiers and lend its floor out; it wakes at its next use.
 
-    Ends with 1 if pages in use keep it from that, or if it woke meanwhile.
+    Pages in use stay; a vLLM engine always uses one block. Ends with 1 if it holds more than those
+    when the wait is over, or if it woke meanwhile.
     """
     with engines.in_use() as ledgers:
         ledger, member = engines.find(ledgers, engine)
         ledger.change(member, asleep=True)
         after, took_s, _ = engines.wait_for(
-            ledger, member, lambda now: now.held <= now.page_bytes or not now.asleep, wait_s
+            ledger, member, lambda now: _is_down(now) or not now.asleep, wait_s
         )
         row = engines.row(after, ledger.budget)
-    reached = after.asleep and after.held <= after.page_bytes
+    reached = after.asleep and _is_down(after)
     result = Released(engine=row, held_before=member.held, took_s=took_s, reached=reached)
     if not output.emit(result, json):
         typer.echo(
@@ -50,3 +52,7 @@ def command(
             typer.echo("it was used meanwhile, and is awake")
     if not reached:
         raise typer.Exit(1)
+
+
+def _is_down(member: Member) -> bool:
+    return member.held <= max(member.page_bytes, member.pinned)

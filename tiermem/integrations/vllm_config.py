@@ -109,11 +109,13 @@ def with_ours(given: Any) -> Any:
 
 def complete(vllm_config: Any, config: Config) -> None:
     """Set the virtual pool of blocks, unless the user has: what all tiers hold."""
-    ranks = vllm_config.parallel_config.world_size
-    if config.share.enabled and ranks > 1:
+    parallel = vllm_config.parallel_config
+    ranks = parallel.world_size
+    if config.share.enabled and (ranks > 1 or parallel.distributed_executor_backend != "uni"):
         raise ConfigError(
-            f"tiermem: [share] with {ranks} ranks: each GPU has a ledger of its own, and all ranks "
-            "must hold the same; leave [share] out, or run with one rank"
+            f"tiermem: [share] with {ranks} ranks by the {parallel.distributed_executor_backend!r} "
+            "executor: a lease is followed by one rank in its scheduler's process; leave [share] "
+            "out, or use one rank (on a CPU with VLLM_ENABLE_V1_MULTIPROCESSING=0)"
         )
     cache = vllm_config.cache_config
     if cache.num_gpu_blocks_override is not None:

@@ -134,11 +134,7 @@ class EngineSide:
         scheduler = self._vllm.scheduler_config
         step_blocks = -(-int(scheduler.max_num_batched_tokens) // self._block_tokens)
         rank = RANKS.get(self._engine_id)
-        if self._config.share.enabled and rank is None:
-            raise ConfigError(
-                "tiermem: [share] and a worker in another process than the scheduler, where its "
-                "lease cannot be followed; leave [share] out, or use the uniproc executor"
-            )
+        assert rank is not None or not self._config.share.enabled, "refused by vllm_config"
         if rank is not None:
             self._turns = rank.turns
             self._upkeep = Upkeep(rank)
