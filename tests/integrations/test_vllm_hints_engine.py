@@ -163,17 +163,19 @@ def test_kv_events_come_and_tell_of_blocks_that_were_dropped(hinted: Any) -> Non
 # ---------------------------------------------------------------- a slow drive
 
 
-def test_what_a_slow_drive_has_is_computed_again_instead(tmp_path: Path) -> None:
+@pytest.mark.parametrize("persist", [False, True])
+def test_what_a_slow_drive_has_is_computed_again_instead(persist: bool, tmp_path: Path) -> None:
     """The first loads measure it: 15 ms a block; the engine computes one in about 2."""
     rounds = [[ask((seed, 700)) for seed in range(16)]] * 3
     slab = tmp_path / "slab"
     slab.mkdir(mode=0o700)
     toml = (
         f"[gpu]\nbudget = {70 * BLOCK}\n[host]\ncapacity = {16 * BLOCK}\n"
-        f'[nvme]\npath = "{slab}"\ncapacity = "64MiB"\n'
+        f'[nvme]\npath = "{slab}"\ncapacity = "64MiB"\npersist = {str(persist).lower()}\n'
     )
     answer = run(tmp_path, toml, rounds, page_s=0.01)
-    assert answer["counts"]["recomputed"] > 0
+    assert 0 < answer["counts"]["recomputed"] <= 32, "requests of two rounds, each once"
+    assert (answer["events"].get("shelved", 0) > 0) == persist
     tokens = [[one["tokens"] for one in round_] for round_ in answer["rounds"]]
     assert tokens == [tokens[0]] * 3
     last = sum(one["cached"] for one in answer["rounds"][2])

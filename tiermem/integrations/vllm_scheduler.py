@@ -113,6 +113,7 @@ class EngineSide:
         self._stale = True
         self._room = self._credit = self._spent = self._seen = 0
         self._choice = Choice()
+        self._cut: set[str] = set()  # requests that wait, of whose prefix something is dear
         ahead_ms = self._config.prefetch.params.get("ahead_ms")
         self._sessions = Sessions(AHEAD_S if ahead_ms is None else float(str(ahead_ms)) / 1000)
         self._told = Told()
@@ -339,27 +340,27 @@ class EngineSide:
     def _leave_dear(self, request: Any, prefix: list[Any]) -> bool:
         """Let vLLM find no more of a prefix than comes sooner than it is computed.
 
-        True: what is behind that is out of its prefix cache, but for what is on the GPU or on its
-        way; vLLM looks again, and finds less. A connector cannot admit a request with fewer hits
-        than the cache has, and the request's own blocks would stand behind the old ones in it.
+        True: what is behind that is out of its prefix cache, but for what is on the GPU, on its
+        way or in use; vLLM looks again, and finds less. A connector cannot admit a request with
+        fewer hits than the cache has, and its own blocks would stand behind the old ones there.
+        What an earlier run could have left on the drive stays, to be adopted.
         """
-        blocks = [block.block_id for block in prefix]
-        units, tokens = self._units(blocks), self._block_tokens
-        places, nbytes = self.director.chain(units)
+        director, tokens = self.director, self._block_tokens
+        units = self._units([block.block_id for block in prefix])
+        places, nbytes = director.chain(units)
         nbytes //= self.layout.blocks_per_unit
         suffix = request.num_tokens - len(prefix) * tokens
-        speeds, now_s = self.director.speeds(), time.monotonic()
+        speeds, now_s = director.speeds(), time.monotonic()
         cut = self._choice.cut(places, nbytes, tokens, speeds, suffix, now_s)
-        rests_below = (places != AT_GPU) & (nbytes > 0)
-        dear = {b.block_id for b in prefix[cut:] if b.ref_cnt == 0}
-        dear &= set(np.asarray(blocks)[rests_below].tolist())
-        if not dear:
+        idle = np.array([block.ref_cnt == 0 for block in prefix[cut:]], np.bool_)
+        dear = np.flatnonzero((places[cut:] != AT_GPU) & (nbytes[cut:] > 0) & idle) + cut
+        if not len(dear):
             return False
-        log.debug(
-            "recompute request=%s blocks=%d of %d", request.request_id, len(dear), len(blocks)
-        )
-        self.counts["recomputed"] += 1
-        self._pool.evict_blocks(dear)
+        log.debug("recompute request=%s blocks=%d", request.request_id, len(dear))
+        self._pool.evict_blocks({prefix[i].block_id for i in dear.tolist()})
+        if self.layout.blocks_per_unit == 1:
+            director.shelve(units[dear][::-1])
+        self._cut.add(request.request_id)
         return True
 
     def _worth(self, request: Any, hits: int, found: int) -> int:
@@ -399,7 +400,7 @@ class EngineSide:
         if tracked is None:
             tracked = self._tracked[request.request_id] = Tracked(request, hints_of(request))
             self._sessions.came(tracked.hints)
-            self.counts["recomputed"] += match.dear > 0
+            self.counts["recomputed"] += match.dear > 0 or request.request_id in self._cut
             self._enter_hits(tracked, blocks[: match.hits], match.idle)
             if external and match.outside:
                 self._adopt(tracked, blocks[match.hits : match.hits + match.outside])
@@ -409,6 +410,7 @@ class EngineSide:
                 tracked.keyed = min(tracked.keyed, int(np.flatnonzero(lost)[0]))
         taken = len(match.idle) + len(blocks) - match.hits
         self._enter_new(tracked, blocks[len(tracked.blocks) :])
+        self._cut.discard(request.request_id)
         self._end_fetch(request.request_id)
         self._spent = max(0, self._spent - taken)
         self._credit = 0
@@ -418,6 +420,7 @@ class EngineSide:
         """A request has ended, or was aborted; vLLM frees its blocks next."""
         with self._turns.lock:
             self._matched.pop(request.request_id, None)
+            self._cut.discard(request.request_id)
             self._end_fetch(request.request_id)
             tracked = self._tracked.pop(request.request_id, None)
             if tracked is not None:
