@@ -29,8 +29,17 @@ def ask(*parts: tuple[int, int], **hints: object) -> Ask:
     return {"parts": parts, "hints": hints}
 
 
-def run(folder: Path, toml: str, rounds: Sequence[Sequence[Ask]], page_s: float = 0.0) -> Any:
-    """What the child answers. page_s: how long a page from the drive takes, at least."""
+def run(
+    folder: Path,
+    toml: str,
+    rounds: Sequence[Sequence[Ask]],
+    page_s: float = 0.0,
+    apart: bool = False,
+) -> Any:
+    """What the child answers. page_s: how long a page from the drive takes, at least.
+
+    apart: the engine runs in a process of its own, into which the child does not look.
+    """
     if not Path(_NAMED).is_file():
         pytest.skip(f"${PYTHON} names no interpreter of an environment with vLLM")
     config, given, answer = folder / "tiermem.toml", folder / "given.json", folder / "answer.json"
@@ -46,8 +55,8 @@ def run(folder: Path, toml: str, rounds: Sequence[Sequence[Ask]], page_s: float 
     env = {
         **os.environ,
         "TIERMEM": "1", "TIERMEM_CONFIG": str(config), "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1", "OMP_NUM_THREADS": "1",
-        "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(CHILD.parents[2]),
+        "VLLM_ENABLE_V1_MULTIPROCESSING": str(int(apart)), "VLLM_NO_USAGE_STATS": "1",
+        "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(CHILD.parents[2]),
     }  # fmt: skip
     child = subprocess.run(
         [_NAMED, str(CHILD), str(given)],
@@ -128,16 +137,19 @@ def test_tokens_do_not_depend_on_what_is_kept(hinted: Any) -> None:
 # ---------------------------------------------------------------- the page and the events
 
 
-def test_residence_moves_and_decisions_are_on_the_engine_s_page(hinted: Any) -> None:
-    page = hinted["metrics"]
+def on_page(answer: Any, name: str, **labels: str) -> float:
+    """The value of one of our samples."""
+    for line in answer["metrics"].splitlines():
+        if line.startswith(f"vllm:tiermem_{name}{{") and all(
+            f'{k}="{v}"' in line for k, v in labels.items()
+        ):
+            return float(line.rpartition(" ")[2])
+    raise AssertionError(f"{name} {labels} is not on the page")
 
+
+def test_residence_moves_and_decisions_are_on_the_engine_s_page(hinted: Any) -> None:
     def value(name: str, **labels: str) -> float:
-        for line in page.splitlines():
-            if line.startswith(f"vllm:tiermem_{name}{{") and all(
-                f'{k}="{v}"' in line for k, v in labels.items()
-            ):
-                return float(line.rpartition(" ")[2])
-        raise AssertionError(f"{name} {labels} is not on the page")
+        return on_page(hinted, name, **labels)
 
     assert value("budget_blocks") == 70
     assert value("blocks_in_use") == 1, "block 0: the last request has ended"
@@ -148,7 +160,17 @@ def test_residence_moves_and_decisions_are_on_the_engine_s_page(hinted: Any) -> 
     assert value("events_total", event="dropped") > 0
     for event, count in hinted["counts"].items():
         assert value("requests_total", event=event) == count
-    assert re.search(r'vllm:tiermem_blocks\{[^}]*engine="0"', page), "vLLM's own labels"
+    assert re.search(r'vllm:tiermem_blocks\{[^}]*engine="0"', hinted["metrics"]), (
+        "vLLM's own labels"
+    )
+
+
+def test_an_engine_in_another_process_tells_the_page_as_well(tmp_path: Path) -> None:
+    toml = f"[gpu]\nbudget = {70 * BLOCK}\n[host]\ncapacity = {40 * BLOCK}\n"
+    answer = run(tmp_path, toml, [[ask((seed, 700)) for seed in range(8)]], apart=True)
+    assert on_page(answer, "budget_blocks") == 70
+    assert on_page(answer, "blocks", place="host") > 0
+    assert on_page(answer, "route_bytes_total", src="gpu", dst="host") > 40 * BLOCK
 
 
 def test_kv_events_come_and_tell_of_blocks_that_were_dropped(hinted: Any) -> None:

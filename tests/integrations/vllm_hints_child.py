@@ -8,6 +8,7 @@ from __future__ import annotations
 import faulthandler
 import importlib
 import json
+import os
 import random
 import sys
 import threading
@@ -72,6 +73,31 @@ def serve(llm: Any, asks: list[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
+class Watched:
+    """An engine in this process: its KV events, and what was counted."""
+
+    def __init__(self, llm: Any) -> None:
+        scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+        self._events: list[Any] = []
+        scheduler.kv_event_publisher.publish = lambda batch: self._events.extend(batch.events)
+        self._engine = scheduler.connector.engine
+
+    def found(self) -> dict[str, Any]:
+        self._engine.check()
+        stored, removed = self._hashes("BlockStored"), self._hashes("BlockRemoved")
+        return {
+            "counts": self._engine.counts,
+            "events": self._engine.director.events(),
+            "stored": len(stored),
+            "removed": len(removed),
+            "removed_unknown": len(set(removed) - set(stored)),
+        }
+
+    def _hashes(self, kind: str) -> list[str]:
+        mine = [event for event in self._events if type(event).__name__ == kind]
+        return [str(one) for event in mine for one in event.block_hashes]
+
+
 def main() -> None:
     scenario = json.loads(Path(sys.argv[1]).read_text())
     model = Path(scenario["model"])
@@ -89,23 +115,11 @@ def main() -> None:
         kv_cache_memory_bytes=256 << 20, disable_log_stats=False, num_gpu_blocks_override=768,
         kv_events_config=KVEventsConfig(enable_kv_cache_events=True, publisher="null"),
     )  # fmt: skip
-    scheduler = llm.llm_engine.engine_core.engine_core.scheduler
-    events: list[Any] = []
-    scheduler.kv_event_publisher.publish = lambda batch: events.extend(batch.events)
-    engine = scheduler.connector.engine
-    answers = [serve(llm, asks) for asks in scenario["rounds"]]
-    engine.check()
-    stored = [h for e in events if type(e).__name__ == "BlockStored" for h in e.block_hashes]
-    removed = [h for e in events if type(e).__name__ == "BlockRemoved" for h in e.block_hashes]
-    answer = {
-        "rounds": answers,
-        "counts": engine.counts,
-        "events": engine.director.events(),
-        "metrics": generate_latest(REGISTRY).decode(),
-        "stored": len(stored),
-        "removed": len(removed),
-        "removed_unknown": len(set(map(str, removed)) - set(map(str, stored))),
-    }
+    watched = Watched(llm) if os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0" else None
+    answer: dict[str, Any] = {"rounds": [serve(llm, asks) for asks in scenario["rounds"]]}
+    if watched is not None:
+        answer |= watched.found()
+    answer["metrics"] = generate_latest(REGISTRY).decode()
     Path(scenario["answer"]).write_text(json.dumps(answer))
 
 
