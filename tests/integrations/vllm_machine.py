@@ -182,6 +182,9 @@ class Machine:
         self.seen["preempted"] += 1
 
     def _schedule_waiting(self, step: Step, cached: SimpleNamespace) -> None:
+        holding = [request for request in self.waiting if request.blocks]
+        others = [request for request in self.waiting if not request.blocks]
+        self.waiting = deque([*holding, *others])  # who holds blocks is looked at first
         skipped: list[Request] = []
         while self.waiting and len(self.running) < MOST_RUNNING:
             left = STEP_TOKENS - sum(step.tokens.values())
