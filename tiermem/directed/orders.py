@@ -74,10 +74,15 @@ class Orders:
 
 @dataclass(frozen=True, slots=True)
 class Moved:
-    """What one route of a rank has moved so far: pages, and seconds during which it was busy."""
+    """What one route of a rank has moved so far: pages, and seconds during which it was busy.
+
+    A rank looks at its copies when a step ends, so busy_s is too long by up to a step for each;
+    surely_s is the time until the last look that found a copy under way.
+    """
 
     pages: int
     busy_s: float
+    surely_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

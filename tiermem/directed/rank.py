@@ -65,6 +65,9 @@ class Rank:
             on_gone=lambda units, reason: None,  # the director tells the owner
         )
         self._flights: dict[int, Flight] = {}
+        self._looks: dict[int, tuple[float, float]] = {}  # when it began, when it was last seen
+        self._surely_s: dict[tuple[Place, Place], float] = {}
+        self._counted_s: dict[tuple[Place, Place], float] = {}
         self._ticks: deque[tuple[int, tuple[int, int] | None]] = deque()
         self._passed = 0
         self._backed = self._unbacked = self._parked = NO_SLOTS
@@ -115,6 +118,7 @@ class Rank:
             self._back(orders.back)
         for plan in orders.plans:
             self._flights[plan.id] = self._executor.start(self._here(plan))
+            self._looks[plan.id] = (time.monotonic(),) * 2
         for request, receive in orders.receives.items():
             self._receiving[request] = set(receive.plans)
             self._failed_rows.append(receive.missing)
@@ -131,10 +135,11 @@ class Rank:
 
     def report(self) -> Report:
         """What has ended since the last report; waits for nothing."""
-        ended = [flight for flight in self._flights.values() if flight.ready()]
+        ended = self._look()
         outcomes = []
         for flight in ended:
             del self._flights[flight.plan.id]
+            self._clock(flight.plan)
             outcome = flight.outcome()
             outcomes.append(outcome)
             if any(flight.plan.id in plans for plans in self._receiving.values()):
@@ -156,7 +161,10 @@ class Rank:
 
     def routes(self) -> dict[tuple[Place, Place], Moved]:
         """What each route has moved so far."""
-        return {route: Moved(c.pages, c.busy_s) for route, c in self._executor.counts().items()}
+        return {
+            route: Moved(c.pages, c.busy_s, self._surely_s.get(route, 0.0))
+            for route, c in self._executor.counts().items()
+        }
 
     def received(self) -> tuple[set[str], Rows]:
         """Requests all of whose plans have been reported, and page rows whose load failed."""
@@ -191,6 +199,27 @@ class Rank:
             self.sharing.close()
 
     # ---------------------------------------------------------------- parts
+
+    def _look(self) -> list[Flight]:
+        """Flights that have ended; the others were under way at this moment."""
+        now_s = time.monotonic()
+        ended = []
+        for plan_id, flight in self._flights.items():
+            if flight.ready():
+                ended.append(flight)
+            else:
+                self._looks[plan_id] = (self._looks[plan_id][0], now_s)
+        return ended
+
+    def _clock(self, plan: Plan) -> None:
+        """Count the time during which a plan's copies were certainly under way, once a route."""
+        start_s, seen_s = self._looks.pop(plan.id)
+        for step in plan.steps:
+            if isinstance(step, Copy):
+                route = (step.src, step.dst)
+                since_s = max(start_s, self._counted_s.get(route, 0.0))
+                self._surely_s[route] = self._surely_s.get(route, 0.0) + max(0.0, seen_s - since_s)
+                self._counted_s[route] = max(since_s, seen_s)
 
     def _await_frames(self) -> int:
         """Frames with memory behind them, once the device makes no more."""
