@@ -273,7 +273,7 @@ def has_memory_hook() -> bool:
 def sizes_of(kv_cache_config: Any) -> list[int]:
     """Bytes of each allocation that the cache will be: one since 0.29, one a layer before."""
     tensors = kv_cache_config.kv_cache_tensors
-    if hasattr(tensors[0], "block_stride"):
+    if getattr(tensors[0], "block_stride", 0):
         return [int(tensors[0].size)]
     return [int(one.size) for one in tensors]
 
@@ -281,11 +281,13 @@ def sizes_of(kv_cache_config: Any) -> list[int]:
 def strides_of(kv_cache_config: Any, blocks: int) -> list[int]:
     """Byte counts that a page must divide: from block to block, and where layers begin."""
     tensors = kv_cache_config.kv_cache_tensors
-    if not hasattr(tensors[0], "block_stride"):
-        return [int(one.size) // blocks for one in tensors]
+    if not getattr(tensors[0], "block_stride", 0):  # of each layer, perhaps all K before all V
+        return [int(one.size) // blocks // 2 for one in tensors]
     strides = [int(one.block_stride) for one in tensors]
     for one in tensors:
-        if one.layer_stride > one.block_stride:  # layers apart, each a range of its own
+        if (
+            getattr(one, "layer_stride", 0) > one.block_stride
+        ):  # layers apart, each a range of its own
             strides += [int(one.offset), int(one.layer_stride)]
     return [stride for stride in strides if stride]
 

@@ -1,0 +1,55 @@
+"""What a worker reads from vLLM's description of its KV cache, in several releases' shapes."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+pytest.importorskip("torch")
+
+from tiermem.integrations.layout import automatic_page
+from tiermem.integrations.vllm_worker import sizes_of, strides_of
+
+BLOCKS, LAYER, LAYERS = 512, 16384, 4
+"""Bytes of a block in one layer, K and V."""
+
+
+def config(*tensors: Any) -> SimpleNamespace:
+    return SimpleNamespace(kv_cache_tensors=list(tensors))
+
+
+def test_before_0_29_each_layer_is_an_allocation_with_k_before_v() -> None:
+    one = SimpleNamespace(size=BLOCKS * LAYER, shared_by=["l"], offset=0, block_stride=0)
+    given = config(*[one] * LAYERS)
+    assert sizes_of(given) == [BLOCKS * LAYER] * LAYERS
+    assert automatic_page(strides_of(given, BLOCKS)) == LAYER // 2
+
+
+def test_before_0_29_packed_layers_share_one_allocation() -> None:
+    size = BLOCKS * LAYER * LAYERS
+    given = config(
+        *(
+            SimpleNamespace(size=size, shared_by=["l"], offset=i * LAYER, block_stride=65536)
+            for i in range(LAYERS)
+        )
+    )
+    assert sizes_of(given) == [size]
+    assert strides_of(given, BLOCKS) == [65536] * LAYERS
+
+
+def test_since_0_29_layers_are_apart_in_one_allocation() -> None:
+    size = BLOCKS * LAYER * LAYERS
+    one = SimpleNamespace(
+        size=size, layers=["a", "b"], layer_stride=BLOCKS * LAYER, block_stride=LAYER, offset=0
+    )
+    assert sizes_of(config(one)) == [size]
+    assert automatic_page(strides_of(config(one), BLOCKS)) == LAYER
+
+
+def test_since_0_29_a_block_may_be_one_run() -> None:
+    one = SimpleNamespace(
+        size=BLOCKS * 65536, layers=["a"], layer_stride=LAYER, block_stride=65536, offset=0
+    )
+    assert strides_of(config(one), BLOCKS) == [65536]
