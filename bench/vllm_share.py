@@ -77,7 +77,7 @@ class Load:
 def load_of(device: str, size: str) -> Load:
     if device == "cpu":
         return Load((256, 512, 4, 4, 2), 64, 1024, 32, 384, 16, 600, 8, 8, 2048, "256MiB")
-    return Load(SHAPES[size], 128, 32000, 16, 12288, 38, 4096, 3, 16, 8192, "64GiB")
+    return Load(SHAPES[size], 128, 32000, 16, 12288, 38, 4096, 3, 16, 8192, "22GiB")
 
 
 # One engine ---------------------------------------------------------------------------------------
@@ -89,7 +89,7 @@ def serve(part: str, name: str, args: argparse.Namespace) -> None:
     say = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # vLLM prints
     started = time.perf_counter()
-    llm = engine(part, name, load, args.device)
+    llm = engine(part, name, load, args.device, args.clients)
     tell(say, {"started_s": time.perf_counter() - started})
     rnd = random.Random(name)
     prompts = [
@@ -113,7 +113,7 @@ def tell(say: TextIO, what: dict[str, Any]) -> None:
     say.flush()
 
 
-def engine(part: str, name: str, load: Load, device: str) -> Any:
+def engine(part: str, name: str, load: Load, device: str, clients: int) -> Any:
     os.environ.update(
         VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_NO_USAGE_STATS="1", HF_HUB_OFFLINE="1",
         VLLM_USE_FLASHINFER_SAMPLER="0",
@@ -143,13 +143,13 @@ def engine(part: str, name: str, load: Load, device: str) -> Any:
     whole = load.blocks * load.block_bytes
     more["kv_cache_memory_bytes"] = whole if part != "halves" else whole // 2
     if part == "tiermem":
-        floor = 2 * -(-(load.length + load.batched) // load.tokens) * load.block_bytes
+        floor = (clients + 1) * load.burst_blocks // load.prompts * load.block_bytes
         page = '"2MiB"' if device == "cuda" else '"auto"'
         toml = folder / "tiermem.toml"
         toml.write_text(
             f'[gpu]\nbudget = {whole}\npage = {page}\n[host]\ncapacity = "{load.host}"\n'
             f'[share]\ngroup = "{GROUP}"\nname = "{name}"\ntotal = {whole}\n'
-            f"floor = {min(floor, whole // 8)}\nidle_s = 0.5\n"
+            f"floor = {floor}\nidle_s = 0.5\n"
         )
         os.environ.update(TIERMEM="1", TIERMEM_CONFIG=str(toml))
         from tiermem.integrations.plugin import activate

@@ -48,7 +48,8 @@ def test_two_engines_share_a_budget_and_answer_as_vllm_does(tmp_path: Path, home
     assert shared["burst_bytes"] > shared["budget"] / 2
     assert shared["samples"] > 100
     assert shared["over_budget"] == 0
-    assert shared["cached"] == alone["cached"] > 0.9
+    assert alone["cached"] > 0.95
+    assert shared["cached"] > 0.95
     for name in "ab":
         most = max(burst["most_held"] for burst in shared["bursts"] if burst["engine"] == name)
         assert most > shared["budget"] / 2, "the budget does not go where the load is"

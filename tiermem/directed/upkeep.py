@@ -22,6 +22,8 @@ log = logging.getLogger(__name__)
 
 QUIET_S = 0.02
 """After a step of the engine: the next one does all of this, and soon."""
+SOON_S = 0.0003
+"""After something was ordered or has ended: giving a frame back takes four turns."""
 MOVING_S = 0.002
 IDLE_S = 0.1
 
@@ -75,8 +77,12 @@ class Upkeep:
             if rank.closed:
                 self._stop = True
                 return 0.0
-            director.settle(rank.report())
+            report = rank.report()
+            director.settle(report)
             orders = director.orders()
             rank.carry(orders, None)
             rank.skip(orders.step)
-            return IDLE_S if director.is_idle() else MOVING_S
+            if director.is_idle():
+                return IDLE_S
+            news = report.outcomes or orders.plans or len(orders.park) or len(orders.back)
+            return SOON_S if news else MOVING_S
