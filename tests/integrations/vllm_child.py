@@ -52,6 +52,7 @@ def watch(told: Path, limits: dict[int, int]) -> None:
                 {
                     **director.statistics(), **engine.counts, "steps": made.step,
                     "resumed": resumed, "budget": director.budget, "pid": os.getpid(),
+                    "unit_pages": director.unit_pages,
                 }
             )
         )  # fmt: skip
