@@ -12,7 +12,7 @@ from tiermem.errors import TierMemError
 FIRST = (0, 27)
 LAST = (0, 33)
 TESTED = ((0, 28), (0, 30), (0, 32), (0, 33))
-"""On a CPU, but for 0.33, which ran on an H200 (docs/vllm.md)."""
+"""On a CPU, but for 0.33, which ran on an H200; docs/vllm.md says how much of each."""
 
 _BASE = "vllm.distributed.kv_transfer.kv_connector.v1.base:KVConnectorBase_V1"
 _POOL = "vllm.v1.core.block_pool:BlockPool"
