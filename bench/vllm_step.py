@@ -1,0 +1,118 @@
+"""What tiermem costs a step of vLLM when everything is resident, on a CPU.
+
+    python bench/vllm_step.py --out step.json [--pairs 30]
+
+Two engines, one of them under TIERMEM=1 with room for every block on the "GPU", serve the same
+rounds in turn (which goes first changes), and each round is timed alone: a round is `REQUESTS`
+prompts of `PROMPT` tokens, cached after the first, and `NEW` steps. Prints medians and the median
+of the pairs' ratios.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+REQUESTS, PROMPT, NEW = 8, 256, 64
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 256,
+    "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 64, "vocab_size": 1024, "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 4096, "hidden_act": "silu", "bos_token_id": 1, "eos_token_id": 2,
+    "tie_word_embeddings": False, "dtype": "bfloat16",
+}  # fmt: skip
+TOML = '[gpu]\ndevice = "cpu"\nbudget = "64MiB"\n[host]\ncapacity = "64MiB"\n'
+
+
+def serve(folder: Path) -> None:
+    """A child: one line in, one round, its seconds out."""
+    from vllm import LLM, SamplingParams
+
+    llm = LLM(
+        model=str(folder), load_format="dummy", skip_tokenizer_init=True, enforce_eager=True,
+        max_model_len=1024, max_num_seqs=REQUESTS, max_num_batched_tokens=2048, block_size=32,
+        seed=0, num_gpu_blocks_override=900, kv_cache_memory_bytes=64 << 20,
+        disable_log_stats=True,
+    )  # fmt: skip
+    params = SamplingParams(temperature=0, max_tokens=NEW, ignore_eos=True, detokenize=False)
+    prompts: list[Any] = [
+        {"prompt_token_ids": [3 + (i * 31 + j * 7) % 900 for j in range(PROMPT)]}
+        for i in range(REQUESTS)
+    ]
+    for line in sys.stdin:
+        begun = time.perf_counter()
+        llm.generate(prompts, params, use_tqdm=False)
+        print(f"took {time.perf_counter() - begun:.6f} {line.strip()}", flush=True)
+
+
+def start(folder: Path, on: bool) -> subprocess.Popen[str]:
+    (folder / "tiermem.toml").write_text(TOML)
+    env = {
+        **os.environ, "TIERMEM": str(int(on)), "TIERMEM_CONFIG": str(folder / "tiermem.toml"),
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_LOGGING_LEVEL": "ERROR",
+    }  # fmt: skip
+    return subprocess.Popen(
+        [sys.executable, __file__, "--serve", str(folder)],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env,
+    )  # fmt: skip
+
+
+def ask(child: subprocess.Popen[str]) -> float:
+    assert child.stdin is not None
+    assert child.stdout is not None
+    child.stdin.write("go\n")
+    child.stdin.flush()
+    for line in child.stdout:
+        if line.startswith("took "):
+            return float(line.split()[1])
+    raise SystemExit(f"the engine ended with {child.wait()}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("vllm_step.json"))
+    parser.add_argument("--pairs", type=int, default=30)
+    parser.add_argument("--serve", type=Path, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.serve:
+        serve(given.serve)
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        (folder / "config.json").write_text(json.dumps(CONFIG))
+        children = {"stock": start(folder, False), "tiermem": start(folder, True)}
+        took: dict[str, list[float]] = {name: [] for name in children}
+        for _ in range(2):  # fills the caches of both
+            for child in children.values():
+                ask(child)
+        for pair in range(given.pairs):
+            for name in sorted(children, reverse=bool(pair % 2)):
+                took[name].append(ask(children[name]) / NEW)
+        for child in children.values():
+            child.terminate()
+    ratios = [ours / stock for ours, stock in zip(took["tiermem"], took["stock"], strict=True)]
+    result = {
+        "machine": platform.processor() or platform.machine(), "cpus": os.cpu_count(),
+        "pairs": given.pairs, "steps_a_round": NEW, "requests": REQUESTS,
+        "stock_step_us": statistics.median(took["stock"]) * 1e6,
+        "tiermem_step_us": statistics.median(took["tiermem"]) * 1e6,
+        "median_ratio": statistics.median(ratios),
+        "quartiles": statistics.quantiles(ratios, n=4),
+    }  # fmt: skip
+    given.out.write_text(json.dumps({**result, "seconds_a_step": took}, indent=1))
+    print(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    main()
