@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from tests.directed_ranks import Ranks, ids
@@ -126,24 +125,18 @@ def test_events_are_counted_by_name() -> None:
     ranks.close()
 
 
-@pytest.mark.parametrize("persist", [True, False])
-def test_units_that_are_shelved_leave_only_named_content_on_the_drive(
-    persist: bool, tmp_path: Path
-) -> None:
-    ranks = Ranks(budget=4, host=2, nvme=16, path=tmp_path, persist=persist)
+def test_units_that_are_given_up_hold_nothing_unless_they_are_in_use(tmp_path: Path) -> None:
+    ranks = Ranks(budget=4, host=2, nvme=16, path=tmp_path)
     ranks.settle()
-    keys = np.array([[7, 7], [8, 8]], np.uint64)
     ranks.write(1, 2, 3)
     ranks.leave(1, 2, 3)
-    ranks.director.label(ids(1, 2), keys)
+    ranks.director.make_room(2)
     ranks.settle()
     ranks.director.enter(ids(2))
-    ranks.director.shelve(ids(1, 2, 3))
-    look = ranks.director.look(ids(1, 2, 3))
-    assert look.gone.tolist() == [True, False, True], "2 is in use"
-    assert ranks.director.find(keys) == int(persist)
-    assert ranks.gone == []
+    ranks.director.give_up(ids(1, 2, 3))
+    assert ranks.director.look(ids(1, 2, 3)).gone.tolist() == [True, False, True]
+    assert ranks.gone == [], "its owner said so"
     ranks.director.check()
-    ranks.step()
+    ranks.step(read=ids(2))
     ranks.leave(2)
     ranks.close()

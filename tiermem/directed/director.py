@@ -449,12 +449,9 @@ class Director:
             )
         return found
 
-    def shelve(self, units: Units) -> None:
-        """Nobody will ask for these cached units by their numbers: they hold nothing any more.
-
-        What has a name and is on the drive stays there, to be adopted.
-        """
-        self._vacate(units[self._users[units] == 0], shelve=True)
+    def give_up(self, units: Units) -> None:
+        """Nobody will ask for these cached units: they hold nothing any more, here or below."""
+        self._vacate(units[self._users[units] == 0])
 
     def mend(self, units: Units) -> Mask:
         """Units in use whose content did not come: they are computed anew, in the next step.
@@ -638,18 +635,14 @@ class Director:
             self._planner.wrote(self._writing[up])
             self._writing = self._writing[~up]
 
-    def _vacate(self, units: Units, *, shelve: bool = False) -> None:
-        """Give up what these unused units hold, where nothing is under way with it.
-
-        shelve: content with a name that is on the drive stays there.
-        """
+    def _vacate(self, units: Units) -> None:
+        """Give up what these unused units hold, where nothing is under way with it."""
         table = self._planner.table
         heads = self._heads(units)
         rests = np.logical_or.reduce([table.movable(heads, place) for place in TIERS])
         idle = units[rests & table.fences.is_passed(table.fence[heads])]
         if len(idle):
-            give = self._planner.shelve if shelve else self._planner.free
-            self._issue(give(self._pages(idle), self.now()))
+            self._issue(self._planner.free(self._pages(idle), self.now()))
             self._planner.take_reaped()
 
     def _free_worthless(self, now: int) -> None:

@@ -343,7 +343,6 @@ class EngineSide:
         True: what is behind that is out of its prefix cache, but for what is on the GPU, on its
         way or in use; vLLM looks again, and finds less. A connector cannot admit a request with
         fewer hits than the cache has, and its own blocks would stand behind the old ones there.
-        What an earlier run could have left on the drive stays, to be adopted.
         """
         director, tokens = self.director, self._block_tokens
         units = self._units([block.block_id for block in prefix])
@@ -359,8 +358,9 @@ class EngineSide:
         log.debug("recompute request=%s blocks=%d", request.request_id, len(dear))
         self._pool.evict_blocks({prefix[i].block_id for i in dear.tolist()})
         if self.layout.blocks_per_unit == 1:
-            director.shelve(units[dear][::-1])
+            director.give_up(units[dear][::-1])
         self._cut.add(request.request_id)
+        self._queue_full = True  # it is admitted next: nobody behind it takes its frames
         return True
 
     def _worth(self, request: Any, hits: int, found: int) -> int:
