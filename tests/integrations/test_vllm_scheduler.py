@@ -93,3 +93,43 @@ def test_the_machine_finds_a_planted_fault(
 def hunt(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     for seed in range(200):
         random_requests(monkeypatch, folder / str(seed), seed, lag=seed // 2 % 2)
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+def test_random_requests_after_a_restart_read_what_the_run_before_has_left(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, lag: int
+) -> None:
+    """Under pressure, with more on the drive than the GPU holds; nobody waits for ever."""
+    adopted = 0
+    for seed in range(5):
+        for _ in range(2):
+            ranks = Ranks(
+                ranks=1 + seed % 2, units=40, budget=12, host=8, nvme=60,
+                path=tmp_path / str(seed), persist=True, seed=seed, queued=True,
+            )  # fmt: skip
+            monkeypatch.setattr(vllm_scheduler, "load", lambda ranks=ranks: ranks.config)
+            machine = Machine(ranks, seed, lag=lag, whole=seed % 2 == 0)
+            serve(machine, 80)
+            ranks.settle()
+            ranks.close()
+        adopted += machine.seen["outside"]
+    assert adopted > 10, "hardly anything was on the drive"
+
+
+def test_vllm_may_empty_its_prefix_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    ranks = Ranks(
+        ranks=1, units=40, budget=12, host=8, nvme=60, path=tmp_path, persist=True, queued=True
+    )
+    monkeypatch.setattr(vllm_scheduler, "load", lambda: ranks.config)
+    machine = Machine(ranks, 0)
+    machine.ask(0, machine.longest // 2, 4)
+    machine.step()
+    assert not machine.pool.reset_prefix_cache(), "a request holds blocks"
+    machine.drain()
+    ranks.settle()
+    assert machine.pool.get_num_free_blocks() < 39, "of these only some could have frames at once"
+    assert machine.pool.reset_prefix_cache()
+    machine.ask(0, machine.longest // 2, 4)
+    machine.drain()
+    assert (machine.seen["hits"], machine.seen["outside"]) == (0, 0)
+    ranks.close()

@@ -91,10 +91,13 @@ class Pool:
             block.block_hash = block_hash
             self.cached_block_hash_to_block.setdefault(block_hash, []).append(block)
 
-    def reset_prefix_cache(self) -> None:
+    def reset_prefix_cache(self) -> bool:
+        if self.get_num_free_blocks() != len(self.blocks) - 1:
+            return False
         self.cached_block_hash_to_block = {}
         for block in self.blocks:
             block.block_hash = None
+        return True
 
     def _uncache(self, block: Block) -> None:
         if block.block_hash is not None:

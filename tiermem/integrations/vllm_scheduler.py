@@ -15,7 +15,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -100,7 +100,8 @@ class EngineSide:
         self._director: Director | None = None
         self._layout: Layout | None = None
         self._pool: Any = None
-        self._map: Any = None
+        self._reset: Callable[[], bool] | None = None
+        self._counts_all = False
         self._tracked: dict[str, Tracked] = {}
         self._waiting: dict[str, Fetch] = {}
         self._queue_full = False
@@ -125,9 +126,10 @@ class EngineSide:
     def bind(self, pool: Any) -> None:
         """vLLM's block pool: from here on its free blocks are those that can have frames."""
         self._pool = pool
-        self._map = pool.cached_block_hash_to_block
+        self._reset = pool.reset_prefix_cache
         pool.get_num_free_blocks = self._free_blocks
         pool.get_usage = self._usage
+        pool.reset_prefix_cache = self._reset_prefix_cache
 
     def meet(self, hellos: Sequence[Hello], layout: Layout) -> None:
         """All ranks are up. Raises ConfigError if the longest request could never run."""
@@ -186,7 +188,7 @@ class EngineSide:
         gives back have frames again only after the next orders.
         """
         virtual = int(self._pool.free_block_queue.num_free_blocks)
-        if self._director is None:
+        if self._director is None or self._counts_all:
             return virtual
         self._begin_schedule()
         self._note_taken()
@@ -471,7 +473,6 @@ class EngineSide:
         """Orders of the step that vLLM has just put together."""
         director = self.director
         self._begin_step()
-        self._forget_if_reset()
         self._leave_preempted()
         self._grow_running(output.scheduled_cached_reqs)
         for hits in self._later:
@@ -610,11 +611,22 @@ class EngineSide:
             with self._turns.lock:
                 self.director.forget_content()
 
-    def _forget_if_reset(self) -> None:
-        """vLLM's prefix cache was emptied, as after new weights: so is what the drive holds."""
-        if self._pool.cached_block_hash_to_block is not self._map:
-            self._map = self._pool.cached_block_hash_to_block
+    def _reset_prefix_cache(self) -> bool:
+        """vLLM empties its prefix cache, as after new weights: so is what the drive holds.
+
+        It does so only if no block is in use, which it sees by all being free.
+        """
+        assert self._reset is not None, "the pool is bound first"
+        for name in list(self._waiting):
+            self._end_fetch(name)
+        self._counts_all = True
+        try:
+            done = self._reset()
+        finally:
+            self._counts_all = False
+        if done:
             self.forget_content()
+        return done
 
     def _gone(self, units: Units, reason: str) -> None:
         """vLLM hears of it in its own thread, before it uses what it finds in its cache."""
