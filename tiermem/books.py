@@ -231,8 +231,11 @@ class Books:
         return Hide(rows, frees)
 
     def _hide_unowned(self, rows: Rows, frames: Slots) -> Hide:
-        """Pages that lose their frame; it becomes free once that is done."""
+        """Pages that lose their frame; it becomes free once that is done, in order at once."""
         self.pools[GPU].owner[frames] = -1
+        if self.in_order:
+            self.pools[GPU].release(frames)
+            frames = _NO_ROWS
         return self._hide(rows, frames)
 
     def _unshow(self, rows: Rows, frames: Slots, unshown: Rows) -> list[Plan]:

@@ -99,6 +99,12 @@ class Flight:
             done.wait()
         return all(done.error is None for done in rest)
 
+    def wait_hidden(self) -> None:
+        """Block until what it hides is hidden."""
+        for step, done in zip(self.plan.steps, self._dones, strict=True):
+            if isinstance(step, Hide):
+                done.wait()
+
     @property
     def error(self) -> Exception | None:
         """Why a step failed, of those that have ended."""

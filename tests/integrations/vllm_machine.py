@@ -284,10 +284,15 @@ class Machine:
         return new
 
     def _reserved(self) -> int:
-        """Blocks that prefills under way will still take."""
-        loading = [r for r in self.waiting if r.status is Status.WAITING_FOR_REMOTE_KVS]
-        under_way = [r for r in self.running if r.num_computed_tokens < r.prompt]
-        return sum(max(0, _blocks(r.num_tokens) - len(r.blocks)) for r in [*under_way, *loading])
+        """Blocks that prefills under way, and those whose content is to come, will still take."""
+        under_way = [
+            request
+            for request in self.requests.values()
+            if request.blocks
+            and request.status is not Status.FINISHED
+            and request.num_computed_tokens < request.prompt
+        ]
+        return sum(max(0, _blocks(r.num_tokens) - len(r.blocks)) for r in under_way)
 
     def _cache(self, request: Request, tokens: int) -> None:
         hashes = request.block_hashes[: tokens // BLOCK_TOKENS]

@@ -222,8 +222,13 @@ class Director:
         return self._sharing.ceiling // self.page_bytes // self.unit_pages
 
     def room(self) -> int:
-        """Units that could get frames in the next orders, whatever happens."""
-        return max(0, self._planner.ready()) // self.unit_pages
+        """Units that could get frames in the next orders, whatever happens.
+
+        Not those that units in use will need, whose content did not come (`mend`).
+        """
+        used = np.flatnonzero(self._users).astype(np.int32)
+        lost = int(self._is_lost(used).sum())
+        return max(0, self._planner.ready() // self.unit_pages - lost)
 
     def coming(self) -> int:
         """Pages whose frames are on their way to be had."""

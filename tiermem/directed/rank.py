@@ -110,15 +110,13 @@ class Rank:
             if orders.record is not None:
                 r = orders.record
                 slab.record(r.slots, r.keys, r.depths, r.tenants, slab.sequences(r.slots))
-        if len(orders.park):
-            self._device.park(orders.park[~np.isin(orders.park, self._bare)])
-            self._bare = np.setdiff1d(self._bare, orders.park)
-            self._parked = np.concatenate([self._parked, orders.park])
         if len(orders.back):
             self._back(orders.back)
         for plan in orders.plans:
             self._flights[plan.id] = self._executor.start(self._here(plan))
             self._looks[plan.id] = (time.monotonic(),) * 2
+        if len(orders.park):
+            self._park(orders.park)
         for request, receive in orders.receives.items():
             self._receiving[request] = set(receive.plans)
             self._failed_rows.append(receive.missing)
@@ -273,6 +271,14 @@ class Rank:
             self._bare = np.concatenate([self._bare, frames])
         else:
             self._backed = np.concatenate([self._backed, frames])
+
+    def _park(self, frames: Slots) -> None:
+        """Frames that these orders have hidden at the latest give their memory back."""
+        for flight in self._flights.values():
+            flight.wait_hidden()
+        self._device.park(frames[~np.isin(frames, self._bare)])
+        self._bare = np.setdiff1d(self._bare, frames)
+        self._parked = np.concatenate([self._parked, frames])
 
     def _await(self, plan_id: int, stream: int | None) -> None:
         flight = self._flights.get(plan_id)

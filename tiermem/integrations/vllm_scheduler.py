@@ -107,6 +107,7 @@ class EngineSide:
         self._queue_full = False
         self._matched: dict[str, Match] = {}
         self._later: list[list[int]] = []
+        self._worked = 0  # the last step in which a request ran
         self._computed: deque[tuple[int, str, int]] = deque()
         self._turns = Turns()
         self._upkeep: Upkeep | None = None
@@ -233,6 +234,9 @@ class EngineSide:
         """
         name = request.request_id
         self._begin_schedule()
+        stale = self._tracked.pop(name, None)
+        if stale is not None:  # none of its content could be had: vLLM has freed all its blocks
+            self._leave(stale)
         hits = computed // self._block_tokens
         prefix = self._prefix(request, hits)
         if len(prefix) < hits:
@@ -399,6 +403,7 @@ class EngineSide:
         blocks = list(block_ids[0])
         self._note_taken()
         tracked = self._tracked.get(request.request_id)
+        taken = len(match.idle) + len(blocks) - match.hits
         if tracked is None:
             tracked = self._tracked[request.request_id] = Tracked(request, hints_of(request))
             self._sessions.came(tracked.hints)
@@ -407,10 +412,10 @@ class EngineSide:
             if external and match.outside:
                 self._adopt(tracked, blocks[match.hits : match.hits + match.outside])
         else:  # its content from the drive has come, or has failed to
+            taken -= len(tracked.blocks)
             lost = self.director.mend(self._units(tracked.blocks))
             if lost.any():
                 tracked.keyed = min(tracked.keyed, int(np.flatnonzero(lost)[0]))
-        taken = len(match.idle) + len(blocks) - match.hits
         self._enter_new(tracked, blocks[len(tracked.blocks) :])
         self._cut.discard(request.request_id)
         self._end_fetch(request.request_id)
@@ -453,8 +458,14 @@ class EngineSide:
         self.director.leave(units, worthless=self._units(worthless))
 
     def _leave_preempted(self) -> None:
+        """Requests that were preempted hold no blocks.
+
+        One that was, and whose content has come from the drive since, has that status again, and
+        tokens computed.
+        """
         for name, tracked in list(self._tracked.items()):
-            if tracked.request.status.name == "PREEMPTED":
+            request = tracked.request
+            if request.status.name == "PREEMPTED" and not request.num_computed_tokens:
                 del self._tracked[name]
                 self._leave(tracked)
 
@@ -478,14 +489,27 @@ class EngineSide:
         for hits in self._later:
             self._enter_units(hits, "read")
         self._later.clear()
+        if not output.num_scheduled_tokens and self._worked <= director.passed:
+            self._give_way()
         now_s = time.monotonic()
         self._sessions.look_ahead(director, self._units_kept, now_s)
         orders = director.orders()
+        if output.num_scheduled_tokens:
+            self._worked = orders.step
         tokens = output.num_scheduled_tokens.values()
         self._choice.prefill.begin(tokens, now_s, loads=orders.awaits_loads())
         self._note_computed(output, orders.step)
         self._stale = True
         return orders
+
+    def _give_way(self) -> None:
+        """Nobody runs, and nobody could be admitted: what is kept for those who wait is in the way
+        of one who holds blocks already, and needs more."""
+        blocks = [block for fetch in self._waiting.values() for block in fetch.blocks]
+        if self._tracked and not self.director.look(self._units(blocks)).coming.any():
+            for name in list(self._waiting):
+                self._end_fetch(name)
+            self.director.make_room(self.director.budget)
 
     def hear(self, reports: Iterable[Report]) -> None:
         """What the ranks report; sent by those in other processes."""
