@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from random import Random
 
 import pytest
 
 pytest.importorskip("torch")
 
-from tests.directed_ranks import Ranks
+from tests.directed_ranks import PAGE, Ranks
 from tests.integrations.vllm_machine import Machine
 from tiermem.errors import TierFull
 from tiermem.integrations import vllm_scheduler
+from tiermem.nvme.superblock import HEADER_BYTES
 
 
 def serve(machine: Machine, steps: int) -> None:
@@ -114,6 +116,40 @@ def test_random_requests_after_a_restart_read_what_the_run_before_has_left(
             ranks.close()
         adopted += machine.seen["outside"]
     assert adopted > 10, "hardly anything was on the drive"
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+@pytest.mark.parametrize("spoiled", [0.3, 1.0])
+@pytest.mark.parametrize("seed", range(4))
+def test_content_of_an_earlier_run_that_was_spoiled_is_computed_again(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, seed: int, spoiled: float, lag: int
+) -> None:
+    """spoiled: part of the slab's pages that hold other bytes than were written. Requests are
+    aborted meanwhile; blocks that nothing was computed into are not kept as content."""
+    for run in range(2):
+        ranks = Ranks(
+            ranks=1 + seed % 2, units=48, pieces=1 + seed % 3, budget=40, host=14, nvme=60,
+            path=tmp_path, persist=True, seed=seed, queued=True,
+        )  # fmt: skip
+        monkeypatch.setattr(vllm_scheduler, "load", lambda ranks=ranks: ranks.config)
+        machine = Machine(ranks, seed, lag=lag, whole=seed % 2 == 0)
+        serve(machine, 100)
+        ranks.settle()
+        ranks.close()
+        if run == 0:
+            spoil(tmp_path, spoiled, machine.random)
+    assert machine.seen["outside"] > 0
+    assert machine.seen["failed"] > 0
+
+
+def spoil(folder: Path, share: float, random: Random) -> None:
+    for slab in folder.glob("*.slab"):
+        with slab.open("r+b") as file:
+            for at in range(HEADER_BYTES, slab.stat().st_size, PAGE):
+                file.seek(at)
+                if any(file.read(PAGE)) and random.random() < share:
+                    file.seek(at + 8)
+                    file.write(b"spoiled!")
 
 
 def test_vllm_may_empty_its_prefix_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -49,7 +49,7 @@ PATIENCE_S = 10.0
 class Tracked:
     """A request that holds blocks. blocks: all that it holds; keyed: those labelled already.
 
-    hits: the first ones, whose content it found.
+    hits: the first ones, whose content it found. computed: so many are full after that step.
     """
 
     request: Any
@@ -57,6 +57,7 @@ class Tracked:
     blocks: list[int] = field(default_factory=list)
     keyed: int = 0
     hits: int = 0
+    computed: tuple[int, int] = (0, 0)
 
 
 @dataclass(eq=False)
@@ -108,7 +109,7 @@ class EngineSide:
         self._matched: dict[str, Match] = {}
         self._later: list[list[int]] = []
         self._worked = 0  # the last step in which a request ran
-        self._computed: deque[tuple[int, str, int]] = deque()
+        self._computed: deque[tuple[int, int, str]] = deque()
         self._turns = Turns()
         self._upkeep: Upkeep | None = None
         self._lost: list[Units] = []
@@ -446,7 +447,7 @@ class EngineSide:
 
     def _leave(self, tracked: Tracked) -> None:
         """Blocks are no longer used by a request; those without a hash are worth nothing."""
-        self._label(tracked, self.director.step, len(tracked.blocks))
+        self._label(tracked, *tracked.computed)
         blocks = tracked.blocks[::-1]
         units = self._units(blocks)
         if self.layout.blocks_per_unit > 1:
@@ -609,11 +610,12 @@ class EngineSide:
             if tracked is not None:
                 request = tracked.request
                 tokens = request.num_computed_tokens + output.num_scheduled_tokens[name]
-                self._computed.append((step, name, tokens // self._block_tokens))
+                tracked.computed = step, tokens // self._block_tokens
+                self._computed.append((*tracked.computed, name))
 
     def _label_computed(self) -> None:
         while self._computed and self._computed[0][0] <= self.director.passed:
-            step, name, blocks = self._computed.popleft()
+            step, blocks, name = self._computed.popleft()
             tracked = self._tracked.get(name)
             if tracked is not None:
                 self._label(tracked, step, blocks)
