@@ -83,4 +83,4 @@ def test_prefetch_breaks_no_invariant_and_every_page_loaded_ahead_has_a_fate() -
     run_state_machine_as_test(
         ForesightMachine, settings=machine_settings(RUNS or 150, repeat=not RUNS)
     )
-    assert sum(LOADED) > 2 * len(LOADED), "the machine hardly ever loads ahead"
+    assert sum(LOADED) > len(LOADED) // 2, "the machine hardly ever loads ahead"
