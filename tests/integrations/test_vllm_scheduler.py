@@ -118,7 +118,8 @@ def test_random_requests_after_a_restart_read_what_the_run_before_has_left(
     assert adopted > 10, "hardly anything was on the drive"
 
 
-@pytest.mark.parametrize("lag", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("lag", [0, 1])
 @pytest.mark.parametrize("spoiled", [0.3, 1.0])
 @pytest.mark.parametrize("seed", range(4))
 def test_content_of_an_earlier_run_that_was_spoiled_is_computed_again(
@@ -127,7 +128,7 @@ def test_content_of_an_earlier_run_that_was_spoiled_is_computed_again(
     """spoiled: part of the slab's pages that hold other bytes than were written. Requests are
     aborted meanwhile; blocks that nothing was computed into are not kept as content.
 
-    lag 1 is slow: once in some tens of runs one request waited for ever for a spoiled page.
+    Slow, for once in some tens of runs a request waited for ever for a spoiled page.
     """
     for run in range(2):
         ranks = Ranks(
