@@ -266,7 +266,7 @@ def test_adopting_under_full_tiers_costs_other_content_and_no_bytes(
     assert not gone, "pages of a region left although content of nobody was there"
     assert right(region, pages[pages >= 0], got)
     left = [(page, 200 + i) for i, page in enumerate(mine.tolist()) if page not in gone]
-    assert len(left) > 12  # how many content was there for depends on the writer's pace
+    assert len(left) > 20
     assert right(other, np.array([page for page, _ in left]), [number for _, number in left])
 
 
