@@ -259,7 +259,7 @@ def test_adopting_under_full_tiers_costs_other_content_and_no_bytes(
     region = space.reserve(64 * PAGE)
     gone: list[int] = []
     other = space.reserve(64 * PAGE, on_gone=lambda pages, _: gone.extend(pages.tolist()))
-    mine = fill(other, range(200, 225))  # these push content out of the attic
+    mine = fill(other, range(200, 228))  # these push content out of the attic
     pages = region.adopt(keys_of(range(1, 31)))
     got = [n for n in range(1, 31) if pages[n - 1] >= 0]
     assert 0 < len(got) < 20
