@@ -118,7 +118,6 @@ def test_random_requests_after_a_restart_read_what_the_run_before_has_left(
     assert adopted > 10, "hardly anything was on the drive"
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("lag", [0, 1])
 @pytest.mark.parametrize("spoiled", [0.3, 1.0])
 @pytest.mark.parametrize("seed", range(4))
@@ -126,10 +125,7 @@ def test_content_of_an_earlier_run_that_was_spoiled_is_computed_again(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, seed: int, spoiled: float, lag: int
 ) -> None:
     """spoiled: part of the slab's pages that hold other bytes than were written. Requests are
-    aborted meanwhile; blocks that nothing was computed into are not kept as content.
-
-    Slow, for once in some tens of runs a request waited for ever for a spoiled page.
-    """
+    aborted meanwhile; blocks that nothing was computed into are not kept as content."""
     for run in range(2):
         ranks = Ranks(
             ranks=1 + seed % 2, units=48, pieces=1 + seed % 3, budget=40, host=14, nvme=60,
@@ -154,6 +150,21 @@ def spoil(folder: Path, share: float, random: Random) -> None:
                 if any(file.read(PAGE)) and random.random() < share:
                     file.seek(at + 8)
                     file.write(b"spoiled!")
+
+
+def test_blocks_that_vllm_frees_do_not_hide_those_that_it_took(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As when content from the drive has failed: blocks go back in the midst of a step."""
+    ranks = Ranks(ranks=1, units=40, budget=12, host=8, queued=True)
+    monkeypatch.setattr(vllm_scheduler, "load", lambda: ranks.config)
+    pool = Machine(ranks, 0).pool
+    others = pool.get_new_blocks(2)
+    free = pool.get_num_free_blocks()
+    pool.get_new_blocks(2)
+    pool.free_blocks(others)
+    assert pool.get_num_free_blocks() == free - 2, "frames come back with the next orders only"
+    ranks.close()
 
 
 def test_vllm_may_empty_its_prefix_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -102,6 +102,7 @@ class EngineSide:
         self._layout: Layout | None = None
         self._pool: Any = None
         self._reset: Callable[[], bool] | None = None
+        self._free: Callable[[Iterable[Any]], None] | None = None
         self._counts_all = False
         self._tracked: dict[str, Tracked] = {}
         self._waiting: dict[str, Fetch] = {}
@@ -117,6 +118,7 @@ class EngineSide:
         self._room = self._credit = self._spent = self._seen = 0
         self._choice = Choice()
         self._cut: set[str] = set()  # requests that wait, of whose prefix something is dear
+        self._unread: set[str] = set()  # those whose content on the drive could not be had
         ahead_ms = self._config.prefetch.params.get("ahead_ms")
         self._sessions = Sessions(AHEAD_S if ahead_ms is None else float(str(ahead_ms)) / 1000)
         self._told = Told()
@@ -128,8 +130,9 @@ class EngineSide:
     def bind(self, pool: Any) -> None:
         """vLLM's block pool: from here on its free blocks are those that can have frames."""
         self._pool = pool
-        self._reset = pool.reset_prefix_cache
+        self._reset, self._free = pool.reset_prefix_cache, pool.free_blocks
         pool.get_num_free_blocks = self._free_blocks
+        pool.free_blocks = self._free_noted
         pool.get_usage = self._usage
         pool.reset_prefix_cache = self._reset_prefix_cache
 
@@ -219,6 +222,12 @@ class EngineSide:
         self._spent += max(0, held - self._seen)
         self._seen = held
 
+    def _free_noted(self, blocks: Iterable[Any]) -> None:
+        """Blocks that vLLM gives back in the midst of a step must not hide those it took before."""
+        assert self._free is not None, "the pool is bound first"
+        self._note_taken()
+        self._free(blocks)
+
     def _usage(self) -> float:
         """Part of the GPU budget that requests hold."""
         if self._director is None:
@@ -238,6 +247,7 @@ class EngineSide:
         stale = self._tracked.pop(name, None)
         if stale is not None:  # none of its content could be had: vLLM has freed all its blocks
             self._leave(stale)
+            self._unread.add(name)
         hits = computed // self._block_tokens
         prefix = self._prefix(request, hits)
         if len(prefix) < hits:
@@ -388,6 +398,8 @@ class EngineSide:
         """Blocks of a prompt, behind its local prefix, that an earlier run left on the drive."""
         if not self._keeps or request.num_tokens <= (hits + 1) * self._block_tokens:
             return 0
+        if request.request_id in self._unread:
+            return 0  # it would get the same blocks, whose frames cannot be had yet, for ever
         last = (request.num_tokens - 1) // self._block_tokens
         keys = keys_of(request.block_hashes[hits:last])
         return self.director.find(keys) if len(keys) else 0
@@ -419,6 +431,7 @@ class EngineSide:
                 tracked.keyed = min(tracked.keyed, int(np.flatnonzero(lost)[0]))
         self._enter_new(tracked, blocks[len(tracked.blocks) :])
         self._cut.discard(request.request_id)
+        self._unread.discard(request.request_id)
         self._end_fetch(request.request_id)
         self._spent = max(0, self._spent - taken)
         self._credit = 0
@@ -429,6 +442,7 @@ class EngineSide:
         with self._turns.lock:
             self._matched.pop(request.request_id, None)
             self._cut.discard(request.request_id)
+            self._unread.discard(request.request_id)
             self._end_fetch(request.request_id)
             tracked = self._tracked.pop(request.request_id, None)
             if tracked is not None:
