@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from tests.test_region import LONG_S, PAGE, config, filled, verify, write
+from tests.waiting import host_slots
 from tiermem.assemble import Parts, assemble
 from tiermem.errors import DriverError, PageInUse, PageLost, TierFailed, TierMemError
 from tiermem.gpu.emulated import EmulatedDevice
@@ -172,6 +173,7 @@ def test_others_go_on_while_a_load_lags(tmp_path: Path) -> None:
     with opened(tmp_path, spoil, nvme=0) as space:
         region = space.reserve(40 * PAGE)
         pages = filled(region, 3)
+        host_slots(space, 4)
         region.hint(pages[:1], "cold")
         space.drain()
         entered = threading.Event()

@@ -15,7 +15,8 @@ import msgspec
 import numpy as np
 import pytest
 
-from tests.test_sharing import PAGE, PAGES, config, fill, until, verify
+from tests.test_sharing import PAGE, PAGES, config, fill, verify
+from tests.waiting import until
 from tiermem import Config, ConfigError, DriverError, Host, Region, Share, Space, TierFull
 from tiermem.host import pinned
 from tiermem.host.shared import SharedChunks

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import numpy as np
 import pytest
 
 from tests import sharing_soak
+from tests.waiting import until
 from tiermem import Config, ConfigError, Gpu, Host, Region, Share, Space, TierFull
 from tiermem.assemble import assemble
 from tiermem.ledger import Ledger, Member
@@ -86,14 +86,6 @@ def members(home: Path) -> dict[str, Member]:
 
 def held(space: Space) -> int:
     return space.statistics().tier(Place.GPU).capacity
-
-
-def until(condition: Callable[[], bool]) -> None:
-    """Wait until something holds that threads bring about; fail after 10 s."""
-    deadline = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
 
 
 def test_without_a_share_section_no_ledger_is_touched(home: Path) -> None:

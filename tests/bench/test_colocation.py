@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from tests.test_sharing import PAGE, PAGES, config, engine, fill, held, members, until, verify
+from tests.test_sharing import PAGE, PAGES, config, engine, fill, held, members, verify
+from tests.waiting import until
 from tiermem import cli
 from tiermem.bench import top
 from tiermem.ledger import Kind

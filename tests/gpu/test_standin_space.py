@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import ctypes
 import logging
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import numpy as np
 import pytest
 
 from tests.gpu.standin import StandIn
+from tests.waiting import LONG_S, host_slots, until
 from tiermem.assemble import Parts
 from tiermem.books import Crossover
 from tiermem.config import Config, Gpu, Host
@@ -26,7 +26,6 @@ from tiermem.tier import Place, Showable
 PAGE = 2 << 20
 FRAMES = 4
 HOST_PAGES = 8
-LONG_S = 30.0
 
 
 @pytest.fixture
@@ -81,21 +80,6 @@ def assert_written(region: Region, pages: Pages) -> None:
         with region.use(page):
             at = region.address + page * PAGE
             assert ctypes.string_at(at, 8) == bytes([page + 1]) * 8
-
-
-def until(condition: Callable[[], bool]) -> None:
-    """Wait for the mover to come to something."""
-    pause = threading.Event()
-    for _ in range(int(LONG_S * 1000)):
-        if condition():
-            return
-        pause.wait(0.001)
-    raise AssertionError("the mover does not come to it")
-
-
-def host_slots(space: Space, slots: int) -> None:
-    """Wait until the space knows of so many slots of the host tier."""
-    until(lambda: space.statistics().tier(Place.HOST).capacity == slots)
 
 
 @pytest.mark.parametrize(
