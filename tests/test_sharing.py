@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,9 +13,10 @@ import numpy as np
 import pytest
 
 from tests import sharing_soak
-from tests.waiting import until
+from tests.waiting import LONG_S, until
 from tiermem import Config, ConfigError, Gpu, Host, Region, Share, Space, TierFull
 from tiermem.assemble import assemble
+from tiermem.leased import Demand
 from tiermem.ledger import Ledger, Member
 from tiermem.ledger_file import LedgerError
 from tiermem.sharing import Sharing
@@ -127,6 +129,40 @@ def test_a_newcomer_waits_for_its_share_rather_than_lose_pages_of_its_own(
         with engine(config("new", host=0)) as (new, region):
             mine = fill(region, 2)
             mine += fill(region, 24)
+            verify(region, mine)
+            assert new.statistics().counts.get("dropped", 0) == 0
+        verify(kept, pages)
+
+
+def test_pages_that_come_while_a_lease_is_followed_do_not_leave_for_it(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The newcomer's mover found nothing in use, and one of its two pages owed to the other."""
+    real, found, came = Sharing.limit, threading.Event(), threading.Event()
+    later: list[int] = []
+
+    with engine(config("old")) as (old, kept):
+        pages = fill(kept, PAGES)
+
+        def limit(sharing: Sharing, demand: Demand) -> int:
+            frames = real(sharing, demand)
+            if sharing is old._sharing:
+                return frames
+            if found.is_set():
+                later.append(demand.used)
+            elif frames == 1:
+                monkeypatch.setattr("tiermem.sharing.WARM_EVERY_S", float("inf"))
+                found.set()
+                assert came.wait(LONG_S)
+            return frames
+
+        monkeypatch.setattr(Sharing, "limit", limit)
+        with engine(config("new", host=0)) as (new, region):
+            assert found.wait(LONG_S)
+            mine = fill(region, 2)
+            came.set()
+            until(lambda: len(later) >= 3)
+            assert later[0] == 2
             verify(region, mine)
             assert new.statistics().counts.get("dropped", 0) == 0
         verify(kept, pages)

@@ -76,6 +76,7 @@ class Sharing:
         self._is_owed = False
         self._place_checked = self._warmed = self._reported = 0.0
         self._warm = terms.first // terms.page_bytes
+        self._counted = 0  # frames in use when the working set was counted last
         self._clocks: deque[tuple[float, int]] = deque()  # (when, the planner's clock)
         self._slept_at = -1
         self._owed = 0
@@ -253,11 +254,12 @@ class Sharing:
         """Wanted follows the working set up at once, and down in steps."""
         now = time.monotonic()
         if now - self._warmed >= WARM_EVERY_S:
-            self._warmed = now
+            self._warmed, self._counted = now, demand.used
             self._warm = self._working_set(demand, now)
+        came = max(0, demand.used - self._counted)  # in use since, so as warm
         page = self.terms.page_bytes
         assert self._planner is not None, "the space has started"
-        wanted = self._planner.beneath_mark(self._warm) * page
+        wanted = self._planner.beneath_mark(self._warm + came) * page
         if now < self._asked_until:
             wanted = max(wanted, self._asked_bytes)
         wanted = min(wanted, self.ceiling)

@@ -517,8 +517,7 @@ class Space:
         sharing.settle(self._backed_frames())
         with self.pager.lock:
             demand = planner.demand()
-        limit = sharing.limit(demand)
-        self._set_limit(limit)
+        self._set_limit(sharing.limit(demand), used=demand.used)
         self._obey_limit()
         sharing.settle(self._backed_frames())
         if sharing.is_report_due():
@@ -573,10 +572,16 @@ class Space:
             self._planner.growing = growing
         return bool(growing)
 
-    def _set_limit(self, frames: int) -> None:
-        """Of the GPU's pages, but not below what is counted on and there."""
+    def _set_limit(self, frames: int, *, used: int | None = None) -> None:
+        """Of the GPU's pages, but not below what is counted on and there.
+
+        used: so many were when the limit was found. If more are by now it is not lowered, for
+        those that came would leave at once; the next turn knows of them.
+        """
         with self.pager.lock:
             there = self._planner.pools[Place.GPU].capacity
+            if used is not None and self._planner.pools[Place.GPU].used > used:
+                frames = max(frames, self._planner.allowed())
             self._planner.limits[Place.GPU] = max(frames, min(self._counted_on, there))
 
     def _obey_limit(self) -> None:
