@@ -1,6 +1,7 @@
-"""What several folders share: optional test data, and an environment without our variables."""
+"""What several folders share: optional test data, and surroundings that are the same everywhere."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -39,3 +40,10 @@ def _no_variables() -> None:
     """What a user has set for their own engines must not change what is tested."""
     for name in [name for name in os.environ if name.startswith("TIERMEM")]:
         del os.environ[name]
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _ctrl_c() -> None:
+    """Ctrl-C is heard, here and in child processes, also where the tests run in the background."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
