@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import numpy as np
 
+from bench import gpu_profile
 from bench.gpu_gemm import gemm
 from bench.gpu_in_place import crossover, in_place_rate
 from tiermem.bench import paging
@@ -157,10 +158,16 @@ def first_page(device: str) -> dict[str, object]:
     }
 
 
+def profile(device: str) -> dict[str, object]:
+    """The parts of a load, call by call (us): what a row that misses its bar is made of."""
+    return gpu_profile.profile(shapes(device), 2)
+
+
 SECTIONS: dict[str, Section] = {
     f.__name__: f
     for f in (
         streams, fault, window, allocate, first_page, busy, guard, crossover, in_place_rate, gemm,
+        profile,
     )
 }  # fmt: skip
 
