@@ -16,7 +16,7 @@ from tiermem import evicting, units
 from tiermem.assemble import Parts, assemble
 from tiermem.config import Config, changed, reload
 from tiermem.drive import RANK
-from tiermem.errors import Closed, ConfigError, TierFull
+from tiermem.errors import Closed, ConfigError
 from tiermem.executor import Executor
 from tiermem.facts import Fact
 from tiermem.foresight import Foresight, load_prefetch
@@ -37,6 +37,7 @@ from tiermem.pooling import Pooling
 from tiermem.region import READ_IN_PLACE, OnGone, ReadInPlace, Region
 from tiermem.sharing import Sharing
 from tiermem.stats import Pace, RouteStatistics, Statistics, TierStatistics
+from tiermem.supply import Supply
 from tiermem.table import PageTable, Rows
 from tiermem.tier import GPU, TIERS, Addresses, Finished, Place, SlotPool
 from tiermem.watch import WatchedFile
@@ -70,16 +71,12 @@ class Space:
         self._bases = np.zeros(0, np.uint64)
         self._firsts = np.zeros(0, np.int64)
         self._start_s = time.monotonic()
-        self._limit: int | None = None
-        self._counted_on = 0
-        self._parked: Slots = np.empty(0, np.int32)
         self._closed = False
         self._metrics: Endpoint | None = None
         self._paces = {src: Pace() for src, dst in parts.routes if dst == GPU}
         table = PageTable()
         self._configured = dict(parts.capacities)
         pools = {place: SlotPool(place, self._backed(place)) for place in TIERS}
-        self._ready = {place: pool.capacity for place, pool in pools.items()}
         self._log = evicting.event_log(config, self._configured)
         rankings = evicting.rankings(config, self._configured, table, self._log)
         self._sharing = sharing
@@ -119,7 +116,8 @@ class Space:
         self._watched = WatchedFile(config.file) if config.file else None
         self._mover = Mover(self.pager, self._turn)
         self._keeping = self._open_keeping()
-        self._grow()
+        self._supply = Supply(parts, self._configured, self.pager, sharing, pooling)
+        self._supply.grow()
         if isinstance(self._planner, LeasedPlanner) and sharing is not None:
             sharing.start(self._planner, self._mover.wake)
             pool = parts.tiers.get(Place.HOST)
@@ -251,7 +249,8 @@ class Space:
             return min(lease.cap, max(lease.floor, lease.held + lease.free)) // self.page_bytes
         with self.pager.lock:
             frames = self._planner.pools[Place.GPU].capacity
-        return frames if self._limit is None else min(frames, self._limit)
+        limit = self._supply.limit
+        return frames if limit is None else min(frames, limit)
 
     def count_on(self, pages: int) -> None:
         """So many GPU pages are counted on until this is called again.
@@ -259,8 +258,8 @@ class Space:
         A limit that falls meanwhile takes none of those away that there are; `budget` tells of it
         at once. So whoever plans work by the budget can start it, and then plan with less.
         """
-        if pages != self._counted_on:
-            self._counted_on = pages
+        if pages != self._supply.counted_on:
+            self._supply.counted_on = pages
             self._mover.wake()
 
     @property
@@ -287,8 +286,7 @@ class Space:
         if self._sharing is not None:
             self._sharing.ceiling = frames * self.page_bytes
         else:
-            self._limit = frames
-            self._set_limit(frames)
+            self._supply.limit_to(frames)
         self._mover.wake()
 
     def apply(self, config: Config) -> tuple[str, ...]:
@@ -446,15 +444,15 @@ class Space:
         """One round of the mover; True while a tier still grows, or holds more than its limit."""
         self.pager.settle_ready()
         self._record()
-        growing = self._grow()
-        if isinstance(self._planner, LeasedPlanner):
-            self._follow_lease(self._planner)
+        growing = self._supply.grow()
+        if isinstance(self._planner, LeasedPlanner) and self._sharing is not None:
+            self._supply.follow_lease(self._sharing, self._planner)
             if self._pooling is not None:
                 growing |= self._pooling.turn(self.pager, self._planner, self.now())
-        elif self._limit is not None:
-            self._set_limit(self._limit)  # what is counted on may have changed
+        else:
+            self._supply.keep_limit()
         self.pager.decide(self._upkeep)
-        self._obey_limit()
+        self._supply.obey_limit()
         if self._watched is not None and self._watched.rewritten():
             self._follow_file()
         return self._look_ahead() or growing or self._planner.short_of_limit(Place.GPU) < 0
@@ -508,27 +506,6 @@ class Space:
         now = self.now()
         return self._planner.relieve(now) + self._planner.back_up(now)
 
-    def _follow_lease(self, planner: LeasedPlanner) -> None:
-        """The limit is what the ledger lets us hold; what others may have by then is parked."""
-        sharing = self._sharing
-        assert sharing is not None, "a leased planner has a lease"
-        if Place.GPU in planner.growing:
-            return  # what it opens with is charged already, and is still being backed
-        sharing.settle(self._backed_frames())
-        with self.pager.lock:
-            demand = planner.demand()
-        self._set_limit(sharing.limit(demand), used=demand.used)
-        self._obey_limit()
-        sharing.settle(self._backed_frames())
-        if sharing.is_report_due():
-            with self.pager.lock:
-                report = planner.report(self.page_bytes)
-            sharing.report(report)
-
-    def _backed_frames(self) -> int:
-        """GPU frames with memory behind them: counted before they get it, until it is gone."""
-        return self._ready[Place.GPU] - len(self._parked)
-
     def _open_keeping(self) -> Keeping | None:
         """With nvme.persist, what the drive holds is the attic's, the first range of the table."""
         slab = self._parts.slab
@@ -552,62 +529,6 @@ class Space:
             return
         for key in keys:
             log.info("config changed %s = %r", key, self.config.settings()[key])
-
-    def _grow(self) -> bool:
-        growing: set[Place] = set()
-        for place, tier in self._parts.tiers.items():
-            if place == Place.HOST and self._pooling is not None:
-                growing |= {place} if self._pooling.growing else set()
-                continue
-            still = tier.growing  # asked first: what is ready by then counts
-            ready = min(tier.ready, self._configured[place])
-            if ready > self._ready[place]:
-                fresh = np.arange(self._ready[place], ready, dtype=np.int32)
-                with self.pager.lock:
-                    self._planner.grow(place, fresh)
-                self._ready[place] = ready
-            if still and ready < self._configured[place]:
-                growing.add(place)
-        with self.pager.lock:
-            self._planner.growing = growing
-        return bool(growing)
-
-    def _set_limit(self, frames: int, *, used: int | None = None) -> None:
-        """Of the GPU's pages, but not below what is counted on and there.
-
-        used: so many were when the limit was found. If more are by now it is not lowered, for
-        those that came would leave at once; the next turn knows of them.
-        """
-        with self.pager.lock:
-            there = self._planner.pools[Place.GPU].capacity
-            if used is not None and self._planner.pools[Place.GPU].used > used:
-                frames = max(frames, self._planner.allowed())
-            self._planner.limits[Place.GPU] = max(frames, min(self._counted_on, there))
-
-    def _obey_limit(self) -> None:
-        with self.pager.lock:
-            freed = self._planner.surrender()
-            short = self._planner.short_of_limit(Place.GPU)
-        if len(freed):
-            self.device.park(freed)
-            self._parked = np.concatenate([self._parked, freed])
-        if short > 0:
-            fresh, self._parked = self._parked[:short], self._parked[short:]
-            if len(fresh) < short:
-                first = self._ready[Place.GPU]
-                self._ready[Place.GPU] = first + short - len(fresh)
-                new = np.arange(first, self._ready[Place.GPU], dtype=np.int32)
-                fresh = np.concatenate([fresh, new])
-            try:
-                self.device.back(fresh)
-            except TierFull:
-                self._parked = np.concatenate([self._parked, fresh])
-                log.warning("limit not reached: the device has no memory for %d pages", len(fresh))
-                if self._sharing is not None:
-                    self._sharing.no_memory()
-                return
-            with self.pager.lock:
-                self._planner.grow(Place.GPU, fresh)
 
     def _backed(self, place: Place) -> int:
         tier = self._parts.tiers.get(place)
