@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from pathlib import Path
 
 import msgspec
@@ -11,6 +12,7 @@ from rich.console import Console
 
 from tests.nvme.test_kvikio import PlainFile
 from tiermem.bench import fio, nvme, nvme_gpu
+from tiermem.bench.paired import ratio
 from tiermem.errors import ConfigError
 from tiermem.gpu.emulated import EmulatedDevice
 from tiermem.nvme.kvikio import Probe
@@ -40,6 +42,7 @@ def test_without_fio_the_routes_are_measured_and_the_absence_is_said(
     nvme.show(found, Console(file=out, width=200))
     assert "fio is not installed" in out.getvalue()
     assert "Medians of 2 rounds" in out.getvalue()
+    assert re.search(r"took\s+up\s+to\s+\d+\.\d\s+of\s+\d+\s+processors", out.getvalue())
     assert list(tmp_path.iterdir()) == []
 
 
@@ -52,7 +55,12 @@ def test_with_fio_every_row_has_a_ratio(tmp_path: Path) -> None:
         == {"fio": 2, "bare": 2, "route": 2}
         for row in found.rows
     )
-    assert all(row.fio_gbps and row.bare_of_fio and row.route_of_fio for row in found.rows)
+    for row in found.rows:
+        assert row.fio_gbps is not None
+        assert row.route_of_fio is not None
+        ours, theirs = (row.rounds_gbps[way] for way in ("bare", "fio"))
+        assert row.bare_of_fio == ratio(ours, theirs)
+        assert row.bare_of_fio.n == 2
     again = msgspec.json.decode(msgspec.json.encode(found), type=nvme.Result)
     assert again == found
 

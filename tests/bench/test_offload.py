@@ -147,7 +147,8 @@ def test_its_figures_stand_beside_those_of_independent_tools(run: Result) -> Non
         assert [check.what for check in disk] == names
     for check in run.checks:
         assert check.n == 2
-        assert check.ratio == pytest.approx(check.ours_gbps / check.theirs_gbps)
+        pairs = zip(check.ours_rounds, check.theirs_rounds, strict=True)
+        assert check.ratio == pytest.approx(sum(mine / other for mine, other in pairs) / 2)
         assert check.agrees == (0.95 <= check.ratio <= 1.05)
 
 
@@ -201,6 +202,8 @@ def test_the_best_route_each_way_stands_beside_the_copies_of_its_own_way() -> No
     down, up = run.checks
     assert (down.ours_gbps, down.theirs_gbps, down.n, down.agrees) == (54.0, 55.0, 3, True)
     assert (up.ours_gbps, up.agrees) == (50.0, False)
+    assert down.ratio == pytest.approx(54 / 55)  # of the medians: they did not take turns
+    assert (down.low, down.high, down.theirs_rounds) == (None, None, (55.0, 54.0, 56.0))
     assert "x 64" in down.what
 
 

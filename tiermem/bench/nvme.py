@@ -2,7 +2,8 @@
 
 Three ways to move the same pages between the file and huge-page buffers: fio, the route without
 its checksums (what the threads cost), and the route as it is (what a user gets). Each round
-measures all of them one after the other, so that a drive that slows down slows all alike.
+measures all of them one after the other, so that a drive that slows down slows all alike, and
+ratios are taken within a round. Many short rounds tell more than few long ones.
 """
 
 from __future__ import annotations
@@ -26,8 +27,11 @@ from tiermem import units
 from tiermem.bench import fio, output
 from tiermem.bench.machine import Machine, machine
 from tiermem.bench.nvme_gpu import GpuTable, measure
+from tiermem.bench.others import Others
+from tiermem.bench.paired import Ratio, ratio, text
 from tiermem.errors import ConfigError, DriverError
 from tiermem.host.pinned import HostPool
+from tiermem.nvme.files import memory_at
 from tiermem.nvme.kept import Persist
 from tiermem.nvme.mover import Batch, Mover, native_calls
 from tiermem.nvme.posix import DiskThreads
@@ -35,6 +39,7 @@ from tiermem.nvme.slab import Slab
 from tiermem.tier import PASSED, Addresses, Device, Done, Mask, Memory, Place, Route, Slots
 
 DEPTHS = (1, 8, 32)
+SECONDS, ROUNDS = 0.5, 9
 GPU_PAGES = 128
 Sample = tuple[float, float]
 """Of one round: GB/s, and processor time a page in us."""
@@ -44,8 +49,7 @@ ABSENT = "fio is not installed: apt install fio; its columns are empty and nothi
 class Row(msgspec.Struct, frozen=True, kw_only=True):
     """One direction at one depth; rates are medians over the rounds, in GB/s (1e9 bytes).
 
-    The ratios are those of the medians. `rounds_gbps` has the rate of every round by way (fio,
-    bare, route), in the order in which they ran: how far apart they lie is how far to trust them.
+    `rounds_gbps` has the rate of every round by way (fio, bare, route), in the order of rounds.
     """
 
     direction: str
@@ -57,8 +61,8 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
     """The route's threads without checksums."""
     route_gbps: float
     """The route as it is: every store hashed, every load verified."""
-    bare_of_fio: float | None
-    route_of_fio: float | None
+    bare_of_fio: Ratio | None
+    route_of_fio: Ratio | None
     rounds_gbps: dict[str, tuple[float, ...]]
     fio_cpu_us: float | None
     bare_cpu_us: float
@@ -67,6 +71,8 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
     page_p50_us: float
     page_p99_us: float
     """From submission of one page to its arrival, one at a time, through the route."""
+    others_cores: float
+    """Processors that other programs took meanwhile: what is not near 0 is noise in this row."""
 
 
 class Result(msgspec.Struct, frozen=True, kw_only=True):
@@ -136,6 +142,7 @@ class _Bench:
         self.slab.wait_ready(self.pages)
         self.pool.wait_ready(self.pages)
         self._order = np.random.default_rng(0)
+        self._scribble()
 
     def close(self) -> None:
         self.pool.close()
@@ -172,6 +179,11 @@ class _Bench:
             moved += sum(self._end(one) for one in running)
             took, cpu = time.perf_counter() - began, time.process_time() - cpu
         return moved * self.page / took / 1e9, cpu / moved * 1e6
+
+    def _scribble(self) -> None:
+        """Random bytes, as fio writes them: a drive may have short ways for zeros."""
+        for address in self.pool.addresses(np.arange(self.pages, dtype=np.int32)):
+            memory_at(int(address), self.page)[:] = self._order.bytes(self.page)
 
     def fill(self) -> None:
         """Store every page, so that every load finds what it expects."""
@@ -220,8 +232,8 @@ def run(
     page: int = 2 << 20,
     nbytes: int = 512 << 20,
     depths: Sequence[int] = DEPTHS,
-    seconds: float = 1.0,
-    rounds: int = 5,
+    seconds: float = SECONDS,
+    rounds: int = ROUNDS,
     engines: Sequence[str] = fio.ENGINES,
     gpu: str = "off",
     told: Callable[[str], None] = lambda text: None,
@@ -312,11 +324,13 @@ def _measure(
     if fio.version():
         ways["fio"] = lambda: bench.fio(depth, write=write)
     samples: dict[str, list[Sample]] = {way: [] for way in ("fio", *ways)}
+    others = Others()
     for i in range(rounds):
         told(f"{name} depth {depth}, round {i + 1} of {rounds}")
         # Turn about, so that whatever one leaves behind does not always meet the same next.
         for way in sorted(ways, reverse=i % 2 > 0):
             samples[way].append(ways[way]())
+    others_cores = others.cores()
     bench.fill()
     p50, p99 = bench.page_times(write=write)
     return Row(
@@ -335,6 +349,7 @@ def _measure(
         route_cpu_us=_median(samples["route"], 1) or 0.0,
         page_p50_us=p50,
         page_p99_us=p99,
+        others_cores=others_cores,
     )
 
 
@@ -342,9 +357,11 @@ def _median(found: list[Sample], which: int) -> float | None:
     return statistics.median(one[which] for one in found) if found else None
 
 
-def _ratio(ours: list[Sample], theirs: list[Sample]) -> float | None:
-    mine, other = _median(ours, 0), _median(theirs, 0)
-    return None if mine is None or other is None else mine / other
+def _ratio(ours: list[Sample], theirs: list[Sample]) -> Ratio | None:
+    if not theirs:
+        return None
+    mine, other = ([rate for rate, _ in samples] for samples in (ours, theirs))
+    return ratio(mine, other)
 
 
 def show(found: Result, console: Console) -> None:
@@ -368,16 +385,18 @@ def show(found: Result, console: Console) -> None:
             str(row.depth),
             _rates(row, "fio"),
             _rates(row, "bare"),
-            _text(row.bare_of_fio, ".0%"),
+            _of_fio(row.bare_of_fio),
             _rates(row, "route"),
-            _text(row.route_of_fio, ".0%"),
+            _of_fio(row.route_of_fio),
             f"{_text(row.fio_cpu_us, '.0f')}/{row.bare_cpu_us:.0f}/{row.route_cpu_us:.0f}",
         )
     console.print(table)
+    busy = max(row.others_cores for row in found.rows)
     console.print(
-        f"Medians of {found.rows[0].n} rounds, lowest and highest below. CPU a page: fio / "
-        "unchecked / route. Equal rounds that differ by more than 5 % mean a machine or drive "
-        "that others use: repeat it then.",
+        f"Medians of {found.rows[0].n} rounds, lowest and highest below; of fio: median of the "
+        "rounds' own ratios, 95 % interval below. CPU a page: fio / unchecked / route. Other "
+        f"programs took up to {busy:.1f} of {found.machine.cores} processors: from a tenth on, "
+        "repeat it when they are done.",
         style="dim",
         highlight=False,
     )
@@ -413,6 +432,10 @@ def _rates(row: Row, way: str) -> str:
     return f"{statistics.median(rates):.2f}\n{min(rates):.1f}-{max(rates):.1f}"
 
 
+def _of_fio(found: Ratio | None) -> str:
+    return "-" if found is None else "\n".join(text(found, ".0%").split())
+
+
 def _text(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
 
@@ -422,8 +445,8 @@ def command(
     size: Annotated[str, typer.Option(help="Size of the file, and of host memory.")] = "512MiB",
     page: Annotated[str, typer.Option(help="Bytes of a page.")] = "2MiB",
     depths: Annotated[str, typer.Option(help="Pages in flight.")] = "1,8,32",
-    seconds: Annotated[float, typer.Option(help="Length of one measurement.")] = 1.0,
-    rounds: Annotated[int, typer.Option(help="Rounds; medians are shown.")] = 5,
+    seconds: Annotated[float, typer.Option(help="Length of one measurement.")] = SECONDS,
+    rounds: Annotated[int, typer.Option(help="Rounds; medians are shown.")] = ROUNDS,
     gpu: Annotated[str, typer.Option(help="Whose way to the drive: auto, cuda:0, cpu, off.")] = (
         "auto"
     ),

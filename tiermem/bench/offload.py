@@ -106,7 +106,7 @@ def _of_others(settings: Settings) -> Iterator[Section]:
     yield Section("routes beside other tools", 0, 0.0, others.check_routes)
     if settings.nvme is not None:
         n = others.disk_steps(settings)
-        yield Section("drive beside fio", n, 2.0 + 1.8 * n, others.disk)
+        yield Section("drive beside fio", n, 2.0 + 1.2 * n, others.disk)
 
 
 def measure(

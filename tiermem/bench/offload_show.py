@@ -142,13 +142,13 @@ def _show_checks(found: Result, console: Console) -> None:
     table = Table(title=title, title_justify="left", box=None, pad_edge=False)
     for name in ("what", "tool"):
         table.add_column(name)
-    for name in ("ours GB/s", "theirs", "ratio", "n"):
+    for name in ("ours GB/s", "theirs", "ratio", "95 %", "n"):
         table.add_column(name, justify="right")
     table.add_column("")
     for check in found.checks:
         rates = (f"{check.ours_gbps:.2f}", f"{check.theirs_gbps:.2f}", f"{check.ratio:.3f}")
-        agrees = "agree" if check.agrees else "[yellow]differ[/]"
-        table.add_row(check.what, check.tool, *rates, str(check.n), agrees)
+        verdict = check.verdict if check.agrees else f"[yellow]{check.verdict}[/]"
+        table.add_row(check.what, check.tool, *rates, check.interval, str(check.n), verdict)
     console.print(table)
 
 

@@ -266,14 +266,15 @@ def _checks(found: Result) -> Iterator[str]:
     lines = (
         f"<tr><td>{escape(check.what)}</td><td>{escape(check.tool)}</td>"
         f'<td class="n">{check.ours_gbps:.2f}</td><td class="n">{check.theirs_gbps:.2f}</td>'
-        f'<td class="n">{check.ratio:.3f}</td><td class="n">{check.n}</td>'
-        f"<td>{'agree' if check.agrees else 'differ'}</td></tr>"
+        f'<td class="n">{check.ratio:.3f}</td><td class="n">{check.interval}</td>'
+        f'<td class="n">{check.n}</td><td>{check.verdict}</td></tr>'
         for check in found.checks
     )
     yield f"<h2>Beside independent tools (agree: within {AGREE:.0%})</h2>"
     yield (
         '<div class="wide"><table><thead><tr><th>what</th><th>tool</th><th class="n">ours GB/s</th>'
-        '<th class="n">theirs</th><th class="n">ratio</th><th class="n">n</th><th></th></tr>'
+        '<th class="n">theirs</th><th class="n">ratio</th><th class="n">95 %</th>'
+        '<th class="n">n</th><th></th></tr>'
         f"</thead><tbody>{''.join(lines)}</tbody></table></div>"
     )
 

@@ -14,6 +14,7 @@ import msgspec
 import numpy as np
 
 from tiermem.bench.machine import Machine, machine
+from tiermem.bench.paired import Ratio, ratio
 from tiermem.errors import TierMemError
 
 __all__ = [
@@ -137,26 +138,58 @@ class Check(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     theirs_gbps: float
     """Medians."""
     ratio: float
-    """Ours over theirs."""
+    """Ours over theirs: the median of the rounds' own ratios where the two took turns."""
     agrees: bool
     """Whether the ratio lies within AGREE of 1."""
+    low: float | None = None
+    high: float | None = None
+    """Where the ratio lies with 95 % confidence; None without turns, or with fewer than six."""
+    ours_rounds: tuple[float, ...] = ()
+    theirs_rounds: tuple[float, ...] = ()
+    """GB/s of every round, in the order in which they ran."""
 
     @classmethod
     def of(
-        cls, what: str, tool: str, ours_gbps: Sequence[float], theirs_gbps: Sequence[float]
+        cls,
+        what: str,
+        tool: str,
+        ours_gbps: Sequence[float],
+        theirs_gbps: Sequence[float],
+        *,
+        turns: bool = True,
     ) -> Check:
-        """Compare the medians of rounds; at least one each."""
+        """Compare rounds, at least one each; turns: round i of both was measured together."""
         ours, theirs = (float(np.median(rates)) for rates in (ours_gbps, theirs_gbps))
-        ratio = ours / theirs
+        n = len(theirs_gbps)
+        found = ratio(ours_gbps, theirs_gbps) if turns else Ratio(n, ours / theirs)
         return cls(
             what=what,
             tool=tool,
-            n=len(theirs_gbps),
+            n=n,
             ours_gbps=ours,
             theirs_gbps=theirs,
-            ratio=ratio,
-            agrees=abs(ratio - 1) <= AGREE,
+            ratio=found.median,
+            agrees=abs(found.median - 1) <= AGREE,
+            low=found.low,
+            high=found.high,
+            ours_rounds=tuple(ours_gbps),
+            theirs_rounds=tuple(theirs_gbps),
         )
+
+    @property
+    def interval(self) -> str:
+        """0.95-1.01, or nothing."""
+        return "" if self.low is None else f"{self.low:.3f}-{self.high:.3f}"
+
+    @property
+    def verdict(self) -> Literal["agree", "differ", "unsure"]:
+        """unsure: outside of AGREE by the median, and the interval reaches into it."""
+        if self.agrees:
+            return "agree"
+        if self.low is None or self.high is None:
+            return "differ"
+        apart = self.low > 1 + AGREE or self.high < 1 - AGREE
+        return "differ" if apart else "unsure"
 
 
 class Result(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
