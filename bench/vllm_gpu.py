@@ -34,6 +34,9 @@ LENGTHS = {4096: 24, 16384: 6}  # tokens of a prompt, and how many: 6,144 blocks
 QUARTER = 1536  # blocks on the GPU, of 6,144
 EVERYTHING = 16384
 NEW = 16
+GRAPHS = [1, 2, 4, 8, 16, 32, 64, 128]
+"""Tokens of a step that runs as a CUDA graph. A cached prompt computes its last block again, and
+without a graph of a block's size that step is launched kernel by kernel."""
 
 
 def main() -> None:
@@ -109,7 +112,7 @@ def engine(mode: str, size: str, nvme_path: Path, block_size: int | None) -> Any
         model=str(folder), load_format="dummy", skip_tokenizer_init=True, max_model_len=16640,
         max_num_seqs=32, max_num_batched_tokens=8192, seed=0, gpu_memory_utilization=0.5,
         attention_config={"backend": "FLASH_ATTN"}, disable_log_stats=True,
-        compilation_config={"cudagraph_capture_sizes": [1, 2, 4, 8, 16, 32]}, **more,
+        compilation_config={"cudagraph_capture_sizes": GRAPHS}, **more,
     )  # fmt: skip
 
 
@@ -123,6 +126,7 @@ def measure(
     result: dict[str, Any] = {
         "schema": "tiermem.vllm_gpu.v1", "mode": mode, "size": size, "start_s": started_s,
         "machine": machine(), "ceilings_gbps": ceilings, "lengths": {}, "tokens": {},
+        "block_tokens": llm.llm_engine.vllm_config.cache_config.block_size,
     }  # fmt: skip
     generate(llm, prompts(512, 2, seed=99), 4)  # warm-up
     for length, count in LENGTHS.items():
