@@ -10,7 +10,8 @@ Parts, the same load each, both engines in processes of their own:
 An engine is asked for its prompts once, cold; then the bursts alternate. In a burst `--clients`
 clients ask for the engine's prompts in random order, each as soon as its last answer has ended.
 At the end each engine answers its first prompts one by one, and `merge` compares those tokens.
-In `tiermem` the ledger is sampled all the while. A part whose JSON is there is not run again.
+In `tiermem` the ledger is sampled all the while, and `--pool` makes one pool of the two host tiers.
+A part whose JSON is there is not run again.
 """
 
 from __future__ import annotations
@@ -89,7 +90,7 @@ def serve(part: str, name: str, args: argparse.Namespace) -> None:
     say = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # vLLM prints
     started = time.perf_counter()
-    llm = engine(part, name, load, args.device, args.clients)
+    llm = engine(part, name, load, args.device, args.clients, args.pool)
     tell(say, {"started_s": time.perf_counter() - started})
     rnd = random.Random(name)
     prompts = [
@@ -113,7 +114,7 @@ def tell(say: TextIO, what: dict[str, Any]) -> None:
     say.flush()
 
 
-def engine(part: str, name: str, load: Load, device: str, clients: int) -> Any:
+def engine(part: str, name: str, load: Load, device: str, clients: int, pool: str | None) -> Any:
     os.environ.update(
         VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_NO_USAGE_STATS="1", HF_HUB_OFFLINE="1",
         VLLM_USE_FLASHINFER_SAMPLER="0",
@@ -149,7 +150,7 @@ def engine(part: str, name: str, load: Load, device: str, clients: int) -> Any:
         toml.write_text(
             f'[gpu]\nbudget = {whole}\npage = {page}\n[host]\ncapacity = "{load.host}"\n'
             f'[share]\ngroup = "{GROUP}"\nname = "{name}"\ntotal = {whole}\n'
-            f"floor = {floor}\nidle_s = 0.5\n"
+            f"floor = {floor}\nidle_s = 0.5\n" + (f'host = "{pool}"\n' if pool else "")
         )
         os.environ.update(TIERMEM="1", TIERMEM_CONFIG=str(toml))
         from tiermem.integrations.plugin import activate
@@ -226,6 +227,7 @@ class Engine:
             [
                 sys.executable, __file__, args.part, "--engine", name, "--out", str(args.out),
                 "--size", args.size, "--device", args.device, "--clients", str(args.clients),
+                *(["--pool", args.pool] if args.pool else []),
             ],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log.open("w"), text=True,
         )  # fmt: skip
@@ -326,6 +328,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "tokens_per_s": sum(b["asked"] + load.new * len(b["ttft_ms"]) for b in bursts)
         / sum(b["took_s"] for b in bursts),
         "cached": sum(b["cached"] for b in bursts) / sum(b["asked"] for b in bursts),
+        "host_pool": args.pool,
         "samples": 0 if sampler is None else len(sampler.samples),
         "over_budget": None if sampler is None else sampler.over,
         "fixed": fixed,
@@ -384,6 +387,7 @@ def main() -> None:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--clients", type=int, default=4)
     parser.add_argument("--bursts", type=int, default=2, help="of each engine, after the cold one")
+    parser.add_argument("--pool", help='one host pool of so many bytes for both, as "44GiB"')
     parser.add_argument("--engine", help=argparse.SUPPRESS)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)

@@ -21,9 +21,9 @@ from tiermem.directed.rank import Rank
 from tiermem.gpu.emulated import EmulatedDevice
 from tiermem.gpu.tensor import view
 from tiermem.integrations.layout import Layout
+from tiermem.leases import Leases
 from tiermem.native import Ticket
 from tiermem.nvme.kept import Persist
-from tiermem.sharing import Sharing
 from tiermem.table import Rows
 
 PAGE = 4096
@@ -53,11 +53,12 @@ class Ranks:
         page: int = PAGE,
         share: Share | None = None,
         prefetch: Prefetch | None = None,
+        directed: bool = True,
     ) -> None:
         """Sizes in units of `pieces` pages each, which lie in as many places of the range.
 
         queued: work runs on a stream of its rank, some time after its step. share: the one rank's
-        memory is held under a lease.
+        memory is held under a lease. directed: False if whoever calls will set `director`.
         """
         self.wake: Callable[[], None] = lambda: None
         self.random = Random(seed)
@@ -75,8 +76,7 @@ class Ranks:
             share=share or Share(),
             prefetch=prefetch or Prefetch(),
         )
-        sharing = None if share is None else Sharing.open(self.config)
-        first = None if sharing is None else sharing.terms.first
+        leases = Leases.open(self.config)
         self.bases: list[int] = []
         self.ranks: list[Rank] = []
         self.devices: list[EmulatedDevice] = []
@@ -85,12 +85,13 @@ class Ranks:
         self.tickets: list[Ticket] = []
         self.views: list[npt.NDArray[np.generic]] = []
         for number in range(ranks):
-            parts = assemble(self.config, first, Persist(f"r{number}", {"model": "test"}))
+            slab = Persist(f"r{number}", {"model": "test"})
+            parts = assemble(self.config, leases.first_gpu, slab, leases.pooling)
             assert isinstance(parts.device, EmulatedDevice)
             base = parts.device.reserve(self.layout.nbytes)
             self.bases.append(base)
             addresses = partial(self.layout.addresses, base)
-            rank = Rank(number, parts, addresses, persist=persist, sharing=sharing)
+            rank = Rank(number, parts, addresses, persist=persist, leases=leases)
             self.ranks.append(rank)
             self.devices.append(parts.device)
             self.streams.append(parts.device.new_stream() if queued else None)
@@ -100,6 +101,8 @@ class Ranks:
         self.model: dict[int, int] = {}
         self.next_value = 1
         self.hellos = [rank.start(units * self.layout.unit_pages) for rank in self.ranks]
+        if not directed:
+            return
         self.director = Director(
             self.hellos,
             units,
@@ -107,7 +110,7 @@ class Ranks:
             self.config,
             headroom=headroom,
             on_gone=self._on_gone,
-            sharing=sharing,
+            leases=leases,
             wake=lambda: self.wake(),
         )
 

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from tests import sharing_soak
 from tests.directed_ranks import Ranks, ids
-from tests.sharing_soak import FLOOR, GROUP, PAGE, PAGES
+from tests.sharing_soak import FLOOR, GROUP, HOST_PAGES, PAGE, PAGES
 from tiermem import Share
 from tiermem.directed.director import NO_UNITS
 from tiermem.directed.upkeep import Upkeep
@@ -36,8 +36,12 @@ SHORT_S = 1.0
 class Steps:
     """One engine's steps, as a scheduler and its worker take them in one process."""
 
-    def __init__(self, name: str) -> None:
-        share = Share(group=GROUP, name=name, total=PAGES * PAGE, floor=FLOOR * PAGE, idle_s=0.5)
+    def __init__(self, name: str, host_pages: int = 0) -> None:
+        """host_pages: of one pool that all engines share; 0: each has a host tier of its own."""
+        share = Share(
+            group=GROUP, name=name, total=PAGES * PAGE, floor=FLOOR * PAGE, idle_s=0.5,
+            host=host_pages * PAGE or None,
+        )  # fmt: skip
         self.ranks = Ranks(ranks=1, units=UNITS, page=PAGE, budget=PAGES, host=UNITS, share=share)
         self._turns = self.ranks.ranks[0].turns
         self._upkeep = Upkeep(self.ranks.ranks[0])
@@ -117,7 +121,7 @@ def engine(name: str, seed: int) -> None:
     os.set_blocking(0, False)
     rng = random.Random(seed)
     seen = {"wrong": 0, "verified": 0, "below_floor": 0, "refused": 0}
-    steps = Steps(name)
+    steps = Steps(name, HOST_PAGES)
     print("ready", flush=True)
     while not sharing_soak.is_told_to_end():
         most = rng.choice((FLOOR - 1, 30, 100))

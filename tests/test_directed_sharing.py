@@ -181,6 +181,6 @@ def test_a_lease_of_several_ranks_is_refused(ledger: Ledger) -> None:
     ranks = Ranks(ranks=1, units=30, page=PAGE, budget=PAGES, host=30, share=share)
     try:
         with pytest.raises(ConfigError, match="2 ranks"):
-            Director(ranks.hellos * 2, 30, 1, ranks.config, sharing=ranks.ranks[0].sharing)
+            Director(ranks.hellos * 2, 30, 1, ranks.config, leases=ranks.ranks[0].leases)
     finally:
         ranks.close()

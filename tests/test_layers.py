@@ -26,7 +26,8 @@ LEVEL = {
     **dict.fromkeys(
         ("ledger_file", "ledger_records", "ledger_pass", "ledger_shares", "ledger_wake"), 3
     ),
-    **dict.fromkeys(("crossover", "drive", "keeping", "leased", "pooling", "sharing", "supply"), 4),
+    **dict.fromkeys(("crossover", "drive", "keeping", "leased"), 4),
+    **dict.fromkeys(("leases", "pooling", "sharing", "supply"), 4),
     **dict.fromkeys(("assemble", "metrics", "mover", "region", "space"), 4),
     **dict.fromkeys(("__init__", "__main__", "bench", "cli", "integrations", "testing"), 5),
     **dict.fromkeys(("directed", "evicting", "facts", "foresight", "watch"), 4),

@@ -17,6 +17,7 @@ from tests.waiting import LONG_S, until
 from tiermem import Config, ConfigError, Gpu, Host, Region, Share, Space, TierFull
 from tiermem.assemble import assemble
 from tiermem.leased import Demand
+from tiermem.leases import Leases
 from tiermem.ledger import Ledger, Member
 from tiermem.ledger_file import LedgerError
 from tiermem.sharing import Sharing
@@ -356,7 +357,7 @@ def test_a_space_whose_first_frames_come_slowly_stays_charged_for_them(
     parts = assemble(given, sharing.terms.first)
     frames = Growing(parts.device.frames, 1)
     parts.tiers[Place.GPU] = frames
-    with Space(given, parts, sharing) as space, space.reserve(8 * PAGE) as region:
+    with Space(given, parts, Leases(sharing)) as space, space.reserve(8 * PAGE) as region:
         fill(region, 1)
         assert members(home)["slow"].held == 8 * PAGE
         frames.ready, frames.growing = backed, False

@@ -15,10 +15,10 @@ from tiermem.tier import Device, Memory, Place, Route, Showable, Tier
 
 if TYPE_CHECKING:
     from tiermem.host.pinned import Register
-    from tiermem.host.shared import SharedChunks
     from tiermem.nvme.kept import Persist
     from tiermem.nvme.posix import DiskThreads
     from tiermem.nvme.slab import Slab
+    from tiermem.pooling import Pooling
 
 CPU_PAGE = 2 << 20
 CPU_SHARE = 0.25
@@ -64,12 +64,12 @@ def assemble(
     config: Config,
     first_gpu: int | None = None,
     persist: Persist | None = None,
-    chunks: SharedChunks | None = None,
+    pooling: Pooling | None = None,
 ) -> Parts:
     """Open device, tiers and routes. On any error, what was opened is closed again.
 
     first_gpu: bytes of GPU memory to begin with (default: all of gpu.budget). persist: whose
-    slab it is, for nvme.persist. chunks: where the host tier gets its memory, little by little.
+    slab it is, for nvme.persist. pooling: where the host tier gets its memory, little by little.
     """
     from tiermem.nvme.kept import Persist
 
@@ -78,7 +78,7 @@ def assemble(
     parts.tiers[Place.GPU] = parts.device.frames
     try:
         ring_slots = _ring_slots(config, parts)
-        _add_host(config, parts, chunks)
+        _add_host(config, parts, pooling)
         _add_nvme(config, parts, ring_slots, persist)
     except BaseException:
         parts.close()
@@ -155,7 +155,7 @@ def _resolve(config: Config, page: int, gpu: int, host: int, disk: int) -> Capac
     return config.resolve(page_bytes=page, gpu_total=gpu, host_total=host, nvme_total=disk)
 
 
-def _add_host(config: Config, parts: Parts, chunks: SharedChunks | None) -> None:
+def _add_host(config: Config, parts: Parts, pooling: Pooling | None) -> None:
     from tiermem.host import limits
     from tiermem.host.pinned import HostPool
     from tiermem.host.within import WithinRoute
@@ -165,18 +165,19 @@ def _add_host(config: Config, parts: Parts, chunks: SharedChunks | None) -> None
         return
     device = parts.device
     register = _register(device)
-    if chunks is None:
+    if pooling is None:
         limits.check(capacity * device.page_bytes)
     host: Memory
     if config.host.read_in_place:
         host = parts.readable = device.host_pages(capacity)
     else:
-        first = capacity if chunks is None else 0
+        first, chunks = (capacity, None) if pooling is None else (0, pooling.chunks)
         host = HostPool(
             device.page_bytes, first, register=register, cpus=near(device), shared=chunks
         )
         parts.closers.append(host.close)
-        if chunks is not None:
+        if pooling is not None:
+            pooling.fill(host, capacity)
             _add_route(parts, WithinRoute(host), "memory copy")
     parts.tiers[Place.HOST] = host
     down, up = device.routes(host)

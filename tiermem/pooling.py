@@ -17,6 +17,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from tiermem.config import Config
@@ -29,7 +30,7 @@ from tiermem.ledger import ANYTHING, Lease, Ledger, LedgerBusy, LedgerError
 from tiermem.ledger_file import exclusive, private_directory, runtime_directory
 from tiermem.ledger_pass import Porter, receive
 from tiermem.ledger_wake import Listener, myself
-from tiermem.pager import Pager
+from tiermem.plan import Plan
 from tiermem.tier import HOST
 
 log = logging.getLogger(__name__)
@@ -110,14 +111,15 @@ class Pooling:
             ledger.close()
             raise
 
-    def start(
-        self, planner: LeasedPlanner, pool: HostPool, most_slots: int, wake: Callable[[], None]
-    ) -> None:
-        """The space is made. pool: its host tier, empty as yet; most_slots: host.capacity."""
+    def fill(self, pool: HostPool, most_slots: int) -> None:
+        """The host tier is made, empty as yet. most_slots: host.capacity."""
         self._pool = pool
         self._most_slots = most_slots
         self._slots_per_chunk = pool.slots_per_chunk
         self._most_chunks = min(self.chunks.chunks, -(-most_slots // pool.slots_per_chunk))
+
+    def start(self, planner: LeasedPlanner, wake: Callable[[], None]) -> None:
+        """All tiers are made: from now on `turn` is called, again and again."""
         self._wake = wake
         planner.host = self
         self._listener = Listener(
@@ -181,35 +183,48 @@ class Pooling:
         """True while more slots are on their way."""
         return self.promised > 0 or (self._pool is not None and self._pool.growing)
 
-    def turn(self, pager: Pager, planner: LeasedPlanner, now: int) -> bool:
+    @property
+    def granted(self) -> bool:
+        """True while chunks that are ours get memory: that ends soon, whatever others do."""
+        return self._lease.reserved > 0 and self.growing
+
+    def turn(
+        self,
+        planner: LeasedPlanner,
+        decide: Callable[[Callable[[], list[Plan]]], object],
+        lock: AbstractContextManager[object],
+        now: int,
+    ) -> bool:
         """The mover's turn: the tier follows the lease, whole chunks at a time.
 
-        True while it still grows, or has more than it should.
+        decide: runs a verb of the planner and has its plans carried out; lock: what it runs under.
+        True while the tier still grows, or has more than it should. Waits for no memory.
         """
         pool = self._pool
-        assert pool is not None, "the space has started"
+        assert pool is not None, "the tiers are made"
         self._settle(pool)
-        with pager.lock:
+        with lock:
             warm = planner.host_used_since(self._since(planner.clock()))
         end = self._limit(warm)
         if end > pool.capacity:
             pool.resize(end)  # memory follows in the background
         ready = min(end, pool.ready)
-        with pager.lock:
+        with lock:
             there = planner.host_end()
             settled = there == ready == planner.pools[HOST].end
         if not settled:
-            pager.decide(lambda: planner.confine(ready, now))
-            with pager.lock:
+            decide(lambda: planner.confine(ready, now))
+            with lock:
                 there = max(ready, planner.host_end())
         keep = -(-max(end, there) // self._slots_per_chunk) * self._slots_per_chunk
         if keep < pool.capacity:
             pool.resize(keep)
             self._settle(pool)
         held = self._lease.held // self._lease.page_bytes
-        if self._lease.reserved and end <= held * self._slots_per_chunk:
+        in_hand = pool.statistics().in_hand > 0
+        if self._lease.reserved and end <= held * self._slots_per_chunk and not in_hand:
             self._give_up_promised()  # no thread takes chunks now: all below `keep` are taken
-        return self.growing or there > end
+        return self.growing or in_hand or there > end
 
     def _limit(self, warm: int) -> int:
         """Slots that the host tier may have from now on, promised ones included."""

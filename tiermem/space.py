@@ -20,10 +20,10 @@ from tiermem.errors import Closed, ConfigError
 from tiermem.executor import Executor
 from tiermem.facts import Fact
 from tiermem.foresight import Foresight, load_prefetch
-from tiermem.host.pinned import HostPool
 from tiermem.keeping import Keeping, Nobody
 from tiermem.keyindex import Keys
 from tiermem.leased import LeasedPlanner
+from tiermem.leases import NO_LEASES, Leases
 from tiermem.mover import Mover
 from tiermem.pager import Pager
 from tiermem.plan import Plan
@@ -33,9 +33,7 @@ from tiermem.policies.base import Admission, ShadowReport
 from tiermem.policies.prefetch import Prefetch, Quality
 from tiermem.policies.recompute import RouteSpeed
 from tiermem.policies.shadow import Shadow
-from tiermem.pooling import Pooling
 from tiermem.region import READ_IN_PLACE, OnGone, ReadInPlace, Region
-from tiermem.sharing import Sharing
 from tiermem.stats import Pace, RouteStatistics, Statistics, TierStatistics
 from tiermem.supply import Supply
 from tiermem.table import PageTable, Rows
@@ -52,16 +50,10 @@ log = logging.getLogger(__name__)
 class Space:
     """Tiered memory on one device. Thread-safe; close it, or use it as a context manager."""
 
-    def __init__(
-        self,
-        config: Config,
-        parts: Parts,
-        sharing: Sharing | None = None,
-        pooling: Pooling | None = None,
-    ) -> None:
+    def __init__(self, config: Config, parts: Parts, leases: Leases = NO_LEASES) -> None:
         """Compose a space of given parts, which it will close. Most callers use `Space.open`.
 
-        sharing, pooling: the leases that its GPU and host memory are held under; closed last.
+        leases: that its GPU and host memory are held under; closed last.
         """
         self.config = config
         self.device = parts.device
@@ -79,9 +71,9 @@ class Space:
         pools = {place: SlotPool(place, self._backed(place)) for place in TIERS}
         self._log = evicting.event_log(config, self._configured)
         rankings = evicting.rankings(config, self._configured, table, self._log)
-        self._sharing = sharing
-        self._pooling = pooling
-        planner = Planner if sharing is None else LeasedPlanner
+        self._leases = leases
+        self._sharing, self._pooling = leases.sharing, leases.pooling
+        planner = Planner if leases.sharing is None else LeasedPlanner
         self._planner = planner(
             table,
             pools,
@@ -116,14 +108,10 @@ class Space:
         self._watched = WatchedFile(config.file) if config.file else None
         self._mover = Mover(self.pager, self._turn)
         self._keeping = self._open_keeping()
-        self._supply = Supply(parts, self._configured, self.pager, sharing, pooling)
+        self._supply = Supply(parts, self._configured, self.pager, leases)
         self._supply.grow()
-        if isinstance(self._planner, LeasedPlanner) and sharing is not None:
-            sharing.start(self._planner, self._mover.wake)
-            pool = parts.tiers.get(Place.HOST)
-            if pooling is not None and isinstance(pool, HostPool):
-                most = self._configured[Place.HOST]
-                pooling.start(self._planner, pool, most, self._mover.wake)
+        if isinstance(self._planner, LeasedPlanner):
+            leases.start(self._planner, self._mover.wake)
         self._mover.start()
 
     @classmethod
@@ -146,17 +134,12 @@ class Space:
 
         config = load() if config is None else config
         with ExitStack() as opened:
-            sharing = Sharing.open(config) if config.share.enabled else None
-            if sharing is not None:
-                opened.callback(sharing.close)
-            pooling = Pooling.open(config) if config.share.host and config.host.enabled else None
-            if pooling is not None:
-                opened.callback(pooling.close)
-            first = None if sharing is None else sharing.terms.first
-            chunks = None if pooling is None else pooling.chunks
-            parts = assemble(config, first, Persist(rank, fingerprint), chunks)
+            leases = Leases.open(config)
+            opened.callback(leases.close)
+            persist = Persist(rank, fingerprint)
+            parts = assemble(config, leases.first_gpu, persist, leases.pooling)
             opened.callback(parts.close)
-            space = cls(config, parts, sharing, pooling)
+            space = cls(config, parts, leases)
             opened.pop_all()
         for line in config.describe():
             log.info("config %s", line)
@@ -398,10 +381,7 @@ class Space:
         self._record()
         self.pager.close()
         self._parts.close()
-        if self._sharing is not None:
-            self._sharing.close()  # after the device has given its memory back
-        if self._pooling is not None:
-            self._pooling.close()
+        self._leases.close()
         if self._log is not None:
             self._log.close()
 
@@ -448,7 +428,8 @@ class Space:
         if isinstance(self._planner, LeasedPlanner) and self._sharing is not None:
             self._supply.follow_lease(self._sharing, self._planner)
             if self._pooling is not None:
-                growing |= self._pooling.turn(self.pager, self._planner, self.now())
+                pager, now = self.pager, self.now()
+                growing |= self._pooling.turn(self._planner, pager.decide, pager.lock, now)
         else:
             self._supply.keep_limit()
         self.pager.decide(self._upkeep)

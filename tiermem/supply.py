@@ -14,8 +14,8 @@ import numpy as np
 from tiermem.assemble import Parts
 from tiermem.errors import TierFull
 from tiermem.leased import LeasedPlanner
+from tiermem.leases import Leases
 from tiermem.pager import Pager
-from tiermem.pooling import Pooling
 from tiermem.sharing import Sharing
 from tiermem.tier import GPU, Place, Slots
 
@@ -30,8 +30,7 @@ class Supply:
         parts: Parts,
         configured: Mapping[Place, int],
         pager: Pager,
-        sharing: Sharing | None,
-        pooling: Pooling | None,
+        leases: Leases,
     ) -> None:
         """configured: slots of each tier once it has grown. The pools hold what is ready now."""
         self.limit: int | None = None  # frames, where no lease says how many
@@ -41,8 +40,7 @@ class Supply:
         self._configured = configured
         self._pager = pager
         self._planner = pager.planner
-        self._sharing = sharing
-        self._pooling = pooling
+        self._sharing, self._pooling = leases.sharing, leases.pooling
         self._ready = {place: pool.capacity for place, pool in self._planner.pools.items()}
         self._parked: Slots = np.empty(0, np.int32)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.waiting import until
 from tiermem.errors import Closed, ConfigError
 from tiermem.host.pinned import HostPool, Register
 from tiermem.tier import Place
@@ -96,6 +97,31 @@ def test_shrinking_unpins_and_frees_whole_chunks_and_growing_takes_them_back_zer
         assert pool.wait_ready(16, LONG_S)
         assert not bytes_at(pool.addresses(slots(15))[0]).any()
         assert len(pinned) == 4
+    assert not pinned
+
+
+def test_a_pool_made_smaller_does_not_wait_for_the_chunk_in_hand_which_goes_back() -> None:
+    started, may_go_on = threading.Event(), threading.Event()
+    pinned: set[int] = set()
+
+    def pin(address: int, nbytes: int) -> None:
+        pinned.add(address)
+        if len(pinned) == 2:
+            started.set()
+            assert may_go_on.wait(LONG_S)
+
+    register = Register(pin, pinned.remove)
+    with HostPool(SLOT, 16, chunk_bytes=4 * SLOT, register=register, threads=1) as pool:
+        assert started.wait(LONG_S)
+        pool.resize(4)
+        assert pool.statistics().in_hand == 1
+        assert pool.statistics().bytes_held == 4 * SLOT
+        may_go_on.set()
+        until(lambda: pool.statistics().in_hand == 0)
+        assert len(pinned) == 1
+        assert pool.statistics().bytes_held == 4 * SLOT
+        pool.resize(16)
+        assert pool.wait_ready(16, LONG_S)
     assert not pinned
 
 

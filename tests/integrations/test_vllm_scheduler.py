@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from random import Random
 
@@ -12,27 +14,37 @@ pytest.importorskip("torch")
 
 from tests.directed_ranks import PAGE, Ranks
 from tests.integrations.vllm_machine import Machine
+from tiermem import Share
 from tiermem.errors import TierFull
 from tiermem.integrations import vllm_scheduler
+from tiermem.integrations.vllm_worker import RANKS
 from tiermem.nvme.superblock import HEADER_BYTES
 
 
 def serve(machine: Machine, steps: int) -> None:
     """Random requests, aborts, and budgets; then everything is served to its end."""
+    for _ in range(steps):
+        serve_step(machine)
+    finish(machine)
+
+
+def serve_step(machine: Machine) -> None:
     drawn = machine.random
     frames, unit = machine.frames, machine.ranks.layout.unit_bytes
-    for _ in range(steps):
-        if len(machine.requests) < 8 and drawn.random() < 0.5:
-            prompt = drawn.randint(1, machine.longest - 2)
-            machine.ask(drawn.randrange(4), prompt, drawn.randint(1, machine.longest - prompt))
-        if machine.requests and drawn.random() < 0.05:
-            live = [*machine.running, *machine.waiting]
-            if live:
-                machine.abort(drawn.choice(live))
-        if drawn.random() < 0.05:
-            machine.engine.limit(drawn.randint(frames // 2 + 1, frames) * unit)
-        machine.step()
-    machine.engine.limit(frames * unit)
+    if len(machine.requests) < 8 and drawn.random() < 0.5:
+        prompt = drawn.randint(1, machine.longest - 2)
+        machine.ask(drawn.randrange(4), prompt, drawn.randint(1, machine.longest - prompt))
+    if machine.requests and drawn.random() < 0.05:
+        live = [*machine.running, *machine.waiting]
+        if live:
+            machine.abort(drawn.choice(live))
+    if drawn.random() < 0.05:
+        machine.engine.limit(drawn.randint(frames // 2 + 1, frames) * unit)
+    machine.step()
+
+
+def finish(machine: Machine) -> None:
+    machine.engine.limit(machine.frames * machine.ranks.layout.unit_bytes)
     machine.drain()
 
 
@@ -150,6 +162,50 @@ def spoil(folder: Path, share: float, random: Random) -> None:
                 if any(file.read(PAGE)) and random.random() < share:
                     file.seek(at + 8)
                     file.write(b"spoiled!")
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+def test_schedulers_whose_host_tiers_are_one_pool_read_what_was_written(
+    monkeypatch: pytest.MonkeyPatch, lag: int
+) -> None:
+    """Both want more of it than there is; either is idle for a while, and then the other has it."""
+    with tempfile.TemporaryDirectory(prefix="tm-") as home, ExitStack() as opened:
+        monkeypatch.setenv("XDG_RUNTIME_DIR", home)
+        machines = [pooled(monkeypatch, opened, seed, lag) for seed in range(2)]
+        most = [0, 0]
+        for turn in range(6):
+            for _ in range(40):
+                serve_step(machines[turn % 2])
+                for machine in machines if turn > 3 else machines[:1]:
+                    serve_step(machine)
+            for i, machine in enumerate(machines):
+                host = machine.engine.director.statistics()["host_used"]
+                most[i] = max(most[i], host)
+        for machine in machines:
+            finish(machine)
+            assert machine.seen["hits"] > 0
+        assert max(most) > POOL // 2, "one had more than half of the pool"
+        assert sum(m.engine.director.statistics()["host_used"] for m in machines) <= POOL
+
+
+POOL = 48  # pages; a chunk is a third of them
+
+
+def pooled(monkeypatch: pytest.MonkeyPatch, opened: ExitStack, seed: int, lag: int) -> Machine:
+    """A scheduler with all the GPU memory that it can use, and a part of POOL pages."""
+    share = Share(
+        group="machines", name=f"m{seed}", total=24 * PAGE, floor=12 * PAGE, idle_s=0.05,
+        host=POOL * PAGE,
+    )  # fmt: skip
+    ranks = Ranks(
+        ranks=1, units=60, budget=12, host=44, seed=seed, queued=True, share=share, directed=False
+    )
+    opened.callback(ranks.close)
+    monkeypatch.setattr(vllm_scheduler, "load", lambda: ranks.config)
+    monkeypatch.setitem(RANKS, f"m{seed}", ranks.ranks[0])
+    machine = Machine(ranks, seed, lag=lag, name=f"m{seed}")
+    opened.callback(machine.engine.close)
+    return machine
 
 
 def test_blocks_that_vllm_frees_do_not_hide_those_that_it_took(

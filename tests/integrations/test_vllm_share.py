@@ -1,4 +1,5 @@
-"""Two vLLM engines on a CPU share one budget; both have bursts larger than a half of it."""
+"""Two vLLM engines on a CPU share one budget and one host pool; both have bursts larger than a half
+of the budget."""
 
 from __future__ import annotations
 
@@ -34,7 +35,7 @@ def measured(part: str, out: Path, home: Path) -> dict[str, Any]:
     env |= {"XDG_RUNTIME_DIR": str(home), "PYTHONPATH": str(ROOT)}
     command = [_NAMED, str(ROOT / "bench/vllm_share.py"), part, "--out", str(out)]
     ended = subprocess.run(
-        [*command, "--device", "cpu", "--size", "tiny"],
+        [*command, "--device", "cpu", "--size", "tiny", "--pool", "64MiB"],
         env=env, timeout=300, capture_output=True, text=True,
     )  # fmt: skip
     assert ended.returncode == 0, ended.stderr[-3000:]
@@ -54,4 +55,7 @@ def test_two_engines_share_a_budget_and_answer_as_vllm_does(tmp_path: Path, home
         most = max(burst["most_held"] for burst in shared["bursts"] if burst["engine"] == name)
         assert most > shared["budget"] / 2, "the budget does not go where the load is"
         assert shared["fixed"][name]["tokens"] == alone["fixed"][name]["tokens"]
-        assert shared["fixed"][name]["counts"]["gpu_host"] > 0
+        counts = shared["fixed"][name]["counts"]
+        assert counts["gpu_host"] > 0
+        assert counts["host_used"] > 0
+        assert counts.get("dropped", 0) == 0, "the one host pool is large enough for both"

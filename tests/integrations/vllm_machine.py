@@ -39,7 +39,9 @@ class Step:
 class Machine:
     """lag: steps that are under way when the next is put together (1: async scheduling)."""
 
-    def __init__(self, ranks: Ranks, seed: int, *, lag: int = 0, whole: bool = True) -> None:
+    def __init__(
+        self, ranks: Ranks, seed: int, *, lag: int = 0, whole: bool = True, name: str = "machine"
+    ) -> None:
         self.random = Random(seed)
         self.ranks = ranks
         self.lag = lag
@@ -51,7 +53,7 @@ class Machine:
         self.longest = (self.frames - 1) * BLOCK_TOKENS
         self.engine = EngineSide(
             SimpleNamespace(
-                kv_transfer_config=SimpleNamespace(engine_id="machine"),
+                kv_transfer_config=SimpleNamespace(engine_id=name),
                 cache_config=SimpleNamespace(block_size=BLOCK_TOKENS),
                 scheduler_config=SimpleNamespace(max_num_batched_tokens=STEP_TOKENS),
                 model_config=SimpleNamespace(max_model_len=self.longest),

@@ -10,7 +10,8 @@ of the layout, numbered from 0; unit 0 always stays on the GPU.
                                                └─ fetch ─┘ gone: dropped or lost, the owner is told
 
 Under a lease the budget is what the ledger lets the one rank hold, asked anew with each orders.
-A frame counts as held from before its memory is ordered until every rank has given it back.
+A frame counts as held from before its memory is ordered until every rank has given it back. So it
+is with the host tier where that is a part of the machine's one pool.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,6 +36,7 @@ from tiermem.facts import Fact
 from tiermem.foresight import Foresight, load_prefetch
 from tiermem.keyindex import Keys
 from tiermem.leased import LeasedPlanner
+from tiermem.leases import NO_LEASES, Leases
 from tiermem.plan import Drop, Outcome, Plan, Request, Show, merge
 from tiermem.planner import Access, Planner
 from tiermem.policies.admission import admission
@@ -41,6 +44,7 @@ from tiermem.policies.base import RequestFacts
 from tiermem.policies.prefetch import Quality
 from tiermem.policies.recompute import I64, Places, RouteSpeed
 from tiermem.policies.retention import Retained
+from tiermem.pooling import Pooling
 from tiermem.sharing import Sharing
 from tiermem.table import PageTable, Rows
 from tiermem.tier import (
@@ -124,17 +128,17 @@ class Director:
         headroom: int = 0,
         on_gone: OnGone = lambda units, reason: None,
         clock: Callable[[], float] = time.monotonic,
-        sharing: Sharing | None = None,
+        leases: Leases = NO_LEASES,
         wake: Callable[[], None] = lambda: None,
     ) -> None:
         """hellos: of all ranks. headroom: units that should have frames at once, ahead of need.
 
         on_gone(units, reason): content that is lost or was dropped; called before a slot of it is
-        used again. sharing: the lease that the memory of the one rank is held under; wake: called
-        from any thread when orders are due for it. Raises ConfigError if the ranks do not fit one
+        used again. leases: that the memory of the one rank is held under; wake: called from any
+        thread when orders are due for it. Raises ConfigError if the ranks do not fit one
         another.
         """
-        first = hellos[0]
+        first, sharing = hellos[0], leases.sharing
         if sharing is not None and len(hellos) > 1:
             raise ConfigError(
                 f"[share] and {len(hellos)} ranks: each has a device, and so a ledger, of its own, "
@@ -160,7 +164,8 @@ class Director:
         self._log = evicting.event_log(config, self._capacity)
         table = PageTable()
         table.extend(units * unit_pages, unit_pages)
-        self._sharing = sharing
+        self._sharing, self._pooling = sharing, leases.pooling
+        self._is_pool_busy = False
         planner = Planner if sharing is None else LeasedPlanner
         self._planner = planner(
             table,
@@ -199,7 +204,7 @@ class Director:
         if all(h.held is not None for h in hellos):
             self._restore([h.held for h in hellos if h.held is not None])
         if sharing is not None and isinstance(self._planner, LeasedPlanner):
-            sharing.start(self._planner, wake)
+            leases.start(self._planner, wake)
             self._planner.lender = _Lender(sharing, self._backing)
 
     # ---------------------------------------------------------------- looking
@@ -236,6 +241,8 @@ class Director:
         if isinstance(self._planner, LeasedPlanner):
             lender = self._planner.lender
             coming += max(lender.promised, int(lender.expects))
+        if self._pooling is not None:  # pages wait to leave for chunks that get memory
+            coming += int(self._pooling.granted)
         return coming
 
     @property
@@ -499,6 +506,8 @@ class Director:
         self._free_worthless(now)
         if self._sharing is not None:
             self._follow_lease(self._sharing)
+        if self._pooling is not None:
+            self._follow_pool(self._pooling, now)
         self._set_marks()
         self._issue(planner.relieve(now))
         if planner.attic is not None:
@@ -527,7 +536,8 @@ class Director:
     def is_idle(self) -> bool:
         """True if nothing is under way, and nothing waits to be ordered."""
         ordered = len(self._surrendered) or self._backing or self._parking
-        return not (self._plans or ordered) and self._planner.is_idle()
+        under_way = self._plans or ordered or self._is_pool_busy
+        return not under_way and self._planner.is_idle()
 
     def unsaved(self) -> int:
         """Units with a key whose content is above the drive only, where it is to be kept."""
@@ -694,6 +704,18 @@ class Director:
         if sharing.is_report_due():
             sharing.report(planner.report(self.page_bytes))
 
+    def _follow_pool(self, pooling: Pooling, now: int) -> None:
+        """The host tier has what the ledger of the machine's pool lets it have.
+
+        The one rank is in this process and its outcomes are settled, so a slot beyond the planner's
+        end is one that nobody reads or writes, and its memory can go at once.
+        """
+        planner = self._planner
+        assert isinstance(planner, LeasedPlanner), "a lease makes a leased planner"
+        self._is_pool_busy = pooling.turn(
+            planner, lambda verb: self._issue(verb()), nullcontext(), now
+        )
+
     def _look_ahead(self) -> Foresight | None:
         """What the configuration says of loads ahead of need."""
         policy, budget = load_prefetch(self._config), self._config.prefetch.budget
@@ -765,12 +787,15 @@ class Director:
         self._growing_of[report.rank] = report.growing
         if len(self._ready_of) < self._ranks:
             return
-        for place in (HOST, NVME):
+        for place in (HOST, NVME) if self._pooling is None else (NVME,):
             ready = min(r[place] for r in self._ready_of.values())
             if ready > self._ready[place]:
                 self._planner.grow(place, np.arange(self._ready[place], ready, dtype=np.int32))
                 self._ready[place] = ready
-        self._planner.growing = set().union(*self._growing_of.values())
+        growing = set().union(*self._growing_of.values())
+        if self._pooling is not None:
+            growing = growing - {HOST} | ({HOST} if self._pooling.growing else set())
+        self._planner.growing = growing
 
 
 def agreed(held: Sequence[Stored]) -> Stored:

@@ -20,8 +20,8 @@ from tiermem.directed.orders import NO_SLOTS, Hello, Moved, Orders, Report
 from tiermem.directed.turns import Turns
 from tiermem.errors import TierFailed, TierFull
 from tiermem.executor import Executor, Flight
+from tiermem.leases import NO_LEASES, Leases
 from tiermem.plan import Copy, Plan
-from tiermem.sharing import Sharing
 from tiermem.table import Rows
 from tiermem.tier import PASSED, TIERS, Addresses, Done, Fence, Place, Slots
 
@@ -41,15 +41,15 @@ class Rank:
         addresses: Callable[[Rows], Addresses],
         *,
         persist: bool = False,
-        sharing: Sharing | None = None,
+        leases: Leases = NO_LEASES,
     ) -> None:
         """parts: which it will close. addresses: of page rows, in one reservation.
 
-        persist: the slab of the parts is kept for the next start. sharing: the lease that the
-        GPU's memory is held under, for the director; closed last.
+        persist: the slab of the parts is kept for the next start. leases: that the memory of the
+        parts is held under, for the director; closed last.
         """
         self.rank = rank
-        self.sharing = sharing
+        self.leases = leases
         self.turns = Turns()
         self.page_bytes = parts.device.page_bytes
         self._persist = persist
@@ -193,8 +193,7 @@ class Rank:
             for flight in self._flights.values():
                 flight.wait()
             self._parts.close()
-        if self.sharing is not None:
-            self.sharing.close()
+        self.leases.close()
 
     # ---------------------------------------------------------------- parts
 
@@ -233,7 +232,7 @@ class Rank:
     def _capacities(self, frames: int) -> dict[Place, int]:
         """Slots at most; frames that have no memory by now get some only under a lease."""
         most = {place: self._capacity(place) for place in TIERS}
-        return most if self.sharing is not None else {**most, Place.GPU: frames}
+        return most if self.leases.sharing is not None else {**most, Place.GPU: frames}
 
     def _ready(self) -> dict[Place, int]:
         tiers = self._parts.tiers

@@ -75,6 +75,7 @@ class HostStatistics:
     bytes_held: int
     chunks: int
     registered: int
+    in_hand: int  # chunks that threads are at: they may have memory, and count as none of these
     failure: str | None
 
 
@@ -222,9 +223,7 @@ class HostPool:
                 self._extend(covered, capacity)
             self._capacity = capacity
             self._changed.notify_all()
-            # A chunk in the hands of a thread is neither backed nor free until it lets go.
-            while any(c.claimed and c.first >= capacity for c in self._chunks):
-                self._changed.wait()
+            # A chunk in the hands of a thread is neither backed nor free: it is given back there.
             for chunk in self._chunks:
                 if chunk.first >= capacity and chunk.backed:
                     self._give_back(chunk)
@@ -244,6 +243,7 @@ class HostPool:
                 bytes_held=sum(c.nbytes for c in backed),
                 chunks=len(backed),
                 registered=sum(c.registered for c in backed),
+                in_hand=sum(c.claimed for c in self._chunks),
                 failure=self._failure,
             )
 
@@ -342,6 +342,8 @@ class HostPool:
                 with self._changed:
                     chunk.claimed, chunk.backed = False, True
                     chunk.registered = self._register is not None
+                    if chunk.first >= self._capacity:  # the pool has been made smaller meanwhile
+                        self._give_back(chunk)
                     self._changed.notify_all()
 
     def _claim(self) -> _Chunk | None:
@@ -360,7 +362,7 @@ class HostPool:
         with self._changed:
             self._punch(chunk)
             chunk.claimed = False
-            if self._failure is None:
+            if self._failure is None and chunk.first < self._capacity:
                 self._failure = f"{type(error).__name__}: {error}"
                 log.warning(
                     "host pool stays at slots=%d of capacity=%d reason=%s",

@@ -62,11 +62,6 @@ def prepare(args: Any, config: Config) -> None:
             "leave --no-enable-prefix-caching out, or set TIERMEM=0"
         )
     args.enable_prefix_caching = True
-    if config.share.host is not None:
-        raise ConfigError(
-            "tiermem: share.host is not supported in vLLM, where each engine has host.capacity of "
-            "its own; leave share.host out"
-        )
     if args.block_size is None:
         args.block_size = good_block_size(args)
     args.kv_transfer_config = with_ours(args.kv_transfer_config)
@@ -122,17 +117,19 @@ def complete(vllm_config: Any, config: Config) -> None:
         return
     block = block_bytes(vllm_config)
     held = capacities(config, ranks)
+    pool = config.share.host
+    host = min(held.host, pool) if isinstance(pool, int) else held.host
     budget = config.gpu.budget if isinstance(config.gpu.budget, int) else 0
     fixed = getattr(cache, "kv_cache_memory_bytes", None)
-    blocks = (int(fixed or budget) + held.host + held.nvme) // block
-    if held.host + held.nvme < block:
+    blocks = (int(fixed or budget) + host + held.nvme) // block
+    if host + held.nvme < block:
         log.warning("vllm tiers=gpu only: host.capacity and nvme hold no block of %d bytes", block)
         return
     log.info(
         "vllm blocks=%d of %s: host=%s nvme=%s a rank",
         blocks,
         units.format_bytes(block),
-        units.format_bytes(held.host),
+        units.format_bytes(host),
         units.format_bytes(held.nvme),
     )
     cache.num_gpu_blocks_override = max(2, blocks)

@@ -35,6 +35,7 @@ from tiermem.integrations.vllm_metrics import Told, snapshot
 from tiermem.integrations.vllm_sessions import AHEAD_S, Sessions
 from tiermem.integrations.vllm_worker import RANKS
 from tiermem.keyindex import Keys
+from tiermem.leases import NO_LEASES
 from tiermem.tier import AT_GPU, AT_NVME
 
 log = logging.getLogger(__name__)
@@ -153,7 +154,7 @@ class EngineSide:
             self._config,
             headroom=2 * -(-step_blocks // layout.blocks_per_unit),
             on_gone=self._gone,
-            sharing=None if rank is None else rank.sharing,
+            leases=NO_LEASES if rank is None else rank.leases,
             wake=(lambda: None) if self._upkeep is None else self._upkeep.wake,
         )
         longest = int(self._vllm.model_config.max_model_len)

@@ -25,8 +25,8 @@ from tiermem.errors import ConfigError
 from tiermem.gpu.tensor import tensor
 from tiermem.integrations.layout import Layout, Run, automatic_page, layout_of, runs_of
 from tiermem.integrations.vllm_config import CUDA_PAGE, divided
+from tiermem.leases import Leases
 from tiermem.nvme.kept import Persist
-from tiermem.sharing import Sharing
 
 log = logging.getLogger(__name__)
 
@@ -54,13 +54,12 @@ class RankSide:
         mine = divided(load(), parallel.world_size)
         config = self._configured(mine, strides_of(kv_cache_config, self._blocks))
         name, number = rank_name(vllm_config), int(getattr(parallel, "rank", 0))
-        self._sharing = Sharing.open(config) if config.share.enabled else None
-        first = None if self._sharing is None else self._sharing.terms.first
+        self._leases = Leases.open(config)
+        persist = Persist(name, fingerprint(vllm_config))
         try:
-            self._parts = assemble(config, first, Persist(name, fingerprint(vllm_config)))
+            self._parts = assemble(config, self._leases.first_gpu, persist, self._leases.pooling)
         except BaseException:
-            if self._sharing is not None:
-                self._sharing.close()
+            self._leases.close()
             raise
         self._number = number
         self._persist = config.nvme.enabled and config.nvme.persist
@@ -122,7 +121,7 @@ class RankSide:
             )
         addresses = partial(self.layout.addresses, self._base)
         self._rank = Rank(
-            self._number, self._parts, addresses, persist=self._persist, sharing=self._sharing
+            self._number, self._parts, addresses, persist=self._persist, leases=self._leases
         )
         RANKS[self._engine_id] = self._rank
         self.hello: Hello = self._rank.start(self.layout.units * self.layout.unit_pages)
@@ -175,8 +174,7 @@ class RankSide:
             self._rank.close()
             return
         self._parts.close()
-        if self._sharing is not None:
-            self._sharing.close()
+        self._leases.close()
 
     # ---------------------------------------------------------------- parts
 
