@@ -6,6 +6,8 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tests.harness import Harness
 from tiermem.table import DIRTY, DOOMED, ORDERED, STALE, PageTable, Shown
@@ -33,6 +35,24 @@ def test_units_and_their_pages_map_to_each_other() -> None:
     assert heads.tolist() == [5, 1]
     assert table.pages(np.array([5, 0, 2], np.int32)).tolist() == [5, 6, 7, 0, 2, 3, 4]
     assert not len(table.pages(np.empty(0, np.int32)))
+
+
+@settings(deadline=None)
+@given(data=st.data(), sizes=st.sampled_from([(1,), (3,), (3, 3), (1, 3), (3, 2)]))
+def test_units_of_rows_are_found_whole_or_in_part_and_in_any_order(
+    data: st.DataObject, sizes: tuple[int, ...]
+) -> None:
+    table = PageTable()
+    for size in sizes:
+        table.extend(6, unit_pages=size)
+    units = data.draw(st.permutations(np.unique(table.unit).tolist()))[:4]
+    whole = [row for unit in units for row in np.flatnonzero(table.unit == unit).tolist()]
+    assert table.pages(np.array(units, np.int32)).tolist() == whole
+    assert table.heads(np.array(whole, np.int32)).tolist() == units
+    rows = data.draw(st.permutations(whole))
+    rows = rows[: data.draw(st.integers(0, len(rows)))]
+    expected = list(dict.fromkeys(table.unit[rows].tolist())) if rows else []
+    assert table.heads(np.array(rows, np.int32)).tolist() == expected
 
 
 def test_a_page_costs_at_most_64_bytes() -> None:

@@ -154,7 +154,7 @@ class PageTable:
         self.fences = Fences()
         self.extents: list[Extent] = []
         self.rows = 0
-        self.max_unit_pages = 1
+        self.min_unit_pages = self.max_unit_pages = 1
         for name, (dtype, _) in _COLUMNS.items():
             setattr(self, name, np.empty(0, dtype))
         self._slot = np.empty((3, 0), np.int32)
@@ -176,15 +176,21 @@ class PageTable:
         self.region[rows] = len(self.extents)
         self.tenant[rows] = tenant
         self.max_unit_pages = max(self.max_unit_pages, unit_pages)
+        self.min_unit_pages = min(self.min_unit_pages, unit_pages) if self.extents else unit_pages
         self.extents.append(extent)
         self.rows += pages
         return extent
 
     def heads(self, rows: Rows) -> Rows:
-        """The units of these rows, each once, in order of first appearance."""
+        """The units of these rows (each once), each once, in order of first appearance."""
         if self.max_unit_pages == 1:
             return rows
         units = self.unit[rows]
+        size = self.max_unit_pages
+        if size == self.min_unit_pages and not len(rows) % size:
+            several = units.reshape(-1, size)
+            if (several == several[:, :1]).all():  # whole units, one after the other
+                return several[:, 0].copy()
         _, first = np.unique(units, return_index=True)
         return units[np.sort(first)]
 
@@ -192,6 +198,9 @@ class PageTable:
         """All rows of these units, unit by unit."""
         if self.max_unit_pages == 1 or not len(units):
             return units
+        if self.min_unit_pages == self.max_unit_pages:
+            within = np.arange(self.max_unit_pages, dtype=np.int32)
+            return (units[:, None] + within).ravel()
         sizes = np.array([e.unit_pages for e in self.extents], np.int32)[self.region[units]]
         starts = np.cumsum(sizes) - sizes
         return (
