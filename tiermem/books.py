@@ -167,7 +167,9 @@ class Books:
 
     def take_reaped(self) -> Rows:
         """Pages that became vacant since the last call."""
-        rows = np.concatenate(self._reaped) if self._reaped else _NO_ROWS
+        if not self._reaped:
+            return _NO_ROWS
+        rows = np.concatenate(self._reaped)
         self._reaped.clear()
         return rows
 
@@ -325,6 +327,8 @@ class Books:
 
     def _leaving(self, place: Place) -> int:
         """Pages on their way out of a tier."""
+        if self.is_idle():
+            return 0
         leaving = 0
         for opened in self._open.values():
             for step in opened.plan.steps:

@@ -55,7 +55,8 @@ class Descent(Books):
     def surrender(self) -> Slots:
         """Free GPU frames above the limit leave the pool, for their memory to be given back."""
         pool = self.pools[GPU]
-        return pool.remove(pool.capacity - self.limits.get(GPU, pool.capacity))
+        above = pool.capacity - self.limits.get(GPU, pool.capacity)
+        return pool.remove(above) if above > 0 else _NO_SLOTS
 
     def _give_back(self) -> list[Plan]:
         """Hide retired frames above the GPU's limit, so that they can be given back."""

@@ -21,17 +21,19 @@ class Fences:
         self._ticks = np.zeros((rows, 1), np.uint64)  # [fence id, stream] = last tick of use
         self._passed = np.zeros(1, np.uint64)  # [stream] = last tick seen to have passed
         self._open = np.zeros(rows, np.bool_)  # fence ids not known to have passed
+        self._any_open = False
         self._count = 1
 
     def observe(self, passed: npt.NDArray[np.uint64]) -> None:
         """uint64[streams]: the last tick that has passed on each stream. Never goes back."""
         self._widen(len(passed))
         self._passed[: len(passed)] = np.maximum(self._passed[: len(passed)], passed)
-        if self._count == 1:
+        if not self._any_open:
             return
         ids = np.flatnonzero(self._open[: self._count])
-        if len(ids):
-            self._open[ids] = (self._ticks[ids] > self._passed).any(axis=1)
+        still = (self._ticks[ids] > self._passed).any(axis=1)
+        self._open[ids] = still
+        self._any_open = bool(still.any())
 
     def is_passed(self, ids: FenceIds) -> Mask:
         """bool[n]: which of these fences have passed, as far as observed."""
@@ -82,7 +84,7 @@ class Fences:
     @property
     def all_passed(self) -> bool:
         """True if no fence is known to be open."""
-        return not self._open.any()
+        return not self._any_open
 
     @property
     def crowded(self) -> bool:
@@ -101,7 +103,7 @@ class Fences:
             self._ticks = np.concatenate([self._ticks, np.zeros_like(self._ticks)])
             self._open = np.concatenate([self._open, np.zeros_like(self._open)])
         self._ticks[self._count] = row
-        self._open[self._count] = True
+        self._open[self._count] = self._any_open = True
         self._count += 1
         return self._count - 1
 

@@ -458,10 +458,10 @@ class Planner(Ascent):
         plans = self._reap()
         for place in (NVME, HOST, GPU):
             pool = self.pools[place]
-            if not pool.capacity:
+            if not pool.capacity or pool.used <= (high := self._mark(place, "high")):
                 continue
             excess = pool.used - self._leaving(place)
-            if excess > self._mark(place, "high"):
+            if excess > high:
                 n = excess - int(self._mark(place, "low"))
                 n = min(n, self.batch - self._leaving(place))
                 plans += self._push_down(place, n, now)

@@ -87,7 +87,7 @@ class Room(Compaction):
         pool = self.pools[GPU]
         if not pool.kept:
             return 0
-        own = int((self.table.shown[spare_us] == IS_RETIRED).sum())
+        own = int((self.table.shown[spare_us] == IS_RETIRED).sum()) if len(spare_us) else 0
         if self.table.fences.all_passed:
             return pool.kept - own
         return len(self._idle_kept(GPU, None)) - own
@@ -102,6 +102,8 @@ class Room(Compaction):
 
     def _coming(self) -> int:
         """Frames that open plans will free."""
+        if self.is_idle():
+            return 0
         coming = 0
         for opened in self._open.values():
             for step in opened.plan.steps:
