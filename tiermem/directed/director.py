@@ -183,6 +183,7 @@ class Director:
         self._users = np.zeros(units, np.int32)
         self._worthless: set[int] = set()
         self._writing: Rows = np.empty(0, np.int32)  # written in use, and on their way up
+        self._has_failures = False  # some step of a plan has failed: units in use may be lost
         self._plans: list[Plan] = []
         self._needs: list[int] = []
         self._receives: dict[str, Receive] = {}
@@ -231,8 +232,10 @@ class Director:
 
         Not those that units in use will need, whose content did not come (`mend`).
         """
-        used = np.flatnonzero(self._users).astype(np.int32)
-        lost = int(self._is_lost(used).sum())
+        lost = 0
+        if self._has_failures:
+            used = np.flatnonzero(self._users).astype(np.int32)
+            lost = int(self._is_lost(used).sum())
         return max(0, self._planner.ready() // self.unit_pages - lost)
 
     def coming(self) -> int:
@@ -547,8 +550,9 @@ class Director:
         """Take one rank's report into the table. Raises TierFailed once the GPU has failed."""
         now = self.now()
         planner = self._planner
-        self._passed[report.rank] = max(self._passed[report.rank], report.passed)
-        planner.table.fences.observe(np.array([min(self._passed)], np.uint64))
+        if report.passed > self._passed[report.rank]:
+            self._passed[report.rank] = report.passed
+            planner.table.fences.observe(np.array([min(self._passed)], np.uint64))
         self._take_parked(report)
         self._take_backed(report)
         self._paces.observe(report)
@@ -557,8 +561,11 @@ class Director:
             heard.append(outcome)
             if len(heard) == self._ranks:
                 del self._outcomes[outcome.plan]
-                self._issue(planner.settle(merge(heard), now))
-        self._issue(planner.settle_idle())
+                whole = merge(heard)
+                self._has_failures |= any(bad is not None for bad in whole.failed)
+                self._issue(planner.settle(whole, now))
+        if not planner.is_idle():
+            self._issue(planner.settle_idle())
         planner.take_reaped()
         self._note_written()
         self._grow(report)
@@ -742,18 +749,22 @@ class Director:
     def _obey_limit(self) -> None:
         """Free frames above the limit are parked, and parked ones below it get memory again."""
         planner = self._planner
-        self._surrendered = np.concatenate([self._surrendered, planner.surrender()])
+        if len(above := planner.surrender()):
+            self._surrendered = np.concatenate([self._surrendered, above])
         short = planner.limits.get(GPU, self._held()) - self._held()
         if short > 0 and len(self._parked):
             short = min(short, PIECE)
             fresh, self._parked = self._parked[:short], self._parked[short:]
             self._back = np.concatenate([self._back, fresh])
             self._backing.update({frame: [] for frame in fresh.tolist()})
-        self._park, self._surrendered = self._surrendered[:PIECE], self._surrendered[PIECE:]
-        self._parking.update(dict.fromkeys(self._park.tolist(), 0))
+        if len(self._surrendered):
+            self._park, self._surrendered = self._surrendered[:PIECE], self._surrendered[PIECE:]
+            self._parking.update(dict.fromkeys(self._park.tolist(), 0))
 
     def _take_parked(self, report: Report) -> None:
         """Frames whose memory every rank has given back."""
+        if not len(report.parked):
+            return
         for frame in report.parked.tolist():
             self._parking[frame] += 1
         done = [frame for frame, ranks in self._parking.items() if ranks == self._ranks]
@@ -764,6 +775,8 @@ class Director:
 
     def _take_backed(self, report: Report) -> None:
         """Frames with memory on every rank are ours again; those with none on one, on no rank."""
+        if not (len(report.backed) or len(report.unbacked)):
+            return
         for frames, has in ((report.backed, True), (report.unbacked, False)):
             for frame in frames.tolist():
                 self._backing[frame].append(has)
@@ -783,6 +796,8 @@ class Director:
 
     def _grow(self, report: Report) -> None:
         """Slots of the lower tiers that have memory on every rank by now."""
+        if self._ready_of.get(report.rank) == report.ready and not self._planner.growing:
+            return
         self._ready_of[report.rank] = report.ready
         self._growing_of[report.rank] = report.growing
         if len(self._ready_of) < self._ranks:

@@ -31,6 +31,8 @@ class Paces:
 
     def observe(self, report: Report) -> None:
         before = self._moved.get(report.rank, {})
+        if before is report.moved or before == report.moved:
+            return
         self._moved[report.rank] = report.moved
         for src, paces in self._paces.items():
             moved = report.moved.get((src, Place.GPU), Moved(0, 0.0))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -70,6 +70,10 @@ class Rank:
         self._counted_s: dict[tuple[Place, Place], float] = {}
         self._ticks: deque[tuple[int, tuple[int, int] | None]] = deque()
         self._passed = 0
+        self._is_growing = True  # lower tiers are not known to have all their slots yet
+        self._grown: frozenset[Place] = frozenset()
+        self._slots: Mapping[Place, int] = {}
+        self._moved: Mapping[tuple[Place, Place], Moved] = self.routes()
         self._backed = self._unbacked = self._parked = NO_SLOTS
         self._bare = NO_SLOTS  # frames that were to get memory, and have none
         self._receiving: dict[str, set[int]] = {}
@@ -133,6 +137,7 @@ class Rank:
 
     def report(self) -> Report:
         """What has ended since the last report; waits for nothing."""
+        flew = bool(self._flights)
         ended = self._look()
         outcomes = []
         for flight in ended:
@@ -142,20 +147,30 @@ class Rank:
             outcomes.append(outcome)
             if any(flight.plan.id in plans for plans in self._receiving.values()):
                 self._note_failed(flight.plan, outcome.failed)
-        growing = self._growing()  # asked first: what is ready by then counts
+        if self._is_growing:
+            self._grown = self._growing()  # asked first: what is ready by then counts
+            self._slots = self._ready()
+            self._is_growing = bool(self._grown)
+        if flew:
+            self._moved = self.routes()
         report = Report(
             self.rank,
             self._observe(),
             tuple(outcomes),
-            self._ready(),
-            self.routes(),
+            self._slots,
+            self._moved,
             self._backed,
             self._unbacked,
             self._parked,
-            growing,
+            self._grown,
         )
         self._backed = self._unbacked = self._parked = NO_SLOTS
         return report
+
+    def has_news(self) -> bool:
+        """False if a report would say what the last one has said."""
+        frames = len(self._backed) or len(self._unbacked) or len(self._parked)
+        return bool(self._flights or self._ticks or frames) or self._is_growing
 
     def routes(self) -> dict[tuple[Place, Place], Moved]:
         """What each route has moved so far."""
@@ -166,6 +181,8 @@ class Rank:
 
     def received(self) -> tuple[set[str], Rows]:
         """Requests all of whose plans have been reported, and page rows whose load failed."""
+        if not (self._receiving or self._failed_rows):
+            return set(), NO_SLOTS
         flying = set(self._flights)
         done = {name for name, plans in self._receiving.items() if not plans & flying}
         for name in done:
@@ -311,6 +328,8 @@ class Rank:
         return PASSED if tick is None else Fence((tick,))
 
     def _observe(self) -> int:
+        if not self._ticks:
+            return self._passed
         passed = self._device.streams.passed()
         while self._ticks:
             step, tick = self._ticks[0]
