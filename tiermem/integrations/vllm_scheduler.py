@@ -23,7 +23,7 @@ import numpy as np
 
 from tiermem import units as sizes
 from tiermem.config import load
-from tiermem.directed.director import NO_UNITS, Director, Units
+from tiermem.directed.director import Director, Units
 from tiermem.directed.orders import Hello, Orders, Report
 from tiermem.directed.turns import Turns
 from tiermem.directed.upkeep import Upkeep
@@ -69,6 +69,16 @@ class Fetch:
     since_s: float
     blocks: list[int] = field(default_factory=list)
     new: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class New:
+    """Blocks that a request gets to write, deepest first, with the block before each and its
+    place in the chain; -1 before the first."""
+
+    blocks: Sequence[int]
+    parents: Sequence[int]
+    depths: Sequence[int]
 
 
 @dataclass(frozen=True)
@@ -193,11 +203,13 @@ class EngineSide:
         Between two orders frames only get fewer, by what vLLM has taken since; blocks that it
         gives back have frames again only after the next orders.
         """
-        virtual = int(self._pool.free_block_queue.num_free_blocks)
+        virtual = self._count_free()
         if self._director is None or self._counts_all:
             return virtual
-        self._begin_schedule()
-        self._note_taken()
+        if self._stale:
+            self._begin_schedule()
+        elif virtual != self._seen:  # vLLM asks once for every request that runs
+            self._note_taken()
         return max(0, min(virtual, self._room + self._credit - self._spent))
 
     def _begin_schedule(self) -> None:
@@ -205,7 +217,7 @@ class EngineSide:
         if self._stale:
             self._stale = False
             self._hear_here()
-            self._seen = self._count_held()
+            self._seen = self._count_free()
             self._credit = self._spent = 0
             self._queue_full = False
             self._room = self.director.room()
@@ -219,9 +231,9 @@ class EngineSide:
 
     def _note_taken(self) -> None:
         """Blocks that vLLM took since the last look have no frames in the table yet."""
-        held = self._count_held()
-        self._spent += max(0, held - self._seen)
-        self._seen = held
+        free = self._count_free()
+        self._spent += max(0, self._seen - free)
+        self._seen = free
 
     def _free_noted(self, blocks: Iterable[Any]) -> None:
         """Blocks that vLLM gives back in the midst of a step must not hide those it took before."""
@@ -332,7 +344,7 @@ class EngineSide:
             return
         fetch.blocks, fetch.new = fetch.blocks + idle, new
         self._pool.touch([self._pool.blocks[block] for block in idle])
-        self._seen = self._count_held()
+        self._seen = self._count_free()
         self._room = director.room()
 
     def _awaits(self, request: Any, fetch: Fetch) -> bool:
@@ -353,7 +365,7 @@ class EngineSide:
         if fetch is not None and fetch.blocks:
             self.director.leave(self._units(fetch.blocks)[::-1])
             self._pool.free_blocks([self._pool.blocks[block] for block in fetch.blocks[::-1]])
-            self._seen = self._count_held()
+            self._seen = self._count_free()
 
     def _leave_dear(self, request: Any, prefix: list[Any]) -> bool:
         """Let vLLM find no more of a prefix than comes sooner than it is computed.
@@ -430,7 +442,7 @@ class EngineSide:
             lost = self.director.mend(self._units(tracked.blocks))
             if lost.any():
                 tracked.keyed = min(tracked.keyed, int(np.flatnonzero(lost)[0]))
-        self._enter_new(tracked, blocks[len(tracked.blocks) :])
+        self._enter_written([self._add_new(tracked, blocks[len(tracked.blocks) :])])
         self._cut.discard(request.request_id)
         self._unread.discard(request.request_id)
         self._end_fetch(request.request_id)
@@ -541,7 +553,7 @@ class EngineSide:
     def _hear_here(self) -> None:
         """A rank in this process is asked at once."""
         rank = RANKS.get(self._engine_id)
-        if rank is not None and self._director is not None:
+        if rank is not None and self._director is not None and rank.has_news():
             self.director.settle(rank.report())
 
     def _grow_running(self, cached: Any) -> None:
@@ -550,11 +562,12 @@ class EngineSide:
         if resumed is None:
             flags = cached.resumed_from_preemption
             resumed = {name for name, is_so in zip(cached.req_ids, flags, strict=True) if is_so}
+        grown: list[New] = []
         for name, new in zip(cached.req_ids, cached.new_block_ids, strict=True):
             if new is None or name in resumed:
                 continue
-            tracked = self._tracked[name]
-            self._enter_new(tracked, list(new[0]))
+            grown.append(self._add_new(self._tracked[name], list(new[0])))
+        self._enter_written(grown)
 
     def _enter_hits(self, tracked: Tracked, hits: list[int], idle: frozenset[int]) -> None:
         tracked.blocks += hits
@@ -568,21 +581,27 @@ class EngineSide:
         if later:
             self._later.append(later[::-1])
 
-    def _enter_new(self, tracked: Tracked, blocks: list[int]) -> None:
+    def _add_new(self, tracked: Tracked, blocks: list[int]) -> New:
         """Blocks that will be written, behind those that a request has."""
-        if not blocks:
-            return
         first = len(tracked.blocks)
+        chain = [tracked.blocks[-1] if first else -1, *blocks]
         tracked.blocks += blocks
         self._sessions.computes(tracked.hints, blocks)
-        units = self._units(blocks)[::-1]
+        depths = range(first + len(blocks) - 1, first - 1, -1)
+        return New(chain[:0:-1], chain[-2::-1], depths)
+
+    def _enter_written(self, several: Sequence[New]) -> None:
+        """New blocks of one request or several, in one go."""
+        blocks = [block for new in several for block in new.blocks]
+        if not blocks:
+            return
+        units = self._units(blocks)
         if self.layout.blocks_per_unit > 1:
             for unit in units.tolist():
                 self.director.enter(np.array([unit], np.int32), "write")
             return
-        above = np.concatenate([self._units(tracked.blocks[first - 1 : first]), NO_UNITS])
-        parents = np.concatenate([units[1:], above if first else np.array([-1], np.int32)])
-        depths = np.arange(first + len(blocks) - 1, first - 1, -1, dtype=np.int32)
+        parents = np.array([block for new in several for block in new.parents], np.int32)
+        depths = np.array([depth for new in several for depth in new.depths], np.int32)
         self.director.enter(units, "fresh", parents=parents, depths=depths)
 
     def _enter_units(self, blocks: list[int], access: Any) -> None:
@@ -725,8 +744,9 @@ class EngineSide:
         tokens = int(self._vllm.scheduler_config.max_num_batched_tokens)
         return -(-tokens // self._block_tokens)
 
-    def _count_held(self) -> int:
-        return len(self._pool.blocks) - 1 - int(self._pool.free_block_queue.num_free_blocks)
+    def _count_free(self) -> int:
+        free: int = self._pool.free_block_queue.num_free_blocks
+        return free
 
 
 def keys_of(block_hashes: Sequence[bytes]) -> Keys:

@@ -48,7 +48,8 @@ class RankSide:
         self._engine_id: str = vllm_config.kv_transfer_config.engine_id
         self._sizes = sizes_of(kv_cache_config)
         self._device = torch.device(vllm_config.device_config.device_type)
-        if self._device.type == "cuda":
+        self._is_cuda = self._device.type == "cuda"
+        if self._is_cuda:
             self._device = torch.device("cuda", torch.cuda.current_device())
         parallel = vllm_config.parallel_config
         mine = divided(load(), parallel.world_size)
@@ -149,6 +150,8 @@ class RankSide:
         with self.rank.turns.lock:
             self._keep(self.rank.report())
             done, rows = self.rank.received()
+        if not len(rows):
+            return done
         failed = np.unique(rows // self.layout.unit_pages).astype(np.int32)
         self._failed.update(self.layout.blocks_of(failed).tolist())
         return done
@@ -183,7 +186,7 @@ class RankSide:
         self._report = report
 
     def _stream(self) -> int | None:
-        if self._device.type != "cuda":
+        if not self._is_cuda:
             return None
         return int(torch.cuda.current_stream(self._device).cuda_stream)
 
