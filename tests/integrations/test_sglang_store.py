@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -11,6 +13,8 @@ import pytest
 
 from tests.test_region import config
 from tiermem.integrations.sglang_store import STAGED, PageStore, Spans
+from tiermem.region import Region
+from tiermem.space import Space
 
 Open = Callable[..., PageStore]
 PIECE = 3000
@@ -94,6 +98,45 @@ def test_a_full_store_gives_up_what_was_used_longest_ago(open_store: Open) -> No
     store.drain()
     assert store.leading(names(0)) == 0
     assert store.leading(names(*range(190, 200))) == 10
+
+
+class Fleeting:
+    """A region whose pages are dropped as soon as nobody uses them."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.on = False
+        reserve, use = Space.reserve, Region.use
+
+        def reserved(space: Space, nbytes: int, *, on_gone: Any, **given: Any) -> Region:
+            self._on_gone = on_gone
+            return reserve(space, nbytes, on_gone=on_gone, **given)
+
+        @contextmanager
+        def used(region: Region, pages: Any, *args: Any) -> Iterator[None]:
+            with use(region, pages, *args):
+                yield
+            if self.on:
+                region.free(pages)
+                self._on_gone(pages, "dropped")
+
+        monkeypatch.setattr(Space, "reserve", reserved)
+        monkeypatch.setattr(Region, "use", used)
+
+
+def test_a_page_that_is_dropped_at_once_takes_its_name_with_it(
+    open_store: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fleeting = Fleeting(monkeypatch)
+    store = open_store(nvme=0)
+    pool, back = Pool(4), Pool(4)
+    pool.fill()
+    fleeting.on = True
+    store.put(names(0, 1), pool.spans(0, 1))
+    fleeting.on = False
+    assert store.leading(names(0)) == 0
+    assert store.put(names(2, 3), pool.spans(2, 3)) == [True, True]  # over the same pages
+    assert store.get(names(0, 1, 2, 3), back.spans(0, 1, 2, 3)) == [False, False, True, True]
+    assert (back.bytes[:, 2:] == pool.bytes[:, 2:]).all()
 
 
 def test_the_next_process_finds_what_is_on_the_drive(open_store: Open) -> None:

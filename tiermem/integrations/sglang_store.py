@@ -15,7 +15,7 @@ import numpy as np
 import xxhash
 
 from tiermem.config import Config
-from tiermem.errors import PageLost, TierFailed, TierFull
+from tiermem.errors import NotOurs, PageLost, TierFailed, TierFull
 from tiermem.keyindex import Keys
 from tiermem.region import Pages
 from tiermem.space import Space
@@ -80,15 +80,19 @@ class PageStore:
             pages = self._region.allocate(len(which))
         except TierFull:
             return False
+        # Named before they may leave: a page that is dropped takes its name with it.
         with self._region.use(pages, "write"):
             for i, page in zip(which, pages.tolist(), strict=True):
                 self._copy(spans[i], page, inwards=True)
-        with self._lock:
-            for i, page in zip(which, pages.tolist(), strict=True):
-                self._pages[keys[i].tobytes()] = page
-                self._names[page] = keys[i].tobytes()
-        self._region.label(pages, keys[which])
+            self._region.label(pages, keys[which])
+            self._name(pages, keys[which])
         return True
+
+    def _name(self, pages: Pages, keys: Keys) -> None:
+        with self._lock:
+            for page, key in zip(pages.tolist(), keys, strict=True):
+                self._pages[key.tobytes()] = page
+                self._names[page] = key.tobytes()
 
     def get(self, names: Sequence[str], spans: Sequence[Spans]) -> list[bool]:
         """Copy pages out; whether each was here and is as it was put in."""
@@ -108,10 +112,11 @@ class PageStore:
         missing = np.flatnonzero(pages < 0)
         if len(missing):
             pages[missing] = self._region.adopt(keys[missing])
-            with self._lock:
-                for i in missing[pages[missing] >= 0].tolist():
-                    self._pages[keys[i].tobytes()] = int(pages[i])
-                    self._names[int(pages[i])] = keys[i].tobytes()
+            missing = missing[pages[missing] >= 0]
+            self._name(pages[missing], keys[missing])
+            dropped = missing[~self._region.held(pages[missing])]  # before they had names
+            self._unname(pages[dropped])
+            pages[dropped] = -1
         return pages
 
     def _get(self, page: int, spans: Spans) -> bool:
@@ -119,16 +124,13 @@ class PageStore:
             with self._region.use(page):
                 self._copy(spans, page, inwards=False)
                 return True
-        except (PageLost, TierFailed) as error:
+        except (PageLost, TierFailed, NotOurs) as error:  # NotOurs: it was dropped just now
             log.warning("lost page: %s", error)
             self._forget(page)
             return False
 
     def _forget(self, page: int) -> None:
-        with self._lock:
-            name = self._names.pop(page, None)
-            if name is not None:
-                del self._pages[name]
+        self._unname(np.array([page], np.int32))
         if self._region.where([page])[0] == AT_LOST:
             self._region.free([page])
 
@@ -141,10 +143,13 @@ class PageStore:
             at += nbytes
 
     def _gone(self, pages: Pages, reason: str) -> None:
+        self._unname(pages)
+
+    def _unname(self, pages: Pages) -> None:
         with self._lock:
             for page in pages.tolist():
                 name = self._names.pop(page, None)
-                if name is not None:
+                if name is not None and self._pages[name] == page:
                     del self._pages[name]
 
     def _keys(self, names: Sequence[str]) -> Keys:
