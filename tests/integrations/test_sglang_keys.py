@@ -2,9 +2,12 @@
 
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
+import pytest
 
+from tiermem.integrations import sglang_compat as compat
 from tiermem.integrations.sglang_keys import KeyChain, digest, weights_identity
 
 
@@ -61,3 +64,26 @@ def test_random_weights_are_told_apart_by_their_seed() -> None:
 def test_a_fingerprint_has_one_digest_in_any_order() -> None:
     assert digest({"a": "1", "b": "2"}) == digest({"b": "2", "a": "1"})
     assert digest({"a": "1"}) != digest({"a": "2"})
+
+
+@pytest.mark.parametrize(
+    ("field", "other"),
+    [
+        ("model_path", "b"),
+        ("revision", "main"),
+        ("quantization", "fp8"),
+        ("quantization_param_path", "scales.json"),
+        ("attention_backend", "fa3"),
+        ("json_model_override_args", '{"rope_theta": 1}'),
+    ],
+)
+def test_kv_of_another_model_has_another_fingerprint(field: str, other: str) -> None:
+    given = {
+        "model_path": "a", "revision": None, "load_format": "auto", "random_seed": 1,
+        "quantization": None, "quantization_param_path": None, "attention_backend": "triton",
+        "json_model_override_args": "{}",
+    }  # fmt: skip
+    assert field in given
+    mine = compat.model_facts(SimpleNamespace(**given))
+    assert mine == compat.model_facts(SimpleNamespace(**given))
+    assert mine != compat.model_facts(SimpleNamespace(**{**given, field: other}))

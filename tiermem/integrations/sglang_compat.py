@@ -10,6 +10,7 @@ import numpy as np
 import xxhash
 
 from tiermem.integrations.sglang_engine import Agree, Ended, Engine, alone
+from tiermem.integrations.sglang_keys import weights_identity
 from tiermem.integrations.sglang_pages import Pages
 
 _NO_PAGES = np.empty(0, np.int32)
@@ -62,6 +63,18 @@ def model_of(args: Any) -> Any:
     from sglang.srt.arg_groups.model_override_base import model_config_of
 
     return model_config_of(args)
+
+
+def model_facts(args: Any) -> dict[str, str]:
+    """What a model's KV depends on beside tokens, dtypes and layout. args: SGLang's arguments."""
+    return {
+        "weights": weights_identity(
+            args.model_path, args.revision, args.load_format, args.random_seed
+        ),
+        "quantization": f"{args.quantization} {args.quantization_param_path}",
+        "attention": str(args.attention_backend),
+        "overrides": str(args.json_model_override_args),
+    }
 
 
 # ---------------------------------------------------------------- requests

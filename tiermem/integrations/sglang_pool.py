@@ -9,7 +9,6 @@ from tiermem.config import Config, load
 from tiermem.errors import ConfigError
 from tiermem.integrations import sglang_compat as compat
 from tiermem.integrations.sglang_engine import Agree, Engine, Identity, alone
-from tiermem.integrations.sglang_keys import weights_identity
 from tiermem.integrations.sglang_layout import PageMajor, choose, fitting_page_size
 from tiermem.integrations.sglang_sizes import Sizes, plan, rank_config
 from tiermem.sections import CUDA_PAGE, SMALLEST_PAGE
@@ -152,13 +151,10 @@ def _identity(configurator: Any, layout: PageMajor) -> Identity:
     """Everything that a page's bytes depend on beside its tokens."""
     args = configurator.server_args
     rank = compat.tp_rank()
-    weights = weights_identity(args.model_path, args.revision, args.load_format, args.random_seed)
     fingerprint = {
+        **compat.model_facts(args),
         "engine": "sglang",
-        "weights": weights,
         "dtype": f"{configurator.model_dtype} {configurator.kv_cache_dtype}",
-        "quantization": str(args.quantization),
-        "attention": str(args.attention_backend),
         "layout": f"{layout.parts}x{layout.row_bytes} {layout.page_size} {layout.stride}",
         "rank": f"{rank} of {args.tp_size}",
     }

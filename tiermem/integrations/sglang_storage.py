@@ -21,7 +21,7 @@ from sglang.srt.mem_cache.hicache_storage import HiCacheStorage
 from tiermem import units
 from tiermem.config import Config, load
 from tiermem.errors import ConfigError
-from tiermem.integrations.sglang_keys import weights_identity
+from tiermem.integrations import sglang_compat as compat
 from tiermem.integrations.sglang_sizes import rank_config, staged
 from tiermem.integrations.sglang_store import STAGED, PageStore, Spans
 
@@ -142,13 +142,9 @@ def _identity(given: Any, pool: Any) -> tuple[str, dict[str, str]]:
     rank = f"hicache-rank{given.tp_rank}of{given.tp_size}"
     shape = [getattr(pool, name, None) for name in ("layer_num", "head_num", "head_dim")]
     return rank, {
+        **compat.model_facts(args),
         "engine": "sglang-hicache",
-        "weights": weights_identity(
-            args.model_path, args.revision, args.load_format, args.random_seed
-        ),
         "dtype": str(pool.dtype),
         "layout": f"{pool.layout} {shape} {pool.page_size}",
-        "attention": str(args.attention_backend),
-        "quantization": str(args.quantization),
         "rank": f"{given.tp_rank} of {given.tp_size}",
     }
