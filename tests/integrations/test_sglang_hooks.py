@@ -167,7 +167,7 @@ class Allocator:
 
     def __init__(self, *taken: Pages) -> None:
         self.taken = list(taken)
-        self.released = 0
+        self.freed = 0
 
 
 def batch_of(*reqs: Request, taken: list[Pages], prefixes: list[int], extend: bool = True) -> Any:

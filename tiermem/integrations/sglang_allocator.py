@@ -23,12 +23,12 @@ class PageMajorAllocator(PagedTokenToKVPoolAllocator):  # type: ignore[misc]  # 
     """Hands out pages whose SGLang number is page * stride. Page 0 is never handed out.
 
     taken: the pages of the last alloc_extend or alloc_decode, one array a request.
-    released: how many pages have ever been freed.
+    freed: how many tokens have ever been freed, also those of a group that is not closed yet.
     """
 
     pages: FreePages
     taken: list[Pages]
-    released = 0
+    freed = 0
 
     def clear(self) -> None:
         super().clear()
@@ -86,6 +86,14 @@ class PageMajorAllocator(PagedTokenToKVPoolAllocator):  # type: ignore[misc]  # 
         self.free_pages = self._nothing
         return indices
 
+    def free(self, free_index: torch.Tensor) -> None:
+        self.freed += len(free_index)
+        super().free(free_index)
+
+    def free_segment(self, free_index: torch.Tensor, *, start_pos: int) -> None:
+        self.freed += len(free_index)
+        super().free_segment(free_index, start_pos=start_pos)
+
     def merge_and_sort_free(self) -> None:
         """Nothing waits to be sorted: first freed, first taken."""
 
@@ -113,7 +121,6 @@ class PageMajorAllocator(PagedTokenToKVPoolAllocator):  # type: ignore[misc]  # 
 
     def _release_page_ids(self, *page_ids: torch.Tensor) -> None:
         numbers = torch.cat(page_ids)
-        self.released += len(numbers)
         if numbers.device.type == "cpu":
             self.pages.give(Arrived((numbers.numpy() // self._stride).astype(np.int32)))
         else:

@@ -244,11 +244,11 @@ def shared(original: Callable[..., None], req: Any, tree: Any, *args: Any, **kwa
     """Around what puts a running request into the tree: it may get the tree's pages for its own."""
     engine = state.engine()
     allocator = tree.token_to_kv_pool_allocator
-    before = allocator.released
+    before = allocator.freed
     original(req, tree, *args, **kwargs)
     if compat.caches_nothing(tree):
         return
-    if allocator.released != before:
+    if allocator.freed != before:
         numbers = compat.row(engine, tree.req_to_token_pool, [req])[0]
         engine.residence.follow(req, numbers.tolist())
     engine.label(req, compat.written_tokens(req), compat.extra_of(req))
