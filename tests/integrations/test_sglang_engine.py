@@ -54,6 +54,7 @@ def open_engine(tmp_path: Path) -> Iterator[Open]:
 def close(engine: Engine) -> None:
     """As no engine does: a process that serves just ends."""
     if engine.space.statistics().pages and not getattr(engine, "closed", False):
+        engine.residence.ensure({})  # a step, which ends what was matched for it
         engine.residence.release_others(())
         if engine.region.where([0])[0] == Place.GPU:
             engine.region.unpin([0])
@@ -64,7 +65,7 @@ def close(engine: Engine) -> None:
 def compute(engine: Engine, request: str, pages: Pages, tokens: list[int]) -> None:
     """A request that computes these pages, is named, and ends."""
     engine.residence.follow(request, pages.tolist())
-    engine.residence.ensure([request])
+    engine.residence.ensure({request: 0})
     words = engine.region.view(np.int64)
     for i, page in enumerate(pages.tolist()):
         words[page] = tokens[i * 16]
@@ -74,7 +75,7 @@ def compute(engine: Engine, request: str, pages: Pages, tokens: list[int]) -> No
 
 def reads(engine: Engine, pages: Pages, tokens: list[int]) -> bool:
     engine.residence.follow("reader", pages.tolist())
-    engine.residence.ensure(["reader"])
+    assert engine.residence.ensure({"reader": len(pages) * 16}) == []
     words = engine.region.view(np.int64)
     right = all((words[p] == tokens[i * 16]).all() for i, p in enumerate(pages.tolist()))
     engine.release("reader")
@@ -86,7 +87,7 @@ def push_out(engine: Engine, first: int = 20) -> None:
     for start in range(first, first + 18, 6):
         run = list(range(start, start + 6))
         engine.residence.follow("other", run)
-        engine.residence.ensure(["other"])
+        engine.residence.ensure({"other": 0})
         engine.residence.release("other")
     engine.space.drain()
 
@@ -98,7 +99,7 @@ def test_every_part_of_a_layer_is_a_tensor_that_writes_into_its_own_block(
     engine = open_engine()
     parts = [engine.buffer(i, torch.float32, (2, 32)) for i in range(4)]
     engine.residence.follow("a", [3])
-    engine.residence.ensure(["a"])
+    engine.residence.ensure({"a": 0})
     index = int(engine.first_indices(pages_of(3))[0])
     for i, part in enumerate(parts):
         assert part.is_contiguous()

@@ -12,6 +12,7 @@ import pytest
 
 from tests.integrations.test_sglang_engine import PAGES, TOKENS, compute, pages_of, push_out
 from tests.integrations.test_sglang_engine import open_engine as open_engine  # a fixture
+from tiermem.errors import PageLost
 from tiermem.integrations import sglang_compat as compat
 from tiermem.integrations import sglang_hooks as hooks
 from tiermem.integrations import sglang_state as state
@@ -205,9 +206,32 @@ def test_what_a_batch_was_given_is_on_the_gpu_when_it_runs(engine: Engine) -> No
     assert engine.region.where([5])[0] == Place.GPU
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_requests_whose_tokens_are_gone_end_and_the_others_run(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, ranks: int
+) -> None:
+    ended: list[object] = []
+    monkeypatch.setattr(compat, "abort", lambda scheduler, req, why: ended.append(req))
+    compute(engine, "a", pages_of(1, 2), TOKENS)
+    bad, good = Request(TOKENS, kv=length(48)), Request(TOKENS, kv=length(16))
+    batch = batch_of(bad, good, taken=[pages_of(3), pages_of(4)], prefixes=[32, 0])
+    engine.residence.follow(bad, [1, 2])
+    hooks.extended(None, batch)
+    engine.region.free([2])
+    engine.residence.gone(pages_of(2), "dropped")
+    if ranks == 1:
+        hooks.step(scheduler_of(), batch)
+        assert ended == [bad]
+        assert (engine.region.where([1, 2, 3, 4]) == Place.GPU).all()
+    else:
+        engine.agree = lambda numbers: numbers
+        with pytest.raises(PageLost, match="this rank alone"):
+            hooks.step(scheduler_of(), batch)
+
+
 def test_pages_that_nobody_told_of_are_read_from_the_engines_own_table(engine: Engine) -> None:
     req = Request(TOKENS, req_pool_idx=2, kv=length(40))
-    batch = batch_of(req, taken=[], prefixes=[])
+    batch = batch_of(req, taken=[], prefixes=[0])
     firsts = engine.first_indices(pages_of(7, 8, 9))
     row = (firsts[:, None] + np.arange(16)).reshape(-1)
     batch.req_to_token_pool.req_to_token[2, : len(row)] = torch.from_numpy(row)
@@ -218,9 +242,9 @@ def test_pages_that_nobody_told_of_are_read_from_the_engines_own_table(engine: E
 def test_who_is_neither_in_the_batch_nor_running_holds_nothing(engine: Engine) -> None:
     gone, here = Request(TOKENS, kv=length(16)), Request(TOKENS, kv=length(16))
     hooks.extended(None, batch_of(gone, taken=[pages_of(1)], prefixes=[0]))
-    hooks.step(scheduler_of(), batch_of(gone, taken=[], prefixes=[]))
+    hooks.step(scheduler_of(), batch_of(gone, taken=[], prefixes=[0]))
     hooks.extended(None, batch_of(here, taken=[pages_of(2)], prefixes=[0]))
-    hooks.step(scheduler_of(here), batch_of(here, taken=[], prefixes=[]))
+    hooks.step(scheduler_of(here), batch_of(here, taken=[], prefixes=[0]))
     assert engine.residence.pages(gone) is None
     assert engine.residence.pages(here) == [2]
 
@@ -247,7 +271,7 @@ def test_pages_that_a_tree_takes_over_are_named_in_what_the_policies_hear(
     )
     req = Request(TOKENS[:32], kv=length(32))
     hooks.extended(None, batch_of(req, taken=[pages_of(1, 2)], prefixes=[0]))
-    hooks.step(scheduler_of(), batch_of(req, taken=[], prefixes=[]))
+    hooks.step(scheduler_of(), batch_of(req, taken=[], prefixes=[0]))
     req.kv.kv_committed_len = 32
     hooks.released(lambda *args: None, req, SimpleNamespace(disable=False), True)
     assert heard == [[2, 1]]
@@ -256,7 +280,7 @@ def test_pages_that_a_tree_takes_over_are_named_in_what_the_policies_hear(
 def test_a_request_that_ended_lets_go(engine: Engine) -> None:
     req = Request(TOKENS, kv=length(16))
     hooks.extended(None, batch_of(req, taken=[pages_of(1)], prefixes=[0]))
-    hooks.step(scheduler_of(), batch_of(req, taken=[], prefixes=[]))
+    hooks.step(scheduler_of(), batch_of(req, taken=[], prefixes=[0]))
     seen: list[object] = []
     hooks.released(lambda *args: seen.append(args), req, SimpleNamespace(disable=True), False)
     assert seen

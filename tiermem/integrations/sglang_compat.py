@@ -90,6 +90,13 @@ def page_count(engine: Engine, req: Any) -> int:
     return -(-int(req.kv.kv_allocated_len) // engine.layout.page_size)
 
 
+def computed_tokens(batch: Any) -> dict[Any, int]:
+    """Tokens of each request of a batch whose KV is there, or queued to be, before it runs."""
+    if batch.forward_mode.is_extend():
+        return dict(zip(batch.reqs, batch.prefix_lens, strict=True))
+    return {req: int(req.kv.kv_allocated_len) - 1 for req in batch.reqs}
+
+
 def committed_tokens(req: Any) -> Sequence[int]:
     """The tokens of a finished request whose KV is written."""
     tokens: Sequence[int] = (req.origin_input_ids + req.output_ids)[: _kv(req).kv_committed_len]
@@ -119,6 +126,19 @@ def ended(req: Any) -> Ended:
         reason="end_turn" if kind == "stop" else kind,
         output_tokens=len(req.output_ids),
     )
+
+
+def abort(scheduler: Any, req: Any, why: str) -> None:
+    """A request that is in the batch ends after it, with an error, and nothing of it is cached."""
+    from http import HTTPStatus
+
+    from sglang.srt.managers.schedule_batch import FINISH_ABORT
+
+    if req is scheduler.chunked_req:
+        scheduler._pending_chunked_abort_req = req  # before its next chunk, as SGLang aborts one
+        return
+    req.skip_radix_cache_insert = True
+    req.to_finish = FINISH_ABORT(why, HTTPStatus.INTERNAL_SERVER_ERROR, "InternalServerError")
 
 
 def keeps(req: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

@@ -7,7 +7,6 @@ what is only our own business (where a page is, when it moves) is not.
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +16,6 @@ import numpy as np
 import numpy.typing as npt
 
 from tiermem.config import Config
-from tiermem.errors import PageLost, TierFull
 from tiermem.integrations.sglang_gates import Gates
 from tiermem.integrations.sglang_keys import KeyChain
 from tiermem.integrations.sglang_layout import PageMajor
@@ -30,8 +28,6 @@ from tiermem.tier import AT_NONE
 
 if TYPE_CHECKING:
     import torch
-
-log = logging.getLogger(__name__)
 
 Agree = Callable[[list[int]], list[int]]
 """The least of each number over all ranks; every rank calls it at the same point."""
@@ -91,7 +87,7 @@ class Engine:
         self.region = self.space.reserve(
             (pages + 1) * layout.page_bytes, name="sglang-kv", on_gone=self._gone, numbered=True
         )
-        self.residence = Residence(self.region, lambda: self.stream)
+        self.residence = Residence(self.region, lambda: self.stream, layout.page_size)
         self._budget = self.space.budget()
         self._round = 0
         self.gates = Gates(pages, layout.page_size, lambda: self._budget)
@@ -141,10 +137,15 @@ class Engine:
 
     # ---------------------------------------------------------------- rounds of the scheduler
 
+    @property
+    def is_alone(self) -> bool:
+        """Whether there is one rank, which decides for itself."""
+        return self.agree is alone
+
     def look(self) -> None:
         """Take over a budget that has changed; all ranks in the same round."""
         self._round += 1
-        cheap = self.agree is alone and not self.space.shared
+        cheap = self.is_alone and not self.space.shared
         if cheap or self._round % LOOK_EVERY == 1:
             [self._budget] = self.agree([self.space.budget()])
             self.space.count_on(self._budget)  # until the next look, by what was let in meanwhile
@@ -158,17 +159,17 @@ class Engine:
     def usable(self, pages: Pages) -> Usable:
         """What of these cached pages, from the first on, can be read and should be, on all ranks.
 
-        What is on a drive is read and verified now, so that a step never meets a page that is not
-        what was written.
+        What is on a drive is read and verified now, and stays up until the next step: nothing else
+        could be done then about a page that is not what was written.
         """
         if not len(pages):
             return Usable(0, 0)
         there = self._leading(pages)
         load = self._worth(pages[:there])
         if self._may_lose:
-            self._read(pages[:load])
+            self.residence.verify(pages[:load], max(1, (self._budget - 1) // 4))
             there = self._leading(pages)
-            there, load = self.agree([there, min(load, there)])
+        there, load = self.agree([there, min(load, there)])
         return Usable(there, load)
 
     def _leading(self, pages: Pages) -> int:
@@ -181,21 +182,6 @@ class Engine:
         if model is None or not len(self.residence.on_drive(pages)):
             return len(pages)  # host memory is always faster
         return self.region.split(pages, self.layout.page_size, model).load
-
-    def _read(self, pages: Pages) -> None:
-        """Load what rests on the drive; what cannot be read is lost from then on."""
-        away = self.residence.on_drive(pages)
-        most = max(1, (self._budget - 1) // 4)
-        for start in range(0, len(away), most):
-            some = away[start : start + most]
-            try:
-                self.region.pin(some)
-            except PageLost as error:
-                log.warning("lost pages=%d: %s", len(some), error)
-            except TierFull:
-                return  # the batch that needs them makes room, or says why it cannot
-            else:
-                self.region.unpin(some)
 
     # ---------------------------------------------------------------- content that is kept
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from tiermem.errors import PageLost
 from tiermem.integrations import sglang_compat as compat
 from tiermem.integrations import sglang_state as state
 from tiermem.integrations.sglang_engine import Engine
@@ -141,9 +142,24 @@ def step(scheduler: Any, batch: Any, *args: Any, **kwargs: Any) -> None:
     stale = [req for req in batch.reqs if not _is_followed(engine, req)]
     if stale:
         _read_rows(engine, batch, stale)
-    engine.residence.ensure(batch.reqs)
+    spoiled = engine.residence.ensure(compat.computed_tokens(batch))
+    if spoiled:
+        _give_up(engine, scheduler, spoiled)
     if batch.forward_mode.is_extend():
         engine.speed.launched(int(batch.extend_num_tokens or 0))
+
+
+def _give_up(engine: Engine, scheduler: Any, spoiled: list[Any]) -> None:
+    """Requests whose tokens are gone end with an error; the tree learns nothing from them.
+
+    Pages of a request leave while it runs only where the budget fell below what runs.
+    """
+    text = f"tiermem: KV of {len(spoiled)} running requests could not be read back as written"
+    if not engine.is_alone:
+        raise PageLost(f"{text}, on this rank alone: the ranks would not decide alike any more")
+    log.error("%s: they end with an error", text)
+    for req in spoiled:
+        compat.abort(scheduler, req, f"{text}; send the request again")
 
 
 def computed(result: Any, scheduler: Any, batch: Any, *args: Any, **kwargs: Any) -> None:

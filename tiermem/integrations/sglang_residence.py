@@ -4,20 +4,24 @@ A request holds its pages from its first batch on until it is released; so a ste
 only for what is new in it. Pages that several requests share are pinned once. Everything else may
 leave by the policies, after the work that was queued on the forward stream when it was released.
 
+What a request has computed and what it will write are told apart at every step: a page that it
+reads must have its bytes, or nothing that comes of it counts; one that it writes has no copy below
+from then on.
+
 One thread, SGLang's scheduler, makes all calls but `gone`.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Hashable, Iterable
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from tiermem.errors import NotOurs, TierFull
+from tiermem.errors import NotOurs, PageLost, TierFull
 from tiermem.planner import Access
 from tiermem.region import Hint
 from tiermem.tier import AT_GPU, AT_LOST, AT_NVME, Mask
@@ -60,20 +64,31 @@ class _Held:
 
     pages: list[int] = field(default_factory=list)
     pinned: int = 0
-    written: int = -1
-    """A page that was let go unfinished: it will be written again."""
+
+    def lacking(self, first: int = 0, end: int | None = None) -> list[int]:
+        """Of the pages from `first` to before `end`, those that it has not pinned."""
+        return self.pages[max(first, self.pinned) : end]
 
 
 class Residence:
     """The pages of one engine's pool."""
 
-    def __init__(self, region: PagedRegion, stream: Callable[[], int | None]) -> None:
-        """stream: the one that the engine's next work is queued on. Page 0 becomes resident."""
+    def __init__(
+        self, region: PagedRegion, stream: Callable[[], int | None], page_size: int
+    ) -> None:
+        """stream: the one that the engine's next work is queued on. page_size: tokens in a page.
+
+        Page 0 becomes resident.
+        """
         self._region = region
         self._stream = stream
+        self._page_size = page_size
         self._held: dict[Hashable, _Held] = {}
+        self._verified: list[Pages] = []
         self._users = np.zeros(region.pages, np.int32)
         self._backed = np.zeros(region.pages, np.bool_)
+        self._blank = np.zeros(region.pages, np.bool_)
+        """Pages that lost their bytes while a request counted on them: nothing in them counts."""
         self.let_go = 0
         """Requests whose pages had to leave while they were not in the batch."""
         padding = np.array([PADDING], np.int32)
@@ -120,52 +135,124 @@ class Residence:
 
     # ---------------------------------------------------------------- before a step
 
-    def ensure(self, batch: Collection[Hashable]) -> None:
+    def verify(self, pages: Pages, at_once: int) -> None:
+        """Read what rests on a drive; what is as it was written stays up until the next step.
+
+        at_once: pages of one call, of which all count as read or none. What does not fit into the
+        budget is left where it is: the batch that needs it makes room.
+        """
+        away = self.on_drive(pages)
+        for start in range(0, len(away), at_once):
+            some = away[start : start + at_once]
+            try:
+                self._region.pin(some)
+            except PageLost as error:
+                log.warning("lost pages=%d: %s", len(some), error)
+            except TierFull:
+                return
+            else:
+                self._verified.append(some)
+
+    def _give_back_verified(self) -> None:
+        while self._verified:
+            self._region.unpin(self._verified.pop())
+
+    def ensure(self, computed: Mapping[Hashable, int]) -> list[Hashable]:
         """All pages of these requests may be touched by what is queued on the stream next.
 
-        Loads from host memory are waited for by the stream, those from a drive by the caller.
-        Raises TierFull if they do not fit into the budget together, PageLost.
+        computed: tokens of each request of a batch that are there before it runs; it reads those
+        and writes behind them. Loads from host memory are waited for by the stream, those from a
+        drive by the caller.
+
+        Returns the requests some of whose tokens are gone: all of their pages have memory, and
+        nothing that comes of them counts. Raises TierFull if the pages do not fit into the budget.
         """
-        lacking = [held for r in batch if (held := self._held[r]).pinned < len(held.pages)]
-        if not lacking:
-            return
+        lacking = {r: n for r, n in computed.items() if self._held[r].lacking()}
+        spoiled = self._renounce(lacking)
+        while lacking:
+            try:
+                self._pin_or_make_way(lacking, computed)
+                break
+            except (PageLost, NotOurs):  # NotOurs: the tiers have begun to drop one just now
+                blank = int(self._blank.sum())
+                spoiled = self._renounce(lacking)
+                if int(self._blank.sum()) == blank:
+                    raise
+        self._give_back_verified()
+        return spoiled
+
+    def _renounce(self, computed: Mapping[Hashable, int]) -> list[Hashable]:
+        """The requests some of whose computed pages have no bytes; these pages become blank."""
+        spoiled = []
+        for request, tokens in computed.items():
+            begun = -(-tokens // self._page_size)
+            pages = np.array(self._held[request].lacking(end=begun), np.int32)
+            gone = pages[~self.valid(pages)]
+            if len(gone):
+                spoiled.append(request)
+                self._blank[gone] = True
+                self._backed[gone] &= self._region.held(gone)
+        return spoiled
+
+    def _pin_or_make_way(
+        self, lacking: Mapping[Hashable, int], batch: Collection[Hashable]
+    ) -> None:
         try:
             self._pin(lacking)
         except TierFull:
             waiting = [h for r, h in self._held.items() if r not in batch and h.pinned]
-            if not waiting:
+            if self._verified:
+                self._give_back_verified()
+            elif waiting:
+                for held in waiting:
+                    self._unpin(held, 0)
+                self.let_go += len(waiting)
+            else:
                 raise
-            for held in waiting:
-                held.written = held.pages[held.pinned - 1]
-                self._unpin(held, 0)
-            self.let_go += len(waiting)
-            self._pin(lacking)
+            self._pin_or_make_way(lacking, batch)
 
-    def _pin(self, lacking: list[_Held]) -> None:
+    def _pin(self, lacking: Mapping[Hashable, int]) -> None:
         stream = self._stream()
-        pages = np.array([p for h in lacking for p in h.pages[h.pinned :]], np.int32)
-        pages = np.unique(pages[self._users[pages] == 0])
-        fresh = pages[~self._backed[pages]]
-        old = pages[self._backed[pages]]
-        again = np.array([h.written for h in lacking if h.written >= 0], np.int32)
-        rewritten = old[np.isin(old, again)]
+        needed = [self._held[request] for request in lacking]
         taken: list[Pages] = []
+        fresh, accesses = self._accesses(lacking)
         try:
-            for some, access in ((old[~np.isin(old, again)], "read"), (rewritten, "write")):
-                if len(some):
-                    self._region.pin(some, access, stream)  # type: ignore[arg-type]
-                    taken.append(some)
+            for access, pages in accesses.items():
+                if len(pages):
+                    self._region.pin(pages, access, stream)
+                    taken.append(pages)
             if len(fresh):
-                self._allocate(fresh, lacking)
+                self._allocate(fresh, needed)
                 self._region.pin(fresh, "write")
         except BaseException:
-            for some in taken:
-                self._region.unpin(some, stream)
+            for pages in taken:
+                self._region.unpin(pages, stream)
             raise
-        for held in lacking:
+        for held in needed:
             self._users[held.pages[held.pinned :]] += 1
             held.pinned = len(held.pages)
-            held.written = -1
+
+    def _accesses(self, lacking: Mapping[Hashable, int]) -> tuple[Pages, dict[Access, Pages]]:
+        """(pages without memory, the others by how they are used) that nobody has pinned yet."""
+        read: list[int] = []
+        written: list[int] = []
+        for request, tokens in lacking.items():
+            whole = tokens // self._page_size
+            read += self._held[request].lacking(end=whole)
+            written += self._held[request].lacking(whole)
+        pages = np.unique(np.array(read + written, np.int32))
+        pages = pages[self._users[pages] == 0]
+        old = pages[self._backed[pages]]
+        lost = old[self._blank[old]]
+        if len(lost):
+            lost = lost[self._region.where(lost) == AT_LOST]
+        rewritten = np.isin(old, np.array(written, np.int32))
+        has_bytes = ~np.isin(old, lost)
+        return pages[~self._backed[pages]], {
+            "read": old[has_bytes & ~rewritten],
+            "write": old[has_bytes & rewritten],
+            "fresh": lost,
+        }
 
     def _allocate(self, fresh: Pages, lacking: list[_Held]) -> None:
         depth_of = {p: i for h in lacking for i, p in enumerate(h.pages[h.pinned :], h.pinned)}
@@ -194,6 +281,8 @@ class Residence:
         """
         if self._users[pages].any():
             self._let_go_of(set(pages.tolist()))
+        if any(np.isin(pages, some).any() for some in self._verified):
+            self._give_back_verified()
         backed = pages[self._backed[pages]]
         while len(backed):
             backed = backed[self._region.held(backed)]
@@ -204,6 +293,7 @@ class Residence:
             except NotOurs:  # the tiers have begun to drop one of them just now
                 continue
         self._backed[pages] = False
+        self._blank[pages] = False
 
     def _let_go_of(self, pages: set[int]) -> None:
         for held in self._held.values():
@@ -224,9 +314,8 @@ class Residence:
 
     def valid(self, pages: Pages) -> Mask:
         """bool[n]: which of these pages still have their bytes, as far as is known."""
-        mask: Mask = self._backed[pages]
+        mask: Mask = self._backed[pages] & ~self._blank[pages]
         if mask.any():
-            mask = mask.copy()
             mask[mask] = self._alive(pages[mask])
         return mask
 
@@ -255,5 +344,6 @@ class Residence:
     def reset(self) -> None:
         """The engine has flushed its cache: every page but the padding is free."""
         self.release_others(())
+        self._give_back_verified()
         pages = np.flatnonzero(self._backed).astype(np.int32)
         self.forget(pages[pages != PADDING])
