@@ -36,6 +36,9 @@ class Request:
     extra_key: str | None = None
     output_ids: list[int] = field(default_factory=list)
     prefix_indices: Any = None
+    full_untruncated_fill_ids: list[int] = field(default_factory=list)
+    extend_end: int = 0
+    skip_radix_cache_insert: bool = False
     sampling_params: Any = None
 
     def _compute_max_prefix_len(self, length: int) -> int:
@@ -49,6 +52,7 @@ class Tree:
         firsts = torch.from_numpy(engine.first_indices(pages))
         self.indices = (firsts[:, None] + torch.arange(16)).reshape(-1)
         self.disable = False
+        self.token_to_kv_pool_allocator = Allocator()
 
     def match(self, req: Request, tree: Tree, *args: object) -> None:
         """In the place of `init_next_round_input`."""
@@ -87,7 +91,7 @@ def test_a_prefix_is_matched_up_to_what_is_lost_and_the_tree_gives_up_the_rest(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cut: list[int] = []
-    monkeypatch.setattr(compat, "uproot", lambda e, t, r, good: cut.append(good))
+    monkeypatch.setattr(compat, "forget_lost", lambda e, t, r, good: cut.append(good))
     pages = pages_of(1, 2, 3)
     compute(engine, "a", pages, TOKENS)
     engine.residence.gone(pages_of(2), "dropped")
@@ -106,6 +110,27 @@ def test_a_prefix_on_the_drive_is_up_when_it_was_matched(engine: Engine) -> None
     hooks.matched(tree.match, req, tree)
     assert len(req.prefix_indices) == 48
     assert (engine.region.where(pages) == Place.GPU).all()
+
+
+def test_what_is_computed_again_takes_the_place_of_what_the_tree_had(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    did: list[object] = []
+    monkeypatch.setattr(compat, "uproot", lambda e, t, r, tokens, good: did.append(good))
+    monkeypatch.setattr(compat, "keep_apart", lambda t, r, apart: did.append(apart))
+    monkeypatch.setattr(Engine, "_worth", lambda self, pages: 1)
+    pages = pages_of(1, 2, 3)
+    compute(engine, "a", pages, TOKENS)
+    tree, req = Tree(engine, pages), Request(TOKENS, kv=length(48))
+    req.full_untruncated_fill_ids, req.extend_end = TOKENS, 48
+    hooks.matched(tree.match, req, tree)
+    hooks.shared(lambda *args: did.append("inserted"), req, tree)
+    assert did == [True, 1, "inserted"]
+    monkeypatch.undo()
+    hooks.matched(tree.match, req, tree)
+    assert len(req.prefix_indices) == 48
+    assert req not in engine.bypassing
+    assert req.skip_radix_cache_insert is False
 
 
 def test_no_tree_and_a_tree_that_caches_nothing_are_left_alone(engine: Engine) -> None:

@@ -147,17 +147,21 @@ def keeps(req: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     return bool(wanted) and not getattr(req, "skip_radix_cache_insert", False)
 
 
+def _slot(req: Any) -> int:
+    """The row of `req_to_token` that is a request's."""
+    slot: int = req.req_pool_idx if hasattr(req, "req_pool_idx") else req.kv.req_pool_idx
+    return slot
+
+
 def row(engine: Engine, pool: Any, reqs: list[Any]) -> list[Pages]:
     """The pages of each request, from `req_to_token`. On a GPU this waits for its copy."""
     import torch
 
     size = engine.layout.page_size
     counts = [page_count(engine, req) for req in reqs]
-    slots = [req.req_pool_idx if hasattr(req, "req_pool_idx") else req.kv.req_pool_idx
-             for req in reqs]  # fmt: skip
     firsts = [
-        pool.req_to_token[slot, : count * size : size]
-        for slot, count in zip(slots, counts, strict=True)
+        pool.req_to_token[_slot(req), : count * size : size]
+        for req, count in zip(reqs, counts, strict=True)
     ]
     numbers = engine.page_numbers(torch.cat(firsts).cpu().numpy())
     return np.split(numbers, np.cumsum(counts)[:-1])
@@ -238,23 +242,65 @@ def insert(engine: Engine, tree: Any, req: Any, matched: int, pages: Pages) -> N
     tree.insert(InsertParams(key=_key(req, tokens), value=value))
 
 
-def uproot(engine: Engine, tree: Any, req: Any, good: int) -> None:
-    """The tree forgets what it has behind the first `good` pages of a request.
+def _is_plain(tree: Any) -> bool:
+    """Whether this is the plain radix tree, of which a branch can be cut."""
+    tells_others = getattr(tree, "enable_kv_cache_events", False)
+    return type(tree).__name__ == "RadixCache" and not tells_others
+
+
+def forget_lost(engine: Engine, tree: Any, req: Any, good: int) -> None:
+    """The tree forgets what it has behind the first `good` pages of a queued request.
 
     The plain radix tree gives up just that branch; any other one everything that nobody uses.
     """
-    from sglang.srt.mem_cache.base_prefix_cache import EvictParams, MatchPrefixParams
+    from sglang.srt.mem_cache.base_prefix_cache import EvictParams
 
-    if type(tree).__name__ != "RadixCache" or getattr(tree, "enable_kv_cache_events", False):
+    if _is_plain(tree):
+        uproot(engine, tree, req, req.full_untruncated_fill_ids, good)
+    else:
         tree.evict(EvictParams(num_tokens=tree.evictable_size()))
+
+
+def uproot(engine: Engine, tree: Any, req: Any, tokens: Sequence[int], good: int) -> None:
+    """The plain tree forgets what it has of these tokens behind the first `good` pages, except
+    what is in use. Another tree is left alone."""
+    if not _is_plain(tree):
         return
-    tokens = req.full_untruncated_fill_ids[: good * engine.layout.page_size]
-    node = req.last_node
-    result = tree.match_prefix(MatchPrefixParams(key=_key(req, tokens)))
-    top = result.last_device_node if good else tree.root_node
-    while node.parent is not top:
+    size = engine.layout.page_size
+    node = _deepest(tree, req, tokens[: len(tokens) // size * size])
+    top = _deepest(tree, req, tokens[: good * size])
+    if node is top:
+        return
+    while node.parent is not top and not node.parent.lock_ref:
         node = node.parent
     _cut(tree, node)
+
+
+def _deepest(tree: Any, req: Any, tokens: Sequence[int]) -> Any:
+    """The node of the plain tree that ends where what it has of these tokens ends."""
+    from sglang.srt.mem_cache.base_prefix_cache import MatchPrefixParams
+
+    if not len(tokens):
+        return tree.root_node
+    return tree.match_prefix(MatchPrefixParams(key=_key(req, tokens))).last_device_node
+
+
+def keep_apart(tree: Any, req: Any, apart: bool) -> None:
+    """Whether a request keeps its own pages to its end, where the tree's cannot be cut for them."""
+    if not _is_plain(tree):
+        req.skip_radix_cache_insert = apart
+
+
+def carry_on(tree: Any, req: Any) -> None:
+    """A request that is kept apart goes on behind what it has computed.
+
+    As where nothing is cached at all; from 0.5.22 on SGLang does that by itself.
+    """
+    import torch
+
+    if getattr(req, "skip_radix_cache_insert", False) and hasattr(req, "prefix_indices"):
+        row = tree.req_to_token_pool.req_to_token[_slot(req), : len(written_tokens(req))]
+        req.prefix_indices = row.to(torch.int64, copy=True)
 
 
 def _cut(tree: Any, node: Any) -> None:

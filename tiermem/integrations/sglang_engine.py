@@ -8,9 +8,10 @@ what is only our own business (where a page is, when it moves) is not.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import numpy.typing as npt
@@ -94,6 +95,8 @@ class Engine:
         self.speed = PrefillSpeed()
         self.caps: dict[Hashable, int] = {}
         """Tokens that a request may be matched with at most, while it is being matched."""
+        self.bypassing: MutableMapping[Hashable, int] = WeakKeyDictionary()
+        """Requests that compute again what the tree has, from how many pages on."""
         self._chains: dict[Hashable, KeyChain] = {}
         self._labelled: dict[Hashable, int] = {}
         self._served = False

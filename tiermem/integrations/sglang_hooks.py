@@ -8,7 +8,7 @@ else. What differs between its releases is in `sglang_compat`.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -261,9 +261,12 @@ def shared(original: Callable[..., None], req: Any, tree: Any, *args: Any, **kwa
     engine = state.engine()
     allocator = tree.token_to_kv_pool_allocator
     before = allocator.freed
+    if not compat.caches_nothing(tree):
+        _make_way(engine, req, tree, compat.written_tokens(req))
     original(req, tree, *args, **kwargs)
     if compat.caches_nothing(tree):
         return
+    compat.carry_on(tree, req)
     if allocator.freed != before:
         numbers = compat.row(engine, tree.req_to_token_pool, [req])[0]
         engine.residence.follow(req, numbers.tolist())
@@ -276,8 +279,18 @@ def released(original: Callable[..., None], req: Any, tree: Any, *args: Any, **k
     if compat.keeps(req, args, kwargs) and not compat.caches_nothing(tree):
         engine.label(req, compat.committed_tokens(req), compat.extra_of(req))
         engine.finished(req, compat.ended(req))
+        _make_way(engine, req, tree, compat.committed_tokens(req))
     original(req, tree, *args, **kwargs)
     engine.release(req)
+
+
+def _make_way(engine: Engine, req: Any, tree: Any, tokens: Sequence[int]) -> None:
+    """The tree keeps the pages that it has. It must not where they are lost, or too far away to be
+    worth a load: it would give them to the request, for those that this has just computed.
+    """
+    good = engine.bypassing.get(req)
+    if good is not None:
+        compat.uproot(engine, tree, req, tokens, good)
 
 
 def matched(
@@ -285,8 +298,8 @@ def matched(
 ) -> None:
     """Around `init_next_round_input`: a prefix counts as far as its bytes are there, and worth it.
 
-    What is lost leaves the tree. What would be slower to load than to compute stays in it; the
-    request is matched with what is before it.
+    What is lost leaves the tree. What would be slower to load than to compute stays in it until it
+    was computed again; the request is matched with what is before it.
     """
     original(req, tree, *args, **kwargs)
     if tree is None or compat.caches_nothing(tree):
@@ -295,11 +308,15 @@ def matched(
     pages = compat.matched_pages(engine, tree, req)
     usable = engine.usable(pages)
     if usable.load == len(pages):
+        if engine.bypassing.pop(req, None) is not None:
+            compat.keep_apart(tree, req, False)
         return
+    engine.bypassing[req] = usable.load
+    compat.keep_apart(tree, req, True)
     if usable.there < len(pages):
         lost = len(pages) - usable.there
         log.warning("lost prefix pages=%d of %d: computed again", lost, len(pages))
-        compat.uproot(engine, tree, req, usable.there)
+        compat.forget_lost(engine, tree, req, usable.there)
     engine.caps[req] = usable.load * engine.layout.page_size
     try:
         original(req, tree, *args, **kwargs)
