@@ -39,14 +39,10 @@ CONFIG = {
 SPREAD = 0.25
 """Of the random weights: large enough that every token of a context changes what follows."""
 
-if os.environ.get("WITHOUT_RESIDENCY"):
-    # In the scheduler's process too, which imports this file: pages are not made resident.
-    from tiermem.integrations import sglang_hooks
-
-    sglang_hooks.step = lambda *args, **kwargs: None
-
+sys.path.insert(0, str(Path(__file__).parent))
+if os.environ.get("FAULT"):  # in the scheduler's process too, which imports this file
+    importlib.import_module("sglang_faults").install(os.environ["FAULT"])
 if os.environ.get("HICACHE_ON_CPU"):
-    sys.path.insert(0, str(Path(__file__).parent))
     importlib.import_module("sglang_hicache_on_cpu").install()
 
 
@@ -111,6 +107,8 @@ def told(answer: Any) -> dict[str, Any]:
     if isinstance(answer, BaseException):
         return {"error": str(answer)}
     meta = answer["meta_info"]
+    if meta["finish_reason"]["type"] == "abort":
+        return {"error": str(meta["finish_reason"])}
     return {
         "tokens": answer["output_ids"],
         "logprobs": [round(entry[0], 3) for entry in meta["output_token_logprobs"]],

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from tests.integrations import sglang_serving as sglang
+from tests.integrations.children import python, run_child
 from tests.integrations.sglang_serving import PAGE, Ended, Round, Scenario, release, run
 
 pytestmark = pytest.mark.engine
@@ -69,12 +72,18 @@ def test_48_physical_of_162_virtual_pages_give_the_same_tokens(
     assert ended.moved("host", "gpu") >= 39
 
 
-def test_two_ranks_give_the_same_tokens(serve: Serve, plain: Serve) -> None:
+@pytest.mark.parametrize("drive", [False, True], ids=["host", "host-and-nvme"])
+def test_two_ranks_give_the_same_tokens(
+    serve: Serve, plain: Serve, tmp_path: Path, drive: bool
+) -> None:
     options = {"tp_size": 2}
-    ended = serve(Scenario(ROUNDS, options, toml(24, 162)))  # each rank has half of a page's bytes
+    lower = toml(24, 20, nvme(tmp_path / "slab", 200)) if drive else toml(24, 162)
+    ended = serve(Scenario(ROUNDS, options, lower))  # each rank has half of a page's bytes
     assert ended.outputs() == plain(Scenario(ROUNDS, {**PLAIN, **options})).outputs()
     assert ended.cached(3) == [192, 288, 144]
-    assert [ended.moved("host", "gpu", rank) > 0 for rank in range(2)] == [True, True]
+    up = [[ended.moved(tier, "gpu", rank) for tier in ("host", "nvme")] for rank in range(2)]
+    assert all(sum(pages) > 0 for pages in up)
+    assert not drive or all(pages[1] > 0 for pages in up)
 
 
 @pytest.mark.parametrize("host", [0, 60], ids=["nvme", "host-and-nvme"])
@@ -89,9 +98,58 @@ def test_pages_come_back_from_a_drive(
 
 
 def test_without_the_residency_step_the_engine_dies_of_a_stray_access(serve: Serve) -> None:
-    ended = serve(Scenario(ROUNDS[:1], {}, toml(48, 162), env={"WITHOUT_RESIDENCY": "1"}))
+    ended = serve(Scenario(ROUNDS[:1], {}, toml(48, 162), env={"FAULT": "without_residency"}))
     assert ended.rounds == []
     assert "crashed with exit code -11" in ended.log  # SIGSEGV
+
+
+@pytest.mark.parametrize("chunk", [None, 64], ids=["whole", "chunked"])
+def test_what_is_not_worth_a_load_is_computed_and_not_loaded_after_all(
+    serve: Serve, plain: Serve, tmp_path: Path, chunk: int | None
+) -> None:
+    options = {"chunked_prefill_size": chunk}
+    rounds = [Round(THREE), Round(OTHERS), Round(THREE)]
+    kept = toml(48, 0, nvme(tmp_path / "slab", 200))
+    ended = serve(Scenario(rounds, options, kept, env={"FAULT": "two_are_worth_it"}))
+    assert tokens(ended) == tokens(plain(Scenario(rounds, PLAIN)))
+    assert ended.cached(2) == [32, 32, 32]
+    assert ended.moved("nvme", "gpu") <= 6  # the first two pages of three requests
+
+
+def test_a_request_that_is_aborted_between_its_chunks_leaves_only_what_was_computed(
+    serve: Serve, plain: Serve
+) -> None:
+    again = Round([(1, 600), (2, 300)])
+    rounds = [Round([(1, 600)]), Round(OTHERS), again, again]
+    options = {"chunked_prefill_size": 64}
+    ended = serve(Scenario(rounds, options, toml(70, 162), env={"FAULT": "abort_a_chunk"}))
+    expected = plain(Scenario(rounds, PLAIN))
+    [[aborted], *later] = ended.rounds
+    assert "bort" in str(aborted)
+    assert 0 < later[1][0]["cached"] < 600
+    assert [[r["tokens"] for r in round_] for round_ in later] == tokens(expected)[1:]
+
+
+def test_tokens_of_a_running_request_that_went_bad_on_a_drive_end_it_and_no_other(
+    serve: Serve, plain: Serve, tmp_path: Path
+) -> None:
+    slab = tmp_path / "slab"
+    rounds = [Round(THREE), Round(THREE), Round(OTHERS)]
+    fault = {"FAULT": "spoil_running", "SLAB": str(slab)}
+    kept = toml(60, 0, nvme(slab, 200, "persist = true\n"))  # in a file that can be spoiled
+    ended = serve(Scenario(rounds, {}, kept, env=fault))
+    expected = tokens(plain(Scenario(rounds, PLAIN)))
+    [[spoiled, *others], *later] = ended.rounds
+    assert "could not be read back as written" in str(spoiled)
+    assert [r["tokens"] for r in others] == expected[0][1:]
+    assert [[r["tokens"] for r in round_] for round_ in later] == expected[1:]
+    assert later[0][0]["cached"] == 0
+
+
+def test_the_allocator_and_the_cut_of_a_branch_fit_the_engines_own_parts(tmp_path: Path) -> None:
+    parts = sglang.CHILD.with_name("sglang_parts_child.py")
+    child = run_child([python(*sglang.ENVIRONMENT), str(parts)], tmp_path, {}, {})
+    assert child.status == 0, child.log[-3000:]
 
 
 # ---------------------------------------------------------------- memory is what limits
@@ -114,9 +172,16 @@ def test_a_working_set_of_the_budget_runs_and_a_larger_one_waits(
     serve: Serve, plain: Serve, resident: int, requests: list[tuple[int, int]]
 ) -> None:
     rounds = [Round(requests, new=76)]
-    ended = serve(Scenario(rounds, {}, toml(resident + 1, 100)))
+    ended = serve(Scenario(rounds, {"decode_log_interval": 1}, toml(resident + 1, 100)))
     assert tokens(ended) == tokens(plain(Scenario(rounds, PLAIN)))
     assert f"resident={resident + 1}" in ended.log
+    steps = re.findall(r"Decode batch, #running-req: (\d+), #token: (\d+)", ended.log)
+    largest = max((int(used), int(running)) for running, used in steps)
+    if resident == 22:
+        assert largest == (22 * 16, 2)  # to the last page, and not more
+    else:
+        assert 11 * 16 <= largest[0] <= 21 * 16
+        assert {int(running) for running, _ in steps} == {1, 2}  # together, then one waited
 
 
 def test_a_request_that_can_never_fit_is_refused_and_others_are_served(
