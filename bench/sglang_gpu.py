@@ -1,6 +1,7 @@
 """SGLang on a GPU: time to first token by where the prefix is, with tiermem and with its peers.
 
     python bench/sglang_gpu.py OUT [--shape tiny|8b] [--part host,nvme,...] [--left SECONDS]
+    python bench/sglang_gpu.py OUT --shape 8b --bars      run nothing, show what is there
 
 Each part is an engine of its own over the same prompts, with the same room for KV on the GPU:
 
@@ -12,8 +13,10 @@ Each part is an engine of its own over the same prompts, with the same room for 
     nvme     tiermem, host memory for a few pages only
 
 and writes OUT/SHAPE-PART.json; a part whose file is there is not run again. No part is begun with
-less than its 170 s left. Needs SGLang and torch with CUDA; models are shapes with random weights.
-`--shape check` is a very small one that also runs on a CPU, without the HiCache parts.
+less than its --each seconds left (240), so run the same command until nothing is left to do; the
+table, and the bars as far as their parts are there, are printed and written to OUT/SHAPE.json each
+time. Needs SGLang and torch with CUDA; models are shapes with random weights. `--shape check` is a
+very small one that also runs on a CPU, without the HiCache parts.
 """
 
 from __future__ import annotations
@@ -22,19 +25,23 @@ import argparse
 import json
 import os
 import platform
+import re
 import shutil
+import socket
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+import urllib.request
+from collections.abc import Callable, Iterator
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 PARTS = ("resident", "plain", "hicache", "file", "host", "nvme")
-PART_S = 170.0
+OURS = ("host", "nvme")
 SPREAD = 0.05
 """Of random weights; SGLang's own 0.001 makes every context give the same tokens."""
 
@@ -147,13 +154,44 @@ def configuration(part: str, shape: dict[str, Any], work: Path) -> str:
     pages = 5 * total // 4 // shape["page_size"]
     host = pages if part == "host" else max(16, frames // 4)
     text = f"[gpu]\nbudget = {frames * page}\n[host]\ncapacity = {host * page}\n"
+    text += f"[metrics]\nport = {free_port()}\n"
     if part == "nvme":
         text += f'[nvme]\npath = "{work / "slab"}"\ncapacity = {pages * page * 11 // 10}\n'
     return text
 
 
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    return port
+
+
+def moved() -> dict[str, float]:
+    """Pages that arrived on each route of tiermem since it began; empty where it is not on."""
+    config = os.environ.get("TIERMEM_CONFIG")
+    if config is None:
+        return {}
+    port = re.findall(r"port = (\d+)", Path(config).read_text())[0]
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=20) as reply:
+        text = reply.read().decode()
+    found = re.findall(r'tiermem_route_pages_total\{dst="(\w+)",src="(\w+)"\} (\S+)', text)
+    return {f"{src}->{dst}": float(pages) for dst, src, pages in found if float(pages)}
+
+
 def prompt(seed: int, length: int) -> list[int]:
     return [3 + (seed * 7919 + i * 7 + i // 13 + i * i % 1009) % 31000 for i in range(length)]
+
+
+def told(asked: list[tuple[float, dict[str, Any]]]) -> dict[str, Any]:
+    """Requests of one length in one phase, one after another."""
+    took = [seconds for seconds, _ in asked]
+    about = [answer["meta_info"] for _, answer in asked]
+    return {
+        "n": len(took), "ttft_s": took, "median_s": statistics.median(took), "p99_s": max(took),
+        "cached_tokens": [meta["cached_tokens"] for meta in about],
+        "cached_from": [meta.get("cached_tokens_details") for meta in about],
+    }  # fmt: skip
 
 
 class Bench:
@@ -177,32 +215,22 @@ class Bench:
         """Every prompt once, one at a time: seconds to the first token, and tokens cached."""
         found: dict[str, Any] = {}
         for length, count in self._shape["lengths"].items():
-            took, cached = [], []
+            asked = []
             for seed in range(count):
-                seconds, answer = self.ask(length + seed, length)
-                took.append(seconds)
-                cached.append(answer["meta_info"]["cached_tokens"])
-                note(f"{name} {length} {seed}", answer)
-            found[str(length)] = {
-                "n": count, "ttft_s": took, "median_s": statistics.median(took),
-                "p99_s": max(took), "cached_tokens": cached,
-            }  # fmt: skip
+                asked.append(self.ask(length + seed, length))
+                note(f"{name} {length} {seed}", asked[-1][1])
+            found[str(length)] = told(asked)
         return found
 
-    def again(self, name: str) -> dict[str, Any]:
+    def again(self) -> dict[str, Any]:
         """Each prompt twice in a row: the second time its prefix is on the GPU."""
         found: dict[str, Any] = {}
         for length, count in self._shape["lengths"].items():
-            took, cached = [], []
+            asked = []
             for seed in range(count):
                 self.ask(length + seed, length)
-                seconds, answer = self.ask(length + seed, length)
-                took.append(seconds)
-                cached.append(answer["meta_info"]["cached_tokens"])
-            found[str(length)] = {
-                "n": count, "ttft_s": took, "median_s": statistics.median(took),
-                "p99_s": max(took), "cached_tokens": cached,
-            }  # fmt: skip
+                asked.append(self.ask(length + seed, length))
+            found[str(length)] = told(asked)
         return found
 
     def remember(self, name: str, answer: dict[str, Any]) -> None:
@@ -252,14 +280,18 @@ def serve(part: str, shape: dict[str, Any], work: Path) -> dict[str, Any]:
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "sglang": metadata.version("sglang"),
         "resident_tokens": resident_tokens(shape),
         "token_bytes": token_bytes(shape),
         "ready_s": ready_s,
     }
     result["cold"] = bench.phase("cold", bench.remember)
+    result["moved"] = {"cold": moved()}
     result["flushed"] = bench.phase("flushed", bench.compare)
+    result["moved"]["flushed"] = moved()
     result["flushed_again"] = bench.phase("flushed_again", bench.compare)
-    result["on_gpu"] = bench.again("on_gpu")
+    result["moved"]["flushed_again"] = moved()
+    result["on_gpu"] = bench.again()
     result["decode"] = bench.decode()
     result["outputs"] = bench.outputs()
     result["first_tokens_differ"] = bench.different
@@ -267,9 +299,9 @@ def serve(part: str, shape: dict[str, Any], work: Path) -> dict[str, Any]:
     return result
 
 
-def run_part(part: str, name: str, out: Path, timeout_s: float) -> bool:
+def run_part(part: str, name: str, out: Path, disk: Path | None, timeout_s: float) -> bool:
     """In a child, so that a part that dies or hangs costs itself only."""
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(dir=disk) as folder:
         work = Path(folder)
         path = os.pathsep.join(
             [str(entry_point(work / "site")), str(ROOT), os.environ.get("PYTHONPATH", "")]
@@ -279,7 +311,7 @@ def run_part(part: str, name: str, out: Path, timeout_s: float) -> bool:
             "PYTHONPATH": path, "SGLANG_GPU_BENCH": "1", "HF_HUB_OFFLINE": "1",
             "SGLANG_HICACHE_FILE_BACKEND_STORAGE_DIR": str(work / "hicache"),
         }  # fmt: skip
-        if part in ("host", "nvme"):
+        if part in OURS:
             config = work / "tiermem.toml"
             config.write_text(configuration(part, SHAPES[name], work))
             env |= {"TIERMEM": "1", "TIERMEM_CONFIG": str(config)}
@@ -309,11 +341,13 @@ def _end(child: subprocess.Popen[bytes]) -> None:
         child.wait()
 
 
-def table(out: Path, name: str) -> None:
+def read(out: Path, name: str) -> dict[str, dict[str, Any]]:
+    """The parts that are there."""
+    return {p: json.loads(f.read_text()) for p in PARTS if (f := out / f"{name}-{p}.json").exists()}
+
+
+def table(found: dict[str, dict[str, Any]], name: str) -> None:
     """What the parts took, beside one another."""
-    found = {
-        p: json.loads(f.read_text()) for p in PARTS if (f := out / f"{name}-{p}.json").exists()
-    }
     for length in SHAPES[name]["lengths"]:
         print(f"\n{name}, prompts of {length} tokens: median ms to the first token (cached tokens)")
         for phase in ("cold", "flushed", "flushed_again", "on_gpu"):
@@ -333,6 +367,67 @@ def table(out: Path, name: str) -> None:
         )
 
 
+def bars(found: dict[str, dict[str, Any]], name: str) -> Iterator[dict[str, Any]]:
+    """Each bar whose parts are there: what was compared, the figure, and whether it is met."""
+    first = next(iter(found.values()), None)
+    for part in OURS:
+        if part in found and first is not None:
+            differ = len(found[part]["first_tokens_differ"])
+            same = found[part]["outputs"] == first["outputs"]
+            yield bar(
+                f"{part}: the same tokens as {first['part']}", float(differ), same and not differ
+            )
+    for length in SHAPES[name]["lengths"]:
+        yield from bars_of_length(found, length)
+    for part in OURS:
+        if {"plain", part} <= found.keys():
+            cost = found[part]["decode"]["median_s"] / found["plain"]["decode"]["median_s"]
+            yield bar(f"{part}: all resident, decode / plain's, at most 1.02", cost, cost <= 1.02)
+
+
+def bars_of_length(found: dict[str, dict[str, Any]], length: int) -> Iterator[dict[str, Any]]:
+    def median(part: str, phase: str) -> float:
+        seconds: float = found[part][phase][str(length)]["median_s"]
+        return seconds
+
+    if {"hicache", "host"} <= found.keys():
+        ratio = median("host", "flushed") / median("hicache", "flushed")
+        yield bar(f"{length}: host hit / HiCache's, at most 1", ratio, ratio <= 1)
+    if {"file", "nvme"} <= found.keys():
+        ratio = median("file", "flushed") / median("nvme", "flushed")
+        yield bar(f"{length}: HiCache's file hit / NVMe hit, at least 3", ratio, ratio >= 3)
+    if {"plain", "nvme"} <= found.keys():
+        ratio = median("nvme", "flushed") / median("plain", "flushed")
+        cached = statistics.median(found["nvme"]["flushed"][str(length)]["cached_tokens"])
+        text = f"{length}: NVMe hit / computed again, below 1 or declined ({cached:.0f} cached)"
+        yield bar(text, ratio, ratio < 1 or cached < length // 2)
+    for part in OURS:
+        if {"plain", part} <= found.keys():
+            ratio = median(part, "on_gpu") / median("plain", "on_gpu")
+            yield bar(
+                f"{length}: {part}: hit on the GPU / plain's, at most 1.02", ratio, ratio <= 1.02
+            )
+
+
+def bar(text: str, figure: float, met: bool) -> dict[str, Any]:
+    return {"bar": text, "figure": figure, "met": met}
+
+
+def report(out: Path, name: str) -> None:
+    """Print what is there, and keep it in one file."""
+    found = read(out, name)
+    if not found:
+        return
+    table(found, name)
+    print()
+    judged = list(bars(found, name))
+    for one in judged:
+        print(f"{'met   ' if one['met'] else 'NOT MET'} {one['figure']:8.3f}  {one['bar']}")
+    (out / f"{name}.json").write_text(json.dumps({"bars": judged, "parts": found}))
+    missing = [part for part in PARTS if part not in found]
+    print("every part is there" if not missing else f"still to run: {', '.join(missing)}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
@@ -340,28 +435,37 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--shape", choices=SHAPES, default="8b")
     parser.add_argument("--part", default=",".join(PARTS))
-    parser.add_argument("--left", type=float, default=570.0, help="seconds that may be used")
+    parser.add_argument("--left", type=float, default=480.0, help="seconds that may be used")
+    parser.add_argument("--each", type=float, default=240.0, help="seconds for one part at most")
+    parser.add_argument("--disk", type=Path, help="folder for what goes to a drive (default: /tmp)")
+    parser.add_argument("--bars", action="store_true", help="run nothing")
     parser.add_argument("--serve", help=argparse.SUPPRESS)
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    parts = args.part.split(",")
+    if not set(parts) <= set(PARTS):
+        parser.error(f"--part {args.part}: of {', '.join(PARTS)}")
     args.out.mkdir(parents=True, exist_ok=True)
     if args.serve:
         result = serve(args.serve, SHAPES[args.shape], args.work)
-        made = args.out / f"{args.shape}-{args.serve}.json"
-        made.with_suffix(".tmp").write_text(json.dumps(result))
-        made.with_suffix(".tmp").rename(made)
+        file = args.out / f"{args.shape}-{args.serve}.json"
+        file.with_suffix(".tmp").write_text(json.dumps(result))
+        file.with_suffix(".tmp").rename(file)
         return
     end = time.monotonic() + args.left
-    for part in args.part.split(","):
+    for part in [] if args.bars else parts:
         if (args.out / f"{args.shape}-{part}.json").exists():
             continue
         left = end - time.monotonic()
-        if left < PART_S:
+        if left < args.each:
             print(f"{part}: {left:.0f} s left; run the same command again")
             break
-        print(f"{args.shape} {part}:", "done" if run_part(part, args.shape, args.out, PART_S) else
-              f"failed, see {args.out}/{args.shape}-{part}.log", flush=True)  # fmt: skip
-    table(args.out, args.shape)
+        made = run_part(part, args.shape, args.out, args.disk, args.each)
+        log = args.out / f"{args.shape}-{part}.log"
+        print(f"{args.shape} {part}:", "done" if made else f"failed, see {log}", flush=True)
+        if not made:
+            print(log.read_text(errors="replace")[-2000:], flush=True)
+    report(args.out, args.shape)
 
 
 if __name__ == "__main__":
