@@ -661,6 +661,9 @@ class EngineSide:
         last = min(blocks, len(tracked.blocks), len(tracked.request.block_hashes))
         if last > tracked.keyed:
             units = self._units(tracked.blocks[tracked.keyed : last])
+            # A rank in this process says that a step has passed before its report of it is heard.
+            last -= len(units) - int((~self.director.look(units).coming).cumprod().sum())
+            units = units[: last - tracked.keyed]
             keys = keys_of(tracked.request.block_hashes[tracked.keyed : last])
             self.director.label(units, keys)
             tracked.keyed = last
