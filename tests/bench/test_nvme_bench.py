@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import time
 from pathlib import Path
 
 import msgspec
@@ -19,6 +20,11 @@ from tiermem.nvme.kvikio import Probe
 from tiermem.nvme.mover import native_calls
 
 pytestmark = pytest.mark.skipif(native_calls() is None, reason="no C compiler")
+
+
+REPORT = """fio: a warning before the report
+{"jobs": [{"job_runtime": 800, "usr_cpu": 10.0, "sys_cpu": 15.0, "read": {"io_bytes": 0},
+"write": {"io_bytes": 800000000, "total_ios": 400, "runtime": 250, "bw_bytes": 3200000000}}]}"""
 
 
 def small(where: Path) -> nvme.Result:
@@ -63,6 +69,28 @@ def test_with_fio_every_row_has_a_ratio(tmp_path: Path) -> None:
         assert row.bare_of_fio.n == 2
     again = msgspec.json.decode(msgspec.json.encode(found), type=nvme.Result)
     assert again == found
+
+
+@pytest.mark.skipif(fio.version() is None, reason="fio is not installed")
+@pytest.mark.parametrize("engines", [("psync",), ("libaio",)])
+def test_fio_counts_what_its_jobs_moved_in_the_time_that_they_were_counted_for(
+    tmp_path: Path, engines: tuple[str, ...]
+) -> None:
+    file, block, depth = tmp_path / "file", 64 << 10, 3
+    file.write_bytes(bytes(16 * block))
+    began = time.perf_counter()
+    found = fio.measure(file, 0, 16 * block, block, depth, write=True, seconds=0.2, engines=engines)
+    took_s = time.perf_counter() - began
+    assert found.engine == engines[0]
+    # A page is written in more than a microsecond and the whole run moved more than one.
+    assert block / took_s < found.bytes_per_s < block / 1e-6
+    assert file.stat().st_size == 16 * block
+
+
+def test_threads_are_counted_for_their_own_time_and_not_for_the_longest() -> None:
+    found = fio.read_report(REPORT, "psync", write=True, jobs=4)
+    assert found.bytes_per_s == pytest.approx(800e6 / 0.2)  # 0.2 s each, the longest 0.25
+    assert found.cpu_us == pytest.approx(0.25 * 0.8e6 / 400)
 
 
 @pytest.mark.skipif(fio.version() is None, reason="fio is not installed")

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tests.bench.fixtures.results import result, row
-from tiermem.bench.paired import Ratio, ratio, text
+from tiermem.bench.paired import Ratio, ratio
 from tiermem.bench.result import Check, read, write
 
 
@@ -51,11 +51,6 @@ def test_few_rounds_have_no_interval_and_unequal_ones_are_refused() -> None:
     assert ratio([1.0, 3.0, 2.0], [1.0, 1.0, 1.0]) == Ratio(3, 2.0)
     with pytest.raises(ValueError, match="shorter"):
         ratio([1.0, 2.0], [1.0])
-
-
-def test_a_ratio_is_written_with_its_interval_where_it_has_one() -> None:
-    assert text(Ratio(9, 0.98, 0.95, 1.01), ".0%") == "98% (95%-101%)"
-    assert text(Ratio(3, 0.984)) == "0.984"
 
 
 @pytest.mark.parametrize(

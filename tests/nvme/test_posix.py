@@ -26,9 +26,10 @@ from tests.nvme.fakes import (
     slots,
 )
 from tiermem.errors import Closed, PageLost, TierFailed
+from tiermem.nvme.mover import Batch, Mover
 from tiermem.nvme.posix import DiskThreads
 from tiermem.nvme.slab import Slab
-from tiermem.tier import PASSED, Fence, Place
+from tiermem.tier import PASSED, Fence, Mask, Place
 
 SLOT = 16 << 10
 N = 64
@@ -407,6 +408,33 @@ def test_no_more_than_depth_reads_and_writes_are_at_the_drive(
         found = threads.statistics()
         assert (found.load_depth, found.store_depth) == (3, 3)
     assert (io.on_write.highest, io.on_read.highest) == (3, 3)
+
+
+@pytest.mark.parametrize(("depth", "most"), [(1, 8), (2, 4), (4, 2), (8, 2)])
+def test_few_threads_claim_more_each_and_never_more_than_their_share(
+    where: Path, depth: int, most: int
+) -> None:
+    """Slots of 2 MiB: 16 MiB for all threads together, or 4 MiB for each."""
+    claims: list[int] = []
+
+    class Noting(Mover):
+        def transfer(self, batch: Batch, entries: slice, *, write: bool) -> Mask:
+            claims.append(entries.stop - entries.start)
+            return super().transfer(batch, entries, write=write)
+
+    n, big = 16, 2 << 20
+    memory, everything = ArrayMemory(big, n), np.arange(n, dtype=np.int32)
+    with (
+        Slab(where, big, n, prewrite=False) as slab,
+        DiskThreads(slab, depth=depth, mover=Noting) as threads,
+    ):
+        store, load = threads.routes(memory)
+        for route in (store, load):
+            claims.clear()
+            assert move(route, everything, everything).error is None
+            assert sum(claims) == n
+            assert max(claims) == most
+            assert min(claims) >= 1
 
 
 def test_without_settings_the_depth_starts_at_eight_and_stays_in_its_bounds(

@@ -28,7 +28,7 @@ from tiermem.bench import fio, output
 from tiermem.bench.machine import Machine, machine
 from tiermem.bench.nvme_gpu import GpuTable, measure
 from tiermem.bench.others import Others
-from tiermem.bench.paired import Ratio, ratio, text
+from tiermem.bench.paired import Ratio, ratio
 from tiermem.errors import ConfigError, DriverError
 from tiermem.host.pinned import HostPool
 from tiermem.nvme.files import memory_at
@@ -367,7 +367,8 @@ def _ratio(ours: list[Sample], theirs: list[Sample]) -> Ratio | None:
 def show(found: Result, console: Console) -> None:
     """The table; every figure is in the JSON too."""
     size = units.format_bytes(found.rows[0].page_bytes)
-    table = Table(title=f"{found.fio or 'no fio'} and the NVMe route, pages of {size}, GB/s")
+    title = f"{found.fio or 'no fio'} and the NVMe route, pages of {size}, GB/s"
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
     for heading in (
         "",
         "depth",
@@ -433,7 +434,11 @@ def _rates(row: Row, way: str) -> str:
 
 
 def _of_fio(found: Ratio | None) -> str:
-    return "-" if found is None else "\n".join(text(found, ".0%").split())
+    if found is None:
+        return "-"
+    if found.low is None or found.high is None:
+        return f"{found.median:.0%}"
+    return f"{found.median:.0%}\n{100 * found.low:.0f}-{found.high:.0%}"
 
 
 def _text(value: float | None, form: str) -> str:

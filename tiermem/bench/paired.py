@@ -52,10 +52,3 @@ def _left_out(n: int) -> int:
         if tail > most:
             return i - 1
     raise AssertionError("the tails of a distribution add up to one")
-
-
-def text(found: Ratio, form: str = ".3f") -> str:
-    """0.984 (0.951-1.012), or the median alone."""
-    if found.low is None or found.high is None:
-        return format(found.median, form)
-    return f"{found.median:{form}} ({found.low:{form}}-{found.high:{form}})"
