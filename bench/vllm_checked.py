@@ -16,20 +16,17 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from bench.vllm_engines import ON_CPU, SHAPES, machine, model, surroundings, turn_on
 from bench.vllm_gpu import connector
 
-SHAPES = {"tiny": (256, 512, 4, 4, 2, 64), "8b": (4096, 14336, 32, 32, 8, 128)}
-"""hidden, intermediate, layers, heads, KV heads, head size."""
 BLOCKS = {"gpu": 100, "all": 1600}  # of 32 tokens; all sessions together come to 1,250
 SESSIONS = 24
 COMMON = 256  # tokens that all sessions begin with
@@ -237,17 +234,9 @@ def engine(device: str, size: str, drive: Path | None) -> Any:
 
     drive: a directory; host memory then holds a quarter, and the rest goes there.
     """
-    hidden, inner, layers, heads, kv_heads, head = SHAPES[size]
-    folder = Path(tempfile.mkdtemp())
-    shape = dict(
-        architectures=["LlamaForCausalLM"], model_type="llama", hidden_size=hidden,
-        intermediate_size=inner, num_hidden_layers=layers, num_attention_heads=heads,
-        num_key_value_heads=kv_heads, head_dim=head, vocab_size=1024, rms_norm_eps=1e-5,
-        max_position_embeddings=4096, hidden_act="silu", bos_token_id=1, eos_token_id=2,
-        tie_word_embeddings=False, dtype="bfloat16",
-    )  # fmt: skip
-    (folder / "config.json").write_text(json.dumps(shape))
-    block = 32 * 2 * layers * kv_heads * head * 2
+    more = surroundings(device)
+    shape = ON_CPU if device == "cpu" else SHAPES[size]
+    folder, block = model(shape), shape.block_bytes(32)
     on = "cpu" if device == "cpu" else "cuda:0"
     everything = BLOCKS["all"] * block
     toml = f'[gpu]\ndevice = "{on}"\nbudget = {BLOCKS["gpu"] * block}\n'
@@ -255,22 +244,9 @@ def engine(device: str, size: str, drive: Path | None) -> Any:
     if drive is not None:
         toml += f'[nvme]\npath = "{drive.absolute()}"\ncapacity = {everything}\n'
     (folder / "tiermem.toml").write_text(toml)
-    os.environ.update(
-        TIERMEM="1", TIERMEM_CONFIG=str(folder / "tiermem.toml"), HF_HUB_OFFLINE="1",
-        VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_NO_USAGE_STATS="1",
-        VLLM_USE_FLASHINFER_SAMPLER="0",
-    )  # fmt: skip
-    more: dict[str, Any] = {"attention_config": {"backend": "FLASH_ATTN"}}
+    turn_on(folder / "tiermem.toml")
     if device == "cpu":
-        os.environ.update(VLLM_CPU_OMP_THREADS_BIND="nobind", OMP_NUM_THREADS="1")
-        more = {
-            "enforce_eager": True,
-            "kv_cache_memory_bytes": everything,
-            "num_gpu_blocks_override": BLOCKS["all"],
-        }
-    from tiermem.integrations.plugin import activate
-
-    activate()
+        more |= {"kv_cache_memory_bytes": everything, "num_gpu_blocks_override": BLOCKS["all"]}
     from vllm import LLM
 
     return LLM(
@@ -278,14 +254,6 @@ def engine(device: str, size: str, drive: Path | None) -> Any:
         max_model_len=2048, max_num_seqs=RUNNING, max_num_batched_tokens=1024,
         gpu_memory_utilization=0.5, disable_log_stats=True, **more,
     )  # fmt: skip
-
-
-def machine() -> dict[str, str]:
-    import torch
-    import vllm
-
-    gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "none"
-    return {"gpu": gpu, "vllm": vllm.__version__, "torch": torch.__version__}
 
 
 def run(llm: Any, steps: int, seed: int) -> dict[str, Any]:

@@ -18,17 +18,18 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
-import platform
 import random
 import statistics
-import tempfile
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from bench.vllm_engines import SHAPES, machine, model, surroundings, turn_on
+
 MODES = ("resident", "fits", "small", "offload", "host", "nvme")
-SHAPES = {"tiny": (1024, 2048, 32, 8, 8), "8b": (4096, 14336, 32, 32, 8)}
 BLOCK = 16
 LENGTHS = {4096: 24, 16384: 6}  # tokens of a prompt, and how many: 6,144 blocks each
 QUARTER = 1536  # blocks on the GPU, of 6,144
@@ -67,25 +68,10 @@ class _Raw(argparse.RawDescriptionHelpFormatter):
 
 def engine(mode: str, size: str, nvme_path: Path, block_size: int | None) -> Any:
     """The engine of one mode, in this process."""
-    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
-    folder = Path(tempfile.mkdtemp())
-    hidden, inner, layers, heads, kv_heads = SHAPES[size]
-    (folder / "config.json").write_text(
-        json.dumps(
-            dict(
-                architectures=["LlamaForCausalLM"], model_type="llama", hidden_size=hidden,
-                intermediate_size=inner, num_hidden_layers=layers, num_attention_heads=heads,
-                num_key_value_heads=kv_heads, head_dim=128, vocab_size=32000,
-                max_position_embeddings=131072, rms_norm_eps=1e-5, rope_theta=500000.0,
-                hidden_act="silu", bos_token_id=1, eos_token_id=2, tie_word_embeddings=False,
-                dtype="bfloat16",
-            )
-        )
-    )  # fmt: skip
-    more: dict[str, Any] = {} if block_size is None else {"block_size": block_size}
+    more = surroundings("cuda")
+    folder = model(SHAPES[size])
+    if block_size is not None:
+        more["block_size"] = block_size
     blocks = EVERYTHING if mode in ("resident", "fits") else QUARTER
     if mode in ("resident", "small", "offload"):
         more["num_gpu_blocks_override"] = blocks * BLOCK // (block_size or BLOCK)
@@ -102,16 +88,13 @@ def engine(mode: str, size: str, nvme_path: Path, block_size: int | None) -> Any
         if mode == "nvme":
             text += f'[nvme]\npath = "{nvme_path.absolute()}"\ncapacity = "20GiB"\n'
         toml.write_text(text + '[log]\nlevel = "info"\n')
-        os.environ.update(TIERMEM="1", TIERMEM_CONFIG=str(toml))
-        from tiermem.integrations.plugin import activate
-
-        activate()
+        turn_on(toml)
     from vllm import LLM
 
     return LLM(
         model=str(folder), load_format="dummy", skip_tokenizer_init=True, max_model_len=16640,
         max_num_seqs=32, max_num_batched_tokens=8192, seed=0, gpu_memory_utilization=0.5,
-        attention_config={"backend": "FLASH_ATTN"}, disable_log_stats=True,
+        disable_log_stats=True,
         compilation_config={"cudagraph_capture_sizes": GRAPHS}, **more,
     )  # fmt: skip
 
@@ -282,16 +265,6 @@ def counts(llm: Any) -> dict[str, Any]:
 
 def digest(tokens: list[list[int]]) -> list[str]:
     return [hashlib.sha256(json.dumps(one).encode()).hexdigest()[:12] for one in tokens]
-
-
-def machine() -> dict[str, str]:
-    import torch
-    import vllm
-
-    return {
-        "gpu": torch.cuda.get_device_name(0), "vllm": vllm.__version__,
-        "torch": torch.__version__, "python": platform.python_version(),
-    }  # fmt: skip
 
 
 def merged(out: Path) -> dict[str, Any]:

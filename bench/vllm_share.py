@@ -23,7 +23,6 @@ import os
 import random
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections import deque
@@ -34,8 +33,9 @@ from typing import Any, TextIO
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import msgspec
-from vllm_gpu import SHAPES, summary
 
+from bench.vllm_engines import ON_CPU, SHAPES, Shape, model, surroundings, turn_on
+from bench.vllm_gpu import summary
 from tiermem.bench.machine import machine
 from tiermem.ledger import Ledger, LedgerError
 
@@ -47,15 +47,13 @@ FIXED = 4
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """shape: hidden, inner, layers, heads, KV heads; of `tokens` a block, blocks in all.
+    """Of `tokens` a block, blocks in all.
 
     prompts of `length` tokens an engine, asked `passes` times in a burst; `new` tokens are
     generated for each.
     """
 
-    shape: tuple[int, int, int, int, int]
-    head: int
-    vocabulary: int
+    shape: Shape
     tokens: int
     blocks: int
     prompts: int
@@ -67,8 +65,7 @@ class Load:
 
     @property
     def block_bytes(self) -> int:
-        _, _, layers, _, kv_heads = self.shape
-        return 2 * layers * kv_heads * self.head * 2 * self.tokens
+        return self.shape.block_bytes(self.tokens)
 
     @property
     def burst_blocks(self) -> int:
@@ -77,8 +74,8 @@ class Load:
 
 def load_of(device: str, size: str) -> Load:
     if device == "cpu":
-        return Load((256, 512, 4, 4, 2), 64, 1024, 32, 384, 16, 600, 8, 8, 2048, "256MiB")
-    return Load(SHAPES[size], 128, 32000, 16, 12288, 38, 4096, 3, 16, 8192, "22GiB")
+        return Load(ON_CPU, 32, 384, 16, 600, 8, 8, 2048, "256MiB")
+    return Load(SHAPES[size], 16, 12288, 38, 4096, 3, 16, 8192, "22GiB")
 
 
 # One engine ---------------------------------------------------------------------------------------
@@ -94,7 +91,7 @@ def serve(part: str, name: str, args: argparse.Namespace) -> None:
     tell(say, {"started_s": time.perf_counter() - started})
     rnd = random.Random(name)
     prompts = [
-        [rnd.randrange(3, load.vocabulary - 100) for _ in range(load.length)]
+        [rnd.randrange(3, load.shape.vocabulary - 100) for _ in range(load.length)]
         for _ in range(load.prompts)
     ]
     for line in sys.stdin:
@@ -115,30 +112,9 @@ def tell(say: TextIO, what: dict[str, Any]) -> None:
 
 
 def engine(part: str, name: str, load: Load, device: str, clients: int, pool: str | None) -> Any:
-    os.environ.update(
-        VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_NO_USAGE_STATS="1", HF_HUB_OFFLINE="1",
-        VLLM_USE_FLASHINFER_SAMPLER="0",
-    )  # fmt: skip
-    folder = Path(tempfile.mkdtemp())
-    hidden, inner, layers, heads, kv_heads = load.shape
-    (folder / "config.json").write_text(
-        json.dumps(
-            dict(
-                architectures=["LlamaForCausalLM"], model_type="llama", hidden_size=hidden,
-                intermediate_size=inner, num_hidden_layers=layers, num_attention_heads=heads,
-                num_key_value_heads=kv_heads, head_dim=load.head, vocab_size=load.vocabulary,
-                max_position_embeddings=131072, rms_norm_eps=1e-5, rope_theta=500000.0,
-                hidden_act="silu", bos_token_id=1, eos_token_id=2, tie_word_embeddings=False,
-                dtype="bfloat16",
-            )
-        )
-    )  # fmt: skip
-    more: dict[str, Any] = {}
-    if device == "cpu":
-        os.environ.update(VLLM_CPU_OMP_THREADS_BIND="nobind", OMP_NUM_THREADS="1")
-        more["enforce_eager"] = True
-    else:
-        more["attention_config"] = {"backend": "FLASH_ATTN"}
+    more = surroundings(device)
+    folder = model(load.shape)
+    if device == "cuda":
         more["compilation_config"] = {"cudagraph_capture_sizes": [1, 2, 4, 8, 16]}
         more["gpu_memory_utilization"] = 0.3  # only looked at: the next line decides
     whole = load.blocks * load.block_bytes
@@ -152,10 +128,7 @@ def engine(part: str, name: str, load: Load, device: str, clients: int, pool: st
             f'[share]\ngroup = "{GROUP}"\nname = "{name}"\ntotal = {whole}\n'
             f"floor = {floor}\nidle_s = 0.5\n" + (f'host = "{pool}"\n' if pool else "")
         )
-        os.environ.update(TIERMEM="1", TIERMEM_CONFIG=str(toml))
-        from tiermem.integrations.plugin import activate
-
-        activate()
+        turn_on(toml)
     else:
         os.environ["TIERMEM"] = "0"
         more["num_gpu_blocks_override"] = load.blocks if part == "ideal" else load.blocks // 2
