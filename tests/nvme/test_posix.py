@@ -410,6 +410,29 @@ def test_no_more_than_depth_reads_and_writes_are_at_the_drive(
     assert (io.on_write.highest, io.on_read.highest) == (3, 3)
 
 
+@pytest.mark.parametrize("storing", [True, False])
+def test_whatever_ends_the_look_at_what_was_moved_ends_its_transfer(
+    slab: Slab, memory: ArrayMemory, storing: bool
+) -> None:
+    class Dazed(Mover):
+        def finish(
+            self, batch: Batch, entries: slice, moved: Mask, *, write: bool
+        ) -> dict[int, Exception]:
+            if write == storing:
+                raise MemoryError("no room to compare them")
+            return super().finish(batch, entries, moved, write=write)
+
+    with DiskThreads(slab, threads=2, mover=Dazed) as threads:
+        store, load = threads.routes(memory)
+        stored = move(store, slots(0, 1), slots(1, 0))
+        looked_at = stored if storing else move(load, slots(1, 0), slots(0, 1))
+        assert isinstance(looked_at.error, MemoryError)
+        assert looked_at.failed == [0, 1]
+        # Its threads are still there, and a store that nobody looked at is nowhere recorded.
+        again = move(load, slots(1, 0), slots(0, 1))
+        assert isinstance(again.error, PageLost if storing else MemoryError)
+
+
 @pytest.mark.parametrize(("depth", "most"), [(1, 8), (2, 4), (4, 2), (8, 2)])
 def test_few_threads_claim_more_each_and_never_more_than_their_share(
     where: Path, depth: int, most: int

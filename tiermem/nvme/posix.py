@@ -154,6 +154,10 @@ class _Claim:
     def size(self) -> int:
         return int(self.entries.stop - self.entries.start)
 
+    def all_failed(self, error: Exception) -> dict[int, Exception]:
+        """Each entry to this error."""
+        return dict.fromkeys(range(self.entries.start, self.entries.stop), error)
+
 
 class DiskThreads:
     """The threads and the two bounded queues that all routes of one slab share."""
@@ -291,24 +295,30 @@ class DiskThreads:
                     continue
                 began = time.perf_counter()
             if errors is None:
-                assert claim.moved is not None
-                errors = mover.finish(
-                    claim.job.batch, claim.entries, claim.moved, write=claim.lane.storing
-                )
+                errors = self._look_at(mover, claim)
             self._settle(claim, errors, time.perf_counter() - began)
 
     def _move(self, mover: Mover, claim: _Claim) -> dict[int, Exception] | None:
         """Move a claim; entry to error if that ended it, None if it is left to be looked at."""
-        job, entries, write = claim.job, claim.entries, claim.lane.storing
+        job, write = claim.job, claim.lane.storing
         try:
             job.route.wait_for(job.after)
-            claim.moved = mover.transfer(job.batch, entries, write=write)
+            claim.moved = mover.transfer(job.batch, claim.entries, write=write)
         except Exception as error:  # every transfer ends, whatever ended it
-            return dict.fromkeys(range(entries.start, entries.stop), error)
+            return claim.all_failed(error)
         if claim.moved.all():
             return None
         # What is left needs the drive again, so this thread keeps its place there.
-        return mover.finish(job.batch, entries, claim.moved, write=write)
+        return self._look_at(mover, claim)
+
+    def _look_at(self, mover: Mover, claim: _Claim) -> dict[int, Exception]:
+        """Check or record what a claim moved, and move what is left of it; entry to error."""
+        assert claim.moved is not None
+        batch, write = claim.job.batch, claim.lane.storing
+        try:
+            return mover.finish(batch, claim.entries, claim.moved, write=write)
+        except Exception as error:  # as above: a thread that died here would leave its Done open
+            return claim.all_failed(error)
 
     def _leave_drive(self, claim: _Claim, *, done: bool) -> bool:
         """Let another thread to the drive. True if somebody else will look at what was moved."""
