@@ -6,6 +6,7 @@ import errno
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,8 @@ import pytest
 from tests.nvme.fakes import LONG_S, ArrayMemory, FaultyIo, failing, move, slots
 from tiermem.errors import ConfigError, PageLost
 from tiermem.keyindex import Keys
+from tiermem.nvme.files import open_index, write_all
+from tiermem.nvme.journal import files_of
 from tiermem.nvme.kept import Persist
 from tiermem.nvme.posix import DiskThreads
 from tiermem.nvme.slab import Slab, bytes_for
@@ -318,6 +321,34 @@ def test_an_index_lost_to_a_full_disk_is_removed_and_the_slab_serves_on(
         found = slab.recovered()
         assert len(found.slots) == 0
         assert not found.clean
+
+
+def test_a_snapshot_under_way_when_the_index_is_given_up_does_not_bring_it_back(
+    where: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is forgotten after that stands in no journal: an old snapshot would find it again."""
+    with open_slab(where) as slab:
+        put(slab, ArrayMemory(SLOT, 1), slots(0), keys_of(1))
+    given_up = threading.Event()
+
+    def begun_late(path: Path, *, truncate: bool) -> int:
+        if path.name.endswith(".new"):
+            assert given_up.wait(LONG_S)
+        return open_index(path, truncate=truncate)
+
+    def full(fd: int, data: bytes) -> None:
+        if threading.current_thread() is threading.main_thread():
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write_all(fd, data)
+
+    monkeypatch.setattr("tiermem.nvme.journal.open_index", begun_late)
+    with open_slab(where) as slab:  # folds what it has read into a snapshot, in the background
+        monkeypatch.setattr("tiermem.nvme.journal.write_all", full)
+        slab.forget(slots(0))
+        assert "No space left" in slab.statistics().persistence
+        given_up.set()
+    monkeypatch.undo()
+    assert files_of(where, "rank0") == []
 
 
 def test_a_slab_whose_process_was_killed_is_known_as_not_closed_in_order(where: Path) -> None:

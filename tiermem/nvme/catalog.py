@@ -113,10 +113,6 @@ class Catalog:
             setattr(self, name, new)
         self._index.rebuild(self.keys)
 
-    @property
-    def journal_bytes(self) -> int:
-        return self._journal.bytes
-
     def close(self) -> None:
         """Publish one last snapshot and close the journal; a failed index is gone already."""
         self._lock.wait_for(lambda: self._thread is None)
@@ -171,6 +167,8 @@ class Catalog:
             self._journal.released(freed)
             if error is not None:
                 self._fail(error)
+            elif self.failure is not None:
+                self._journal.remove()  # the snapshot may have come after the index was given up
             self._thread = None
             self._lock.notify_all()
 

@@ -113,10 +113,7 @@ def open_nameless(directory: Path) -> tuple[int, bool]:
         if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP, errno.EISDIR, errno.ENOENT):
             raise _cannot_open(directory, error) from error
     name = directory / f".tiermem-{os.getpid()}-{os.urandom(4).hex()}"
-    try:
-        fd, direct = open_named(name, create=True)
-    except ConfigError:
-        raise
+    fd, direct = open_named(name, create=True)
     os.unlink(name)
     return fd, direct
 
