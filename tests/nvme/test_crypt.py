@@ -102,6 +102,30 @@ def test_a_kept_slab_opens_with_its_key_file_and_is_lost_without_it(where: Path)
         Slab(where, SLOT, 4, persist=KEPT)
 
 
+def test_slabs_that_are_not_kept_are_each_under_a_key_of_their_own(where: Path) -> None:
+    """Both draw the same sequence numbers, and their 4 bytes may be equal."""
+    key = Cipher.of_process()
+    memory = ArrayMemory(SLOT, 1)
+    ids = set()
+    for _ in range(2):
+        with Slab(where, SLOT, 1, prewrite=False, cipher=key) as slab:
+            assert slab.cipher is not None
+            ids.add(slab.cipher.key_id)
+            original = memory.fill()
+            assert store(slab, memory, slots(0)).error is None
+            memory.bytes[:] = 0
+            assert load(slab, memory, slots(0)).error is None
+            assert (memory.bytes == original).all()
+    assert len(ids | {key.key_id}) == 3
+    page, sealed = memoryview(bytes(SLOT)), [memoryview(bytearray(SLOT + 16)) for _ in range(3)]
+    tags = {
+        key.of_slab(mark).encrypt(page, into, b"salt", 7, 0)
+        for mark, into in zip((b"one", b"other", b"one"), sealed, strict=True)
+    }
+    assert len(tags) == 2
+    assert sealed[0] == sealed[2] != sealed[1]
+
+
 def test_a_key_file_that_others_can_read_is_refused(where: Path) -> None:
     path = where / "k"
     path.write_bytes(bytes(32))

@@ -1,12 +1,14 @@
 """AES-256-GCM at rest: the tag takes the place of the checksum, and losing the key is the wipe.
 
 A nonce is 4 bytes of the slab and the 8-byte sequence number of the store, which is never drawn
-twice for one slab (nvme/slab.py); the slot is authenticated too. One key serves one slab: the key
-of a process, gone with it, or a key file beside a slab that is kept.
+twice for one slab (nvme/slab.py); the slot is authenticated too. A kept slab is under the key of a
+file. One that is not kept begins its sequence numbers anew with every process, and 4 bytes are too
+few to tell thousands of them apart: it is under a key of its own, derived from the given one.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 import stat
 import struct
@@ -37,6 +39,7 @@ class Cipher:
         """key: 32 bytes. ConfigError if the `cryptography` package is missing."""
         if len(key) != KEY_BYTES:
             raise ConfigError(f"nvme: a key of {len(key)} bytes; AES-256 takes {KEY_BYTES}")
+        self._key = key
         self._aes: AESGCM = _aes(key)
         self.key_id = f"{xxhash.xxh3_64_intdigest(b'tiermem key id' + key):016x}"
         """Names the key in a fingerprint, so that another key is refused and not tried."""
@@ -65,6 +68,10 @@ class Cipher:
                 file.flush()
                 os.fsync(file.fileno())
         return cls(key)
+
+    def of_slab(self, mark: bytes) -> Cipher:
+        """Under a key of its own for one slab; mark: random bytes that no other slab has."""
+        return Cipher(hashlib.blake2b(mark, key=self._key, digest_size=KEY_BYTES).digest())
 
     def encrypt(self, page: Buffer, into: Buffer, salt: bytes, sequence: int, slot: int) -> Tag:
         """Write the ciphertext to into[:len(page)] (into has 16 bytes more); the tag."""

@@ -109,6 +109,8 @@ class Slab:
         self.slot_bytes = slot_bytes
         self.io: FileIo = io if io is not None else PosixIo()
         self.budget = WriteBudget(write_budget)
+        if cipher is not None and persist is None:
+            cipher = cipher.of_slab(os.urandom(32))
         self.cipher = cipher
         self.salt = os.urandom(4)
         """Tells slabs under one key apart (crypt.py)."""
