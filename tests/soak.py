@@ -29,7 +29,7 @@ import numpy.typing as npt
 from tiermem.config import Config, Evict, Gpu, Host, Nvme
 from tiermem.errors import NotOurs, PageLost, TierFull
 from tiermem.gpu.emulated import EmulatedDevice
-from tiermem.nvme.slab import bytes_for
+from tiermem.nvme.cap import bytes_for
 from tiermem.planner import Access
 from tiermem.region import Pages, Region
 from tiermem.space import Space

@@ -18,7 +18,7 @@ from tiermem.assemble import assemble
 from tiermem.config import Config, Gpu, Host, Nvme, Trace
 from tiermem.errors import ConfigError, NotOurs, PageInUse, PageLost, TierFull
 from tiermem.keyindex import Keys
-from tiermem.nvme.slab import bytes_for
+from tiermem.nvme.cap import bytes_for
 from tiermem.nvme.superblock import HEADER_BYTES
 from tiermem.region import NEXT, Pages, Region
 from tiermem.space import Space

@@ -11,7 +11,7 @@ from tiermem.assemble import assemble, near
 from tiermem.config import Config, Gpu, Host, Nvme
 from tiermem.errors import ConfigError
 from tiermem.gpu.emulated import EmulatedDevice
-from tiermem.nvme.slab import bytes_for
+from tiermem.nvme.cap import bytes_for
 from tiermem.space import Space
 from tiermem.tier import Place
 

@@ -16,8 +16,8 @@ from tiermem.errors import ConfigError
 from tiermem.gpu.digest import ProcessorDigest
 from tiermem.gpu.emulated import EmulatedDevice
 from tiermem.nvme import kvikio
+from tiermem.nvme.cap import bytes_for
 from tiermem.nvme.kvikio import Probe
-from tiermem.nvme.slab import bytes_for
 from tiermem.space import Space
 from tiermem.tier import Addresses, Place
 

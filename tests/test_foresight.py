@@ -17,7 +17,7 @@ from tiermem.config import Prefetch
 from tiermem.errors import BadPolicy, ConfigError, NotOurs
 from tiermem.facts import Ended, Expected, Idle, Left, Queued
 from tiermem.foresight import PATIENCE_MS, Foresight
-from tiermem.nvme.slab import bytes_for
+from tiermem.nvme.cap import bytes_for
 from tiermem.planner import Marks
 from tiermem.policies.base import Ids
 from tiermem.policies.prefetch import Budget, HintPrefetch, NoPrefetch, Quality, QueuePrefetch

@@ -16,7 +16,7 @@ import pytest
 from tiermem.config import Config, Evict, Gpu, Host, Nvme
 from tiermem.errors import Closed, ConfigError, NotOurs, PageInUse, TierFull
 from tiermem.gpu.emulated import EmulatedDevice
-from tiermem.nvme.slab import bytes_for
+from tiermem.nvme.cap import bytes_for
 from tiermem.region import NEXT, Pages, Region
 from tiermem.space import Space
 from tiermem.tier import Place

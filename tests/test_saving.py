@@ -18,7 +18,7 @@ from tests.test_adopt import PAGE, fill, keys_of, right, words_of
 from tiermem.config import Config, Gpu, Host, Nvme
 from tiermem.errors import TierFull
 from tiermem.gpu.emulated_streams import EmulatedStreams
-from tiermem.nvme.slab import bytes_for
+from tiermem.nvme.cap import bytes_for
 from tiermem.space import Space
 from tiermem.tier import AT_GPU, AT_HOST, Place
 

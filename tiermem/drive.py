@@ -45,7 +45,7 @@ def room(config: Config, name: str = RANK) -> int:
 
 def slots_in(config: Config, nbytes: int, page_bytes: int) -> int:
     """Slots of a page each that fit into so many bytes on disk, metadata included."""
-    from tiermem.nvme.slab import bytes_for, slots_for
+    from tiermem.nvme.cap import bytes_for, slots_for
 
     slots = slots_for(nbytes, page_bytes)
     if nbytes and not slots:

@@ -24,7 +24,7 @@ from tiermem.bench.generate import generate
 from tiermem.bench.traces import Request, read_mooncake
 from tiermem.bench.workload import Workload, collect
 from tiermem.config import Config, load
-from tiermem.nvme.slab import bytes_for
+from tiermem.nvme.cap import bytes_for
 from tiermem.space import Space
 from tiermem.tier import Done, Fence, Memory, Place, Route, Slots
 

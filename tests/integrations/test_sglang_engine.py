@@ -17,7 +17,7 @@ from tiermem.integrations.sglang_layout import PageMajor
 from tiermem.integrations.sglang_pages import Arrived, Pages
 from tiermem.integrations.sglang_sizes import Sizes, opened, plan, rank_config
 from tiermem.integrations.sglang_speed import PrefillSpeed
-from tiermem.nvme.slab import bytes_for
+from tiermem.nvme.cap import bytes_for
 from tiermem.tier import Place
 
 LAYOUT = PageMajor(parts=4, row_bytes=256, page_size=16, stride=4)

@@ -30,7 +30,7 @@ def toml(gpu: int, host: int, more: str = "") -> str:
 
 
 def nvme(path: Path, pages: int, more: str = "") -> str:
-    from tiermem.nvme.slab import bytes_for
+    from tiermem.nvme.cap import bytes_for
 
     return f'[nvme]\npath = "{path}"\ncapacity = {bytes_for(pages, PAGE)}\n{more}'
 

@@ -17,9 +17,10 @@ import numpy as np
 
 from tests.nvme.fakes import ArrayMemory, move
 from tiermem.keyindex import Keys
+from tiermem.nvme.cap import bytes_for
 from tiermem.nvme.kept import Persist
 from tiermem.nvme.posix import DiskThreads
-from tiermem.nvme.slab import GRAIN, Slab, bytes_for
+from tiermem.nvme.slab import GRAIN, Slab
 from tiermem.tier import Slots
 
 SLOT = 16 << 10

@@ -26,9 +26,10 @@ import numpy as np
 from tests.nvme.fakes import ArrayMemory
 from tests.nvme.killed import content
 from tiermem import units
+from tiermem.nvme.cap import bytes_for
 from tiermem.nvme.kept import Persist
 from tiermem.nvme.posix import DiskThreads, Transfer
-from tiermem.nvme.slab import Slab, bytes_for
+from tiermem.nvme.slab import Slab
 from tiermem.tier import PASSED, Slots
 
 SLOT = 16 << 10

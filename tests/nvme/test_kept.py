@@ -15,11 +15,12 @@ import pytest
 from tests.nvme.fakes import LONG_S, ArrayMemory, FaultyIo, failing, move, slots
 from tiermem.errors import ConfigError, PageLost
 from tiermem.keyindex import Keys
+from tiermem.nvme.cap import bytes_for
 from tiermem.nvme.files import open_index, write_all
 from tiermem.nvme.journal import files_of
 from tiermem.nvme.kept import Persist
 from tiermem.nvme.posix import DiskThreads
-from tiermem.nvme.slab import Slab, bytes_for
+from tiermem.nvme.slab import Slab
 from tiermem.tier import Slots
 
 SLOT = 8 << 10

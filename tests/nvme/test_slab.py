@@ -12,7 +12,8 @@ import pytest
 
 from tests.nvme.fakes import LONG_S, FaultyIo, failing, slots
 from tiermem.errors import Closed, ConfigError, TierFailed, TierFull
-from tiermem.nvme.slab import Slab, bytes_for, slots_for
+from tiermem.nvme.cap import bytes_for, slots_for
+from tiermem.nvme.slab import Slab
 from tiermem.tier import Place
 
 SLOT = 16 << 10

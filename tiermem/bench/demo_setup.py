@@ -17,7 +17,7 @@ from tiermem.bench import traces
 from tiermem.bench.workload import Workload, collect
 from tiermem.config import Config, load
 from tiermem.errors import ConfigError
-from tiermem.nvme.slab import bytes_for
+from tiermem.nvme.cap import bytes_for
 from tiermem.settings import BadValue
 
 SIZES = {"gpu.budget": "1%", "host.capacity": "5%", "nvme.capacity": "50%"}

@@ -81,7 +81,7 @@ def plan(
 
 def opened(config: Config, sizes: Sizes, page_bytes: int) -> Config:
     """The configuration that a rank's space is opened with: sizes that all ranks agreed on."""
-    from tiermem.nvme.slab import bytes_for
+    from tiermem.nvme.cap import bytes_for
 
     overrides: dict[str, object] = {
         "gpu.budget": sizes.gpu * page_bytes,

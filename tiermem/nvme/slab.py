@@ -25,6 +25,7 @@ import numpy.typing as npt
 
 from tiermem.errors import Closed, ConfigError, TierFailed, TierFull
 from tiermem.keyindex import Keys
+from tiermem.nvme import cap
 from tiermem.nvme.budget import WriteBudget
 from tiermem.nvme.catalog import Catalog, Numbers
 from tiermem.nvme.crypt import Cipher
@@ -44,8 +45,6 @@ from tiermem.tier import Mask, Place, Slots
 log = logging.getLogger(__name__)
 
 GRAIN = 4096
-INDEX_BYTES = 64 << 10
-"""Bytes set aside for index files beside what each slot brings."""
 PREWRITE_BYTES = 8 << 20
 EPOCH_SHIFT = 40
 
@@ -119,7 +118,7 @@ class Slab:
         """Of the checksums of what is stored from now on."""
         self._path = private_directory(path)
         self._floor = floor_bytes
-        self._byte_cap = byte_cap if byte_cap is not None else bytes_for(capacity, slot_bytes)
+        self._byte_cap = cap.bytes_for(capacity, slot_bytes) if byte_cap is None else byte_cap
         self._prewrite = prewrite
         self._lock = threading.Condition()
         self._capacity = self._ready = 0
@@ -138,7 +137,7 @@ class Slab:
             self.fd, self.direct = open_kept(self._path, persist.name)
         self._finalizer = weakref.finalize(self, os.close, self.fd)
         try:
-            self._check_cap(capacity)
+            cap.check(self._byte_cap, capacity, slot_bytes)
             if persist is not None:
                 self._open(persist)
             self.resize(capacity)
@@ -168,7 +167,7 @@ class Slab:
         with self._lock:
             if self._closed:
                 raise Closed("nvme: resize after close")
-            self._check_cap(capacity)
+            cap.check(self._byte_cap, capacity, self.slot_bytes)
             if capacity > self._capacity:
                 self._grow(capacity)
             elif capacity < self._capacity:
@@ -371,15 +370,6 @@ class Slab:
         if self._catalog is not None:
             self._catalog.drop(slots)
 
-    def _check_cap(self, capacity: int) -> None:
-        need = bytes_for(capacity, self.slot_bytes)
-        if need > self._byte_cap:
-            fits = slots_for(self._byte_cap, self.slot_bytes)
-            raise ConfigError(
-                f"nvme.capacity: {capacity} slots of {self.slot_bytes} bytes need {need} bytes "
-                f"with metadata, the cap is {self._byte_cap}: {fits} slots fit"
-            )
-
     def _grow(self, capacity: int) -> None:
         start, end = self.offset(self._capacity), self.offset(capacity)
         size = os.fstat(self.fd).st_size
@@ -460,7 +450,8 @@ class Slab:
         self._checksum = np.zeros((self._capacity, self.checksum_words), np.uint64)
         self._sequence = np.zeros(self._capacity, np.uint64)
         self._algorithm = np.zeros(self._capacity, np.uint8)
-        found = kept.attach(self._journal_limit(), self._lock, self._records)
+        journals = cap.journal_bytes(self._byte_cap, self.slot_bytes)
+        found = kept.attach(journals, self._lock, self._records)
         slots = found["slot"].astype(np.int32)
         self._sequence[slots] = found["sequence"]
         self._checksum[slots] = found["checksum"][:, : self.checksum_words]
@@ -471,12 +462,6 @@ class Slab:
         with self._lock:
             assert kept.catalog is not None
             kept.catalog.begin()
-
-    def _journal_limit(self) -> int:
-        """What the cap leaves for journals beside slots, two snapshots and rounding to blocks."""
-        slots = slots_for(self._byte_cap, self.slot_bytes)
-        taken = HEADER_BYTES + slots * (self.slot_bytes + 2 * RECORD.itemsize) + 6 * GRAIN
-        return self._byte_cap - taken
 
     def _records(self, slots: Slots) -> Records:
         """PUT records of slots that are held, as they are now."""
@@ -505,19 +490,3 @@ class Slab:
         if self._catalog is None:
             return "off"
         return "on" if self._catalog.failure is None else f"off: {self._catalog.failure}"
-
-
-def bytes_for(capacity: int, slot_bytes: int) -> int:
-    """Bytes on disk that a slab of `capacity` slots may come to, with its index files."""
-    return HEADER_BYTES + INDEX_BYTES + capacity * (slot_bytes + metadata_bytes(slot_bytes))
-
-
-def slots_for(byte_cap: int, slot_bytes: int) -> int:
-    """Slots that fit under a cap."""
-    room = byte_cap - HEADER_BYTES - INDEX_BYTES
-    return max(0, room // (slot_bytes + metadata_bytes(slot_bytes)))
-
-
-def metadata_bytes(slot_bytes: int) -> int:
-    """Bytes a slot of index files, two snapshots and the journals: 1 %, or four records."""
-    return max(slot_bytes // 100, 4 * RECORD.itemsize)
