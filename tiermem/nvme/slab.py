@@ -14,7 +14,6 @@ drawn twice for one file, also not after a kill.
 from __future__ import annotations
 
 import logging
-import mmap
 import os
 import threading
 import weakref
@@ -29,14 +28,8 @@ from tiermem.nvme import cap
 from tiermem.nvme.budget import WriteBudget
 from tiermem.nvme.catalog import Catalog, Numbers
 from tiermem.nvme.crypt import Cipher
-from tiermem.nvme.files import (
-    FileIo,
-    PosixIo,
-    open_nameless,
-    private_directory,
-    take_room,
-    write_whole,
-)
+from tiermem.nvme.extent import Extent, SlabFile
+from tiermem.nvme.files import FileIo, PosixIo, open_nameless, private_directory
 from tiermem.nvme.kept import Kept, Persist, Recovered, none_recovered, open_kept
 from tiermem.nvme.records import RECORD, Algorithm, Kind, Records
 from tiermem.nvme.superblock import HEADER_BYTES
@@ -45,7 +38,6 @@ from tiermem.tier import Mask, Place, Slots
 log = logging.getLogger(__name__)
 
 GRAIN = 4096
-PREWRITE_BYTES = 8 << 20
 EPOCH_SHIFT = 40
 
 Words = npt.NDArray[np.uint64]
@@ -117,25 +109,22 @@ class Slab:
         self.algorithm = Algorithm.XXH3_64_PIECES if cipher is None else Algorithm.AES_256_GCM
         """Of the checksums of what is stored from now on."""
         self._path = private_directory(path)
-        self._floor = floor_bytes
         self._byte_cap = cap.bytes_for(capacity, slot_bytes) if byte_cap is None else byte_cap
-        self._prewrite = prewrite
         self._lock = threading.Condition()
-        self._capacity = self._ready = 0
-        self._writing = self._prewritten = 0
         self._count = 1
         self._closed = False
         self._failure: OSError | None = None
         self._checksum: Words = np.zeros((0, self.checksum_words), np.uint64)
         self._sequence: Words = np.zeros(0, np.uint64)
         self._algorithm: Algorithms = np.zeros(0, np.uint8)
-        self._thread: threading.Thread | None = None
         self._kept: Kept | None = None
         if persist is None:
             self.fd, self.direct = open_nameless(self._path)
         else:
             self.fd, self.direct = open_kept(self._path, persist.name)
         self._finalizer = weakref.finalize(self, os.close, self.fd)
+        file = SlabFile(self.fd, self.io, self._path, slot_bytes, self.offset, floor_bytes)
+        self._extent = Extent(file, self._lock, self.fail, prewrite=prewrite)
         try:
             cap.check(self._byte_cap, capacity, slot_bytes)
             if persist is not None:
@@ -149,15 +138,15 @@ class Slab:
 
     @property
     def capacity(self) -> int:
-        return self._capacity
+        return self._extent.capacity
 
     @property
     def ready(self) -> int:
-        return self._ready
+        return self._extent.ready
 
     @property
     def growing(self) -> bool:
-        return self._ready < self._capacity and not self._closed and self._failure is None
+        return self._extent.growing
 
     def resize(self, capacity: int) -> None:
         """Grow (TierFull, ConfigError over the byte cap: nothing changed) or cut the file's end.
@@ -168,36 +157,31 @@ class Slab:
             if self._closed:
                 raise Closed("nvme: resize after close")
             cap.check(self._byte_cap, capacity, self.slot_bytes)
-            if capacity > self._capacity:
+            if capacity > self._extent.capacity:
                 self._grow(capacity)
-            elif capacity < self._capacity:
+            elif capacity < self._extent.capacity:
                 self._shrink(capacity)
-            if self._prewrite and self._ready < self._capacity and self._thread is None:
-                self._thread = threading.Thread(
-                    target=self._prewrite_all, name="tiermem-prewrite", daemon=True
-                )
-                self._thread.start()
+            self._extent.start()
             self._lock.notify_all()
 
     def wait_ready(self, slots: int, timeout_s: float | None = None) -> bool:
         """Block until `slots` slots are ready; False on timeout, failure or close."""
         with self._lock:
-            self._lock.wait_for(lambda: self._ready >= slots or self._stuck(slots), timeout_s)
-            return self._ready >= slots
+            return self._extent.wait_ready(slots, timeout_s)
 
     def statistics(self) -> SlabStatistics:
         with self._lock:
             held = 0 if self._closed else os.fstat(self.fd).st_blocks * 512
             catalog = self._catalog
             return SlabStatistics(
-                capacity=self._capacity,
-                ready=self._ready,
+                capacity=self._extent.capacity,
+                ready=self._extent.ready,
                 stored=int(np.count_nonzero(self._sequence)),
                 keyed=0 if catalog is None else len(catalog.held()),
                 bytes_held=held + (0 if catalog is None else catalog.files_bytes()),
                 byte_cap=self._byte_cap,
                 written=self.budget.spent,
-                prewritten=self._prewritten,
+                prewritten=self._extent.prewritten,
                 direct=self.direct,
                 failure=None if self._failure is None else str(self._failure),
                 persistence=self._persistence(),
@@ -209,13 +193,12 @@ class Slab:
             if self._closed:
                 return
             self._closed = True
-            self._lock.notify_all()
-            thread = self._thread
-        if thread is not None:
-            thread.join()
+            self._extent.stop()
+        self._extent.join()
         with self._lock:
             if self._kept is not None:
-                self._kept.close(self._capacity, self._ready, clean=self._failure is None)
+                held = self._extent
+                self._kept.close(held.capacity, held.ready, clean=self._failure is None)
         self._finalizer()
 
     def __enter__(self) -> Slab:
@@ -247,10 +230,10 @@ class Slab:
                 raise TierFailed(
                     f"nvme: no more stores in {self._path} after: {self._failure}; reopen the tier"
                 )
-            if len(slots) and int(slots.max()) >= self._ready:
+            if len(slots) and int(slots.max()) >= self._extent.ready:
                 raise TierFull(
-                    f"nvme: slot {int(slots.max())} is not ready: {self._ready} of "
-                    f"{self._capacity} slots are; wait_ready()"
+                    f"nvme: slot {int(slots.max())} is not ready: {self._extent.ready} of "
+                    f"{self._extent.capacity} slots are; wait_ready()"
                 )
             self._forget(slots)
             first = self._count
@@ -291,7 +274,7 @@ class Slab:
             if self._failure is not None:
                 return
             self._failure = error
-            self._lock.notify_all()
+            self._extent.stop()
         log.warning("nvme stores=off path=%s reason=%s", self._path, error)
 
     # -- content keys ----------------------------------------------------------------------
@@ -371,70 +354,27 @@ class Slab:
             self._catalog.drop(slots)
 
     def _grow(self, capacity: int) -> None:
-        start, end = self.offset(self._capacity), self.offset(capacity)
-        size = os.fstat(self.fd).st_size
-        take_room(self.fd, min(start, size), end - min(start, size), self._floor, self._path)
+        self._extent.grow(capacity)
         self._set_columns(capacity)
-        self._capacity = capacity
-        if not self._prewrite:
-            self._ready = capacity
         self._mark()
 
     def _shrink(self, capacity: int) -> None:
-        old, self._capacity = self._capacity, capacity
-        # A pre-write past the new end would make the file grow again: let it land first.
-        self._lock.wait_for(lambda: self._writing <= capacity)
-        self._forget(np.arange(capacity, old, dtype=np.int32))
-        self._ready = min(self._ready, capacity)
+        gone = np.arange(capacity, self._extent.capacity, dtype=np.int32)
+        self._extent.withdraw(capacity)
+        self._forget(gone)
         self._set_columns(capacity)
         self._mark()
-        os.ftruncate(self.fd, self.offset(capacity))
+        self._extent.cut()
 
     def _set_columns(self, capacity: int) -> None:
-        n = min(capacity, self._capacity)
         for name in ("_checksum", "_sequence", "_algorithm"):
             old = getattr(self, name)
             new = np.zeros((capacity, *old.shape[1:]), old.dtype)
+            n = min(capacity, len(old))
             new[:n] = old[:n]
             setattr(self, name, new)
         if self._catalog is not None:
             self._catalog.resize(capacity)
-
-    def _stuck(self, slots: int) -> bool:
-        return self._closed or self._failure is not None or slots > self._capacity
-
-    def _prewrite_all(self) -> None:
-        """Write zeros to slots [ready, capacity), a few at a time, for as long as the slab lives.
-
-        Nobody stores at or above `ready`, so this never overwrites anything.
-        """
-        step = max(1, PREWRITE_BYTES // self.slot_bytes)
-        zeros = memoryview(mmap.mmap(-1, step * self.slot_bytes))
-        while (claim := self._claim_prewrite(step)) is not None:
-            first, n = claim
-            try:
-                part = zeros[: n * self.slot_bytes]
-                write_whole(self.io, self.fd, part, self.offset(first))
-            except OSError as error:
-                self.fail(error)
-            with self._lock:
-                self._writing = 0
-                if self._failure is None:
-                    self._prewritten += n * self.slot_bytes
-                    self._ready = min(first + n, self._capacity)
-                self._lock.notify_all()
-
-    def _claim_prewrite(self, step: int) -> tuple[int, int] | None:
-        """(first slot, count) to write next; blocks while all is ready; None at the end."""
-        with self._lock:
-            self._lock.wait_for(
-                lambda: self._closed or self._failure is not None or self._ready < self._capacity
-            )
-            if self._closed or self._failure is not None:
-                return None
-            n = min(step, self._capacity - self._ready)
-            self._writing = self._ready + n
-            return self._ready, n
 
     # -- what is kept ----------------------------------------------------------------------
 
@@ -446,10 +386,7 @@ class Slab:
         kept = Kept(self._path, persist, self.slot_bytes, self.io, self.fd)
         self.salt = kept.superblock.uuid[:4]
         self._kept = kept
-        self._capacity = kept.slots
-        self._checksum = np.zeros((self._capacity, self.checksum_words), np.uint64)
-        self._sequence = np.zeros(self._capacity, np.uint64)
-        self._algorithm = np.zeros(self._capacity, np.uint8)
+        self._set_columns(kept.slots)
         journals = cap.journal_bytes(self._byte_cap, self.slot_bytes)
         found = kept.attach(journals, self._lock, self._records)
         slots = found["slot"].astype(np.int32)
@@ -457,8 +394,7 @@ class Slab:
         self._checksum[slots] = found["checksum"][:, : self.checksum_words]
         self._algorithm[slots] = found["algorithm"]
         highest = int(slots.max()) + 1 if len(slots) else 0
-        ready = max(kept.superblock.ready, highest) if self._prewrite else self._capacity
-        self._ready = min(self._capacity, ready)
+        self._extent.take_over(kept.slots, max(kept.superblock.ready, highest))
         with self._lock:
             assert kept.catalog is not None
             kept.catalog.begin()
@@ -482,7 +418,7 @@ class Slab:
         """Say in the superblock how large the file is; a refusal latches the tier."""
         try:
             if self._kept is not None:
-                self._kept.mark(self._capacity, self._ready, clean=False)
+                self._kept.mark(self._extent.capacity, self._extent.ready, clean=False)
         except OSError as error:
             self.fail(error)
 
