@@ -4,7 +4,14 @@ import os
 import signal
 from pathlib import Path
 
+import hypothesis
 import pytest
+
+hypothesis.settings.register_profile(
+    "untimed", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("untimed")
+"""A busy machine or drive fails no test: an index is synced in 0.3 s there."""
 
 DATA = Path(__file__).parents[2] / "shared"
 """Optional data beside the checkout; tests that need it skip where it is absent."""

@@ -268,6 +268,7 @@ def test_a_space_serves_every_page_after_its_disk_has_failed(mount: Mount, fault
         assert failed == {
             Place.GPU: False, Place.HOST: False, Place.NVME: fault == "read-only",
         }  # fmt: skip
-        assert right >= frames + host - 4
+        # What fits above the drive, but for what the marks keep free and what is on its way.
+        assert right >= 0.8 * (frames + host)
         if fault != "read-only":
             assert right == len(first)
