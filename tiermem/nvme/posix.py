@@ -34,7 +34,7 @@ CLAIM_BYTES = 4 << 20
 a busy Python thread, whatever its size; a load that arrives meanwhile waits for it."""
 HELD_BYTES = 16 << 20
 """What all threads at the drive take at least: few of them claim more each. Between two claims of
-a thread the drive has one less to do; at depth 1, with 4 MiB, that cost a write 22-30 % of its rate
+a thread the drive has one less to do; at depth 1, with 4 MiB, that cost a write 22-34 % of its rate
 on a busy machine and 5 % on a quiet one (2-core, beside a plain loop of pwrite, 2026-11)."""
 
 
