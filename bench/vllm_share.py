@@ -10,8 +10,9 @@ Parts, the same load each, both engines in processes of their own:
 An engine is asked for its prompts once, cold; then the bursts alternate. In a burst `--clients`
 clients ask for the engine's prompts in random order, each as soon as its last answer has ended.
 At the end each engine answers its first prompts one by one, and `merge` compares those tokens.
-In `tiermem` the ledger is sampled all the while, and `--pool` makes one pool of the two host tiers.
-A part whose JSON is there is not run again.
+In `tiermem` the ledger is sampled all the while, and `--pool` makes one pool of the two host tiers:
+then one engine is also asked for prompts of the other, whose content it takes from there. A part
+whose JSON is there is not run again.
 """
 
 from __future__ import annotations
@@ -81,19 +82,15 @@ def load_of(device: str, size: str) -> Load:
 # One engine ---------------------------------------------------------------------------------------
 
 
-def serve(part: str, name: str, args: argparse.Namespace) -> None:
+def serve(name: str, args: argparse.Namespace) -> None:
     """Answer one JSON line for each on standard input, until it ends."""
     load = load_of(args.device, args.size)
     say = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # vLLM prints
     started = time.perf_counter()
-    llm = engine(part, name, load, args.device, args.clients, args.pool)
+    llm = engine(args, name, load)
     tell(say, {"started_s": time.perf_counter() - started})
-    rnd = random.Random(name)
-    prompts = [
-        [rnd.randrange(3, load.shape.vocabulary - 100) for _ in range(load.length)]
-        for _ in range(load.prompts)
-    ]
+    prompts = prompts_of(name, load)
     for line in sys.stdin:
         order = json.loads(line)
         if order["do"] == "burst":
@@ -102,8 +99,20 @@ def serve(part: str, name: str, args: argparse.Namespace) -> None:
             asked = [p for _ in range(passes) for p in rnd.sample(prompts, load.prompts)]
             tell(say, burst(llm, asked, load.new, args.clients))
         else:
-            tokens = [burst(llm, [p], load.new, 1)["tokens"][0] for p in prompts[:FIXED]]
-            tell(say, {"tokens": tokens, "counts": counts(llm)})
+            first = order.get("first", 0)
+            asked = prompts_of(order.get("of", name), load)[first : first + FIXED]
+            answers = [burst(llm, [p], load.new, 1) for p in asked]
+            tokens = [answer["tokens"][0] for answer in answers]
+            cached = sum(answer["cached"] for answer in answers)
+            tell(say, {"tokens": tokens, "cached": cached, "counts": counts(llm)})
+
+
+def prompts_of(name: str, load: Load) -> list[list[int]]:
+    rnd = random.Random(name)
+    return [
+        [rnd.randrange(3, load.shape.vocabulary - 100) for _ in range(load.length)]
+        for _ in range(load.prompts)
+    ]
 
 
 def tell(say: TextIO, what: dict[str, Any]) -> None:
@@ -111,9 +120,9 @@ def tell(say: TextIO, what: dict[str, Any]) -> None:
     say.flush()
 
 
-def engine(part: str, name: str, load: Load, device: str, clients: int, pool: str | None) -> Any:
+def engine(args: argparse.Namespace, name: str, load: Load) -> Any:
+    part, device, clients, pool = args.part, args.device, args.clients, args.pool
     more = surroundings(device)
-    folder = model(load.shape)
     if device == "cuda":
         more["compilation_config"] = {"cudagraph_capture_sizes": [1, 2, 4, 8, 16]}
         more["gpu_memory_utilization"] = 0.3  # only looked at: the next line decides
@@ -122,7 +131,7 @@ def engine(part: str, name: str, load: Load, device: str, clients: int, pool: st
     if part == "tiermem":
         floor = (clients + 1) * load.burst_blocks // load.prompts * load.block_bytes
         page = '"2MiB"' if device == "cuda" else '"auto"'
-        toml = folder / "tiermem.toml"
+        toml = args.model / f"{name}.toml"
         toml.write_text(
             f'[gpu]\nbudget = {whole}\npage = {page}\n[host]\ncapacity = "{load.host}"\n'
             f'[share]\ngroup = "{GROUP}"\nname = "{name}"\ntotal = {whole}\n'
@@ -135,7 +144,7 @@ def engine(part: str, name: str, load: Load, device: str, clients: int, pool: st
     from vllm import LLM
 
     return LLM(
-        model=str(folder), load_format="dummy", skip_tokenizer_init=True, seed=0,
+        model=str(args.model), load_format="dummy", skip_tokenizer_init=True, seed=0,
         max_model_len=load.length + 4 * load.tokens, max_num_seqs=16, block_size=load.tokens,
         max_num_batched_tokens=load.batched, disable_log_stats=True, **more,
     )  # fmt: skip
@@ -185,7 +194,9 @@ def digest(tokens: list[int]) -> str:
 
 def counts(llm: Any) -> dict[str, int]:
     side = getattr(llm.llm_engine.engine_core.engine_core.scheduler.connector, "engine", None)
-    return {} if side is None else {**side.director.statistics(), **side.counts}
+    if side is None:
+        return {}
+    return {**side.director.statistics(), **side.director.events(), **side.counts}
 
 
 # Both of them -------------------------------------------------------------------------------------
@@ -200,7 +211,7 @@ class Engine:
             [
                 sys.executable, __file__, args.part, "--engine", name, "--out", str(args.out),
                 "--size", args.size, "--device", args.device, "--clients", str(args.clients),
-                *(["--pool", args.pool] if args.pool else []),
+                "--model", str(args.model), *(["--pool", args.pool] if args.pool else []),
             ],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log.open("w"), text=True,
         )  # fmt: skip
@@ -269,6 +280,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     load = load_of(args.device, args.size)
     sampler = Sampler() if args.part == "tiermem" else None
     begun = time.perf_counter()
+    args.model = model(load.shape)  # both have the same, so their content is the same
     engines = {name: Engine(args, name, args.out / f"{args.part}-{name}.log") for name in "ab"}
     try:
         started = {name: one.answer()["started_s"] for name, one in engines.items()}
@@ -284,6 +296,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                     result["most_held"] = sampler.most(name, since, time.perf_counter())
                 bursts.append(result)
         fixed = {name: one.ask(do="fixed") for name, one in engines.items()}
+        others: dict[str, Any] = {}
+        if args.pool:  # what one has in host memory, the other need not compute
+            others["b"] = engines["b"].ask(do="fixed", of="a", first=FIXED)
+            others["a"] = engines["a"].ask(do="fixed", first=FIXED)
     finally:
         for one in engines.values():
             one.close()
@@ -305,6 +321,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "samples": 0 if sampler is None else len(sampler.samples),
         "over_budget": None if sampler is None else sampler.over,
         "fixed": fixed,
+        "others": others,
     }  # fmt: skip
 
 
@@ -362,10 +379,11 @@ def main() -> None:
     parser.add_argument("--bursts", type=int, default=2, help="of each engine, after the cold one")
     parser.add_argument("--pool", help='one host pool of so many bytes for both, as "44GiB"')
     parser.add_argument("--engine", help=argparse.SUPPRESS)
+    parser.add_argument("--model", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     if args.engine:
-        serve(args.part, args.engine, args)
+        serve(args.engine, args)
         return
     if args.part == "merge":
         result = merged(args.out, args.size, args.device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import threading
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -12,6 +13,7 @@ from random import Random
 import numpy as np
 import numpy.typing as npt
 
+from tests.waiting import LONG_S
 from tiermem import Config, Gpu, Host, Nvme, Share
 from tiermem.assemble import assemble
 from tiermem.config import Prefetch
@@ -24,6 +26,7 @@ from tiermem.integrations.layout import Layout
 from tiermem.leases import Leases
 from tiermem.native import Ticket
 from tiermem.nvme.kept import Persist
+from tiermem.peers import Peers
 from tiermem.table import Rows
 
 PAGE = 4096
@@ -53,12 +56,14 @@ class Ranks:
         page: int = PAGE,
         share: Share | None = None,
         prefetch: Prefetch | None = None,
+        scope: bytes | None = None,
         directed: bool = True,
     ) -> None:
         """Sizes in units of `pieces` pages each, which lie in as many places of the range.
 
         queued: work runs on a stream of its rank, some time after its step. share: the one rank's
-        memory is held under a lease. directed: False if whoever calls will set `director`.
+        memory is held under a lease. scope: content is shared with others of the same, out of the
+        host pool that they share. directed: False if whoever calls will set `director`.
         """
         self.wake: Callable[[], None] = lambda: None
         self.random = Random(seed)
@@ -91,7 +96,10 @@ class Ranks:
             base = parts.device.reserve(self.layout.nbytes)
             self.bases.append(base)
             addresses = partial(self.layout.addresses, base)
-            rank = Rank(number, parts, addresses, persist=persist, leases=leases)
+            peers = None
+            if scope is not None and leases.pooling is not None:
+                peers = Peers.open(parts, leases.pooling, scope)
+            rank = Rank(number, parts, addresses, persist=persist, leases=leases, peers=peers)
             self.ranks.append(rank)
             self.devices.append(parts.device)
             self.streams.append(parts.device.new_stream() if queued else None)
@@ -111,6 +119,7 @@ class Ranks:
             headroom=headroom,
             on_gone=self._on_gone,
             leases=leases,
+            peers=self.ranks[0].peers,
             wake=lambda: self.wake(),
         )
 
@@ -205,7 +214,8 @@ class Ranks:
 
     def settle(self) -> None:
         """Empty steps until nothing is under way."""
-        for _ in range(500):
+        deadline = time.monotonic() + LONG_S
+        while time.monotonic() < deadline:
             self.step()
             self.run()
             for rank in self.ranks:
@@ -227,7 +237,8 @@ class Ranks:
 
     def bring(self, *units: int) -> None:
         """Fetch units, making room as long as it takes; they are in use then. Some may be gone."""
-        for _ in range(500):
+        deadline = time.monotonic() + LONG_S
+        while time.monotonic() < deadline:
             wanted = ids(*[unit for unit in units if unit in self.model])
             self.director.make_room(len(wanted))
             if not len(wanted) or self.director.fetch(wanted):

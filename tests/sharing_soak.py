@@ -29,6 +29,7 @@ from pathlib import Path
 import numpy as np
 
 import tiermem
+from tiermem.board import board_bytes
 from tiermem.errors import NotOurs, TierFull
 from tiermem.ledger import Ledger
 from tiermem.ledger_file import Head, LedgerFile, Word
@@ -227,18 +228,22 @@ def soak(
         events[1].parent.mkdir(mode=0o700)
         for log in events:
             log.touch()
-        with Ledger.open("cpu", PAGES * PAGE, group=GROUP, directory=home) as ledger:
+        # Both are kept open, or one would begin anew if all its members were killed at a time.
+        pool = Ledger.open("host", HOST_PAGES * PAGE, group=GROUP, directory=events[1].parent)
+        with pool, Ledger.open("cpu", PAGES * PAGE, group=GROUP, directory=home) as ledger:
             outcome = Outcome()
             start = partial(Engine, program, directory=directory)
             _run(outcome, ledger, start, seconds, engines, random.Random(seed), every_s)
             left = ledger.snapshot()
             if left.members or left.free != PAGES * PAGE:
                 outcome.faults.append(f"left behind: {left}")
+            if pool.snapshot().members:
+                outcome.faults.append(f"left behind: {pool.snapshot()}")
         if Ledger.found(home / "host"):
             outcome.faults.append("the ledger of the host pool is still in use")
         for log in events:
             _judge_events(outcome, log.read_text())
-        if outcome.most_host > HOST_PAGES * PAGE:
+        if outcome.most_host > HOST_PAGES * PAGE + board_bytes(HOST_PAGES * PAGE):
             outcome.faults.append(f"the host pool had {outcome.most_host} bytes")
     return outcome
 

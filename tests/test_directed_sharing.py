@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -174,6 +176,36 @@ def test_the_survivor_of_a_kill_gets_all_of_it(home: Path, chat: Steps, ledger: 
     fill(chat, PAGES)
     assert chat.read(list(range(1, PAGES))) == PAGES - 1
     assert member(ledger, "chat").held == PAGES * PAGE
+
+
+def test_an_engine_that_makes_no_steps_leaves_room_for_a_job_and_takes_it_back(
+    chat: Steps, ledger: Ledger
+) -> None:
+    """`tiermem yield` for a process that is not ours, twice; then that ends."""
+    fill(chat, PAGES)
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as job:
+        rooms = [room(40 * PAGE, job.pid), room(20 * PAGE, job.pid)]
+        held = {m.name: m.held for m in ledger.snapshot().members}
+        assert held["chat"] <= (PAGES - 60) * PAGE
+        assert sum(held.values()) <= PAGES * PAGE
+        assert chat.read(list(range(1, 60))) == 59
+        job.communicate(b"\n")
+        for each in rooms:
+            with each:
+                assert each.wait(10) == 0
+    eventually(lambda: len(ledger.snapshot().members) == 1, "the room is not given back")
+    assert chat.read(list(range(1, PAGES))) == PAGES - 1
+    assert member(ledger, "chat").held == PAGES * PAGE
+
+
+def room(nbytes: int, pid: int) -> subprocess.Popen[bytes]:
+    """Made, and kept until that process ends."""
+    given = ["yield", "--bytes", str(nbytes), "--for", str(pid)]
+    code = f"from tiermem.cli import main; main({given!r})"
+    made = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+    assert made.stdout is not None
+    assert b"are free on cpu" in made.stdout.readline()
+    return made
 
 
 def test_a_lease_of_several_ranks_is_refused(ledger: Ledger) -> None:

@@ -22,7 +22,7 @@ from tiermem.host import pinned
 from tiermem.host.shared import SharedChunks
 from tiermem.ledger import Ledger, Member
 from tiermem.ledger_pass import receive
-from tiermem.pooling import chunk_bytes
+from tiermem.pooling import chunk_bytes, pool_label
 from tiermem.tier import Place
 
 POOL = 64  # pages; a chunk is one page
@@ -72,9 +72,7 @@ def memory(home: Path) -> int:
     """Bytes that the pool's file occupies, by whoever has it."""
     (ledger,) = Ledger.found(home)
     with ledger:
-        chunk = chunk_bytes(ledger.budget)
-        label = f"tiermem host pool 1 {ledger.budget // chunk * chunk} {chunk}".encode()
-        fd = receive(ledger.path, label)
+        fd = receive(ledger.path, pool_label(ledger.budget))
     assert fd is not None
     try:
         return os.fstat(fd).st_blocks * 512

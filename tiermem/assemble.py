@@ -259,19 +259,10 @@ def _add_bounced(parts: Parts, threads: DiskThreads, slots: int) -> Memory:
 
     A page on the drive comes up without a slot of the host tier, so a full one is not in its way.
     """
-    from tiermem.host.pinned import HostPool
     from tiermem.nvme.bounce import BouncedRoute
 
     device = parts.device
-    rings = []
-    for _ in range(2):
-        ring = HostPool(device.page_bytes, slots, register=_register(device), cpus=near(device))
-        parts.closers.append(ring.close)
-        rings.append(ring)
-    for ring in rings:
-        if not ring.wait_ready(slots, RING_WAIT_S):
-            raise TierFull(f"host: no pinned memory for {slots} pages on the way to the drive")
-    down, up = rings
+    down, up = pinned_ring(parts, slots), pinned_ring(parts, slots)
     legs: list[Route] = [
         device.routes(down)[0],
         threads.routes(down)[0],
@@ -283,6 +274,18 @@ def _add_bounced(parts: Parts, threads: DiskThreads, slots: int) -> Memory:
     _add_route(parts, BouncedRoute(legs[0], legs[1], down), path)
     _add_route(parts, BouncedRoute(legs[2], legs[3], up), path)
     return up
+
+
+def pinned_ring(parts: Parts, slots: int) -> Memory:
+    """So many slots that pages cross on their way to the GPU or from it, and that no tier has."""
+    from tiermem.host.pinned import HostPool
+
+    device = parts.device
+    ring = HostPool(device.page_bytes, slots, register=_register(device), cpus=near(device))
+    parts.closers.append(ring.close)
+    if not ring.wait_ready(slots, RING_WAIT_S):
+        raise TierFull(f"host: no pinned memory for {slots} pages on their way from or to the GPU")
+    return ring
 
 
 def _add_direct(parts: Parts, slab: Slab) -> None:

@@ -52,6 +52,9 @@ EVENTS = {
     "shelved": "pages left on the drive under their keys when their region closed",
     "adopted": "pages whose bytes were found by their key instead of computed",
     "restored": "pages found on the drive when the space was opened",
+    "peers_shown": "pages in host memory shown to the other engines of the pool by their keys",
+    "peers_taken": "pages taken from another engine's host memory instead of computed",
+    "peers_missed": "pages found there, and gone or other bytes when they were read: computed",
 }
 """What `tiermem_events_total` counts, by its label; names that are new appear by themselves."""
 

@@ -20,6 +20,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 
+from tiermem.board import Board, board_bytes
 from tiermem.config import Config
 from tiermem.errors import ConfigError, TierMemError
 from tiermem.host import limits
@@ -73,6 +74,7 @@ class Pooling:
         self._busy_until = 0.0
         self._clocks: deque[tuple[float, int]] = deque()
         self._owed = 0
+        self._board: Board | None = None
         self._warned = False
         self._closed = False
 
@@ -125,6 +127,20 @@ class Pooling:
         self._listener = Listener(
             self._lease.bell, lambda: self._ledger.owners() - {myself()}, wake, self._ended
         )
+
+    def board(self) -> Board:
+        """The table behind the chunks, in which engines show one another what is there."""
+        nbytes = self.chunks.chunks * self.chunks.chunk_bytes
+        board = self._board = Board(self.chunks.fd, nbytes, board_bytes(nbytes))
+        board.sweep(self._ledger.owners())
+        return board
+
+    def is_alone(self) -> bool:
+        """True if nobody else has a part of the pool now, or that cannot be said."""
+        try:
+            return self._lease.is_alone()
+        except LedgerError:
+            return True
 
     def close(self) -> None:
         """The host tier has given all chunks back: leave the pool. A second call does nothing."""
@@ -311,6 +327,8 @@ class Pooling:
     def _ended(self) -> None:
         self._ledger.reap()
         self.chunks.sweep()
+        if self._board is not None:
+            self._board.sweep(self._ledger.owners())
 
 
 def chunk_bytes(budget: int) -> int:
@@ -322,18 +340,24 @@ def chunk_bytes(budget: int) -> int:
     return chunk
 
 
+def pool_label(budget: int) -> bytes:
+    """What the file of a pool is, for whoever asks for it."""
+    chunk = chunk_bytes(budget)
+    return f"tiermem host pool 2 {budget // chunk * chunk} {chunk}".encode()
+
+
 def _join_file(ledger: Ledger, chunk: int) -> tuple[SharedChunks, Porter]:
     """The file from somebody who has it, or a new one; and whoever comes next has it from us."""
     nbytes = ledger.budget // chunk * chunk
-    label = f"tiermem host pool 1 {nbytes} {chunk}".encode()
+    tail, label = board_bytes(nbytes), pool_label(ledger.budget)
     with exclusive(ledger.path.parent):
         fd = receive(ledger.path, label)
         if fd is None:
             if len(ledger.owners()) > 1:
                 log.warning("host pool: nobody passes the file on, another is made")
-            fd = SharedChunks.create(nbytes)
+            fd = SharedChunks.create(nbytes + tail)
         try:
-            chunks = SharedChunks(fd, chunk)
+            chunks = SharedChunks(fd, chunk, tail)
         finally:
             os.close(fd)
         return chunks, Porter(ledger.path, label, chunks.reopened)

@@ -14,7 +14,7 @@ pytest.importorskip("torch")
 
 from tests.directed_ranks import PAGE, Ranks
 from tests.integrations.vllm_machine import Machine
-from tiermem import Share
+from tiermem import Share, peers
 from tiermem.errors import TierFull
 from tiermem.integrations import vllm_scheduler
 from tiermem.integrations.vllm_worker import RANKS
@@ -173,7 +173,11 @@ def spoil(folder: Path, share: float, random: Random) -> None:
 def test_schedulers_whose_host_tiers_are_one_pool_read_what_was_written(
     monkeypatch: pytest.MonkeyPatch, lag: int
 ) -> None:
-    """Both want more of it than there is; either is idle for a while, and then the other has it."""
+    """Both want more of it than there is; either is idle for a while, and then the other has it.
+
+    They are asked the same: each takes from the other what it has, and it is the right content.
+    """
+    monkeypatch.setattr(peers, "LOOK_EVERY_S", 0.0)
     with tempfile.TemporaryDirectory(prefix="tm-") as home, ExitStack() as opened:
         monkeypatch.setenv("XDG_RUNTIME_DIR", home)
         machines = [pooled(monkeypatch, opened, seed, lag) for seed in range(2)]
@@ -191,6 +195,8 @@ def test_schedulers_whose_host_tiers_are_one_pool_read_what_was_written(
             assert machine.seen["hits"] > 0
         assert max(most) > POOL // 2, "one had more than half of the pool"
         assert sum(m.engine.director.statistics()["host_used"] for m in machines) <= POOL
+        events = [machine.engine.director.events() for machine in machines]
+        assert sum(seen.get("peers_taken", 0) for seen in events) > 0
 
 
 POOL = 48  # pages; a chunk is a third of them
@@ -203,8 +209,9 @@ def pooled(monkeypatch: pytest.MonkeyPatch, opened: ExitStack, seed: int, lag: i
         host=POOL * PAGE,
     )  # fmt: skip
     ranks = Ranks(
-        ranks=1, units=60, budget=12, host=44, seed=seed, queued=True, share=share, directed=False
-    )
+        ranks=1, units=60, budget=12, host=44, seed=seed, queued=True, share=share,
+        scope=b"a model", directed=False,
+    )  # fmt: skip
     opened.callback(ranks.close)
     monkeypatch.setattr(vllm_scheduler, "load", lambda: ranks.config)
     monkeypatch.setitem(RANKS, f"m{seed}", ranks.ranks[0])

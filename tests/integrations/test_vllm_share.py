@@ -59,3 +59,7 @@ def test_two_engines_share_a_budget_and_answer_as_vllm_does(tmp_path: Path, home
         assert counts["gpu_host"] > 0
         assert counts["host_used"] > 0
         assert counts.get("dropped", 0) == 0, "the one host pool is large enough for both"
+    theirs, own = shared["others"]["b"], shared["others"]["a"]
+    assert theirs["counts"]["peers_taken"] > 0
+    assert theirs["cached"] > 0, "what the other has in host memory is computed"
+    assert theirs["tokens"] == own["tokens"]

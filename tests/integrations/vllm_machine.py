@@ -7,6 +7,7 @@ device: a block that is not shown is refused there, one with other bytes is foun
 from __future__ import annotations
 
 import pickle
+import time
 from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ import numpy as np
 
 from tests.directed_ranks import Ranks
 from tests.integrations.vllm_fakes import BLOCK_TOKENS, Block, Pool, Request, Status
+from tests.waiting import LONG_S
 from tiermem.directed.orders import Report
 from tiermem.integrations.vllm_scheduler import EngineSide
 
@@ -398,8 +400,11 @@ class Machine:
     # ------------------------------------------------------------ to the end
 
     def drain(self, most: int = 1500) -> None:
-        """Until every request has ended. Fails where one waits for ever."""
-        for _ in range(most):
+        """Until every request has ended. Fails where one waits for ever: for so many steps, and
+        for longer than threads may take."""
+        deadline, steps = time.monotonic() + LONG_S, 0
+        while steps < most or time.monotonic() < deadline:
+            steps += 1
             if not self.requests and not self.in_flight:
                 return
             self.step()

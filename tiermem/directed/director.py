@@ -37,7 +37,8 @@ from tiermem.foresight import Foresight, load_prefetch
 from tiermem.keyindex import Keys
 from tiermem.leased import LeasedPlanner
 from tiermem.leases import NO_LEASES, Leases
-from tiermem.plan import Drop, Outcome, Plan, Request, Show, merge
+from tiermem.peers import Peers
+from tiermem.plan import Copy, Drop, Outcome, Plan, Request, Show, merge
 from tiermem.planner import Access, Planner
 from tiermem.policies.admission import admission
 from tiermem.policies.base import RequestFacts
@@ -129,14 +130,15 @@ class Director:
         on_gone: OnGone = lambda units, reason: None,
         clock: Callable[[], float] = time.monotonic,
         leases: Leases = NO_LEASES,
+        peers: Peers | None = None,
         wake: Callable[[], None] = lambda: None,
     ) -> None:
         """hellos: of all ranks. headroom: units that should have frames at once, ahead of need.
 
         on_gone(units, reason): content that is lost or was dropped; called before a slot of it is
-        used again. leases: that the memory of the one rank is held under; wake: called from any
-        thread when orders are due for it. Raises ConfigError if the ranks do not fit one
-        another.
+        used again. leases: that the memory of the one rank is held under; peers: with whom it
+        shares content; wake: called from any thread when orders are due for it. Raises
+        ConfigError if the ranks do not fit one another.
         """
         first, sharing = hellos[0], leases.sharing
         if sharing is not None and len(hellos) > 1:
@@ -166,6 +168,7 @@ class Director:
         table.extend(units * unit_pages, unit_pages)
         self._sharing, self._pooling = sharing, leases.pooling
         self._is_pool_busy = False
+        self._peers = peers
         planner = Planner if sharing is None else LeasedPlanner
         self._planner = planner(
             table,
@@ -284,6 +287,11 @@ class Director:
             for src, gbps in self._paces.gbps().items()
             if src not in planner.failed_tiers
         }
+
+    def speeds_outside(self) -> dict[Place, RouteSpeed]:
+        """The same for content that `find` saw: its places are the drive, and others' host."""
+        speeds = self.speeds()
+        return speeds if self._peers is None else {**speeds, HOST: self._peers.speed()}
 
     def residence(self) -> dict[Place, int]:
         """Units by where their newest bytes are."""
@@ -412,16 +420,22 @@ class Director:
         if len(units):
             self._planner.label(self._pages(units), keys)
 
-    # ---------------------------------------------------------------- content of an earlier run
+    # ------------------------------------------------ content of an earlier run, and of others
 
-    def find(self, keys: Keys) -> int:
-        """How many of these contents, from the first on, wait on the drive to be adopted."""
-        shelved = self._planner.in_attic(keys, 0, self.unit_pages)
-        missing = np.flatnonzero(shelved[:, 0] < 0)
-        return int(missing[0]) if len(missing) else len(keys)
+    def find(self, keys: Keys) -> Places:
+        """Of these contents, from the first on, those that can be adopted: uint8 where they are.
+
+        On the drive, where an earlier run has left them, or in host memory of others.
+        """
+        shelved = self._planner.in_attic(keys, 0, self.unit_pages)[:, 0] >= 0
+        found = np.where(shelved, AT_NVME, 0).astype(np.uint8)
+        if self._peers is not None and not shelved.all():
+            found[~shelved & self._peers.find(keys, self.unit_pages)] = AT_HOST
+        return found[: len(found) if found.all() else int(found.argmin())]
 
     def adopt(self, units: Units, keys: Keys, name: str, *, parents: Units, depths: Units) -> Mask:
-        """Units get the content of these keys from the drive; bool[n]: which will.
+        """Units get the content of these keys, from where `find` saw it; bool[n]: which are on the
+        drive, and labelled.
 
         All are in use from now on, those that get nothing with frames to be computed into. name:
         of the request that is told back (`Orders.receives`) when all of it has come.
@@ -441,8 +455,20 @@ class Director:
         missing = units[~found]
         if len(missing):
             self.enter(missing, "fresh", parents=parents[~found], depths=depths[~found])
+            missing = self._want(missing, keys[~found], name)
         self._receives[name] = Receive(plans, self._pages(missing))
         return found
+
+    def _want(self, units: Units, keys: Keys, name: str) -> Units:
+        """Of these units, in use and fresh, have others' content brought; those that none has."""
+        if self._peers is None:
+            return units
+        theirs = self._peers.find(keys, self.unit_pages)
+        if theirs.any():
+            self._users[units[theirs]] += 1  # until it has ended, whoever else lets them go
+            rows = self._pages(units[theirs])
+            self._peers.want(name, units[theirs], rows, keys[theirs])
+        return units[~theirs]
 
     def _adopt(self, units: Units, keys: Keys, parents: Units, depths: Units) -> Mask:
         """bool[n]: units that are on the drive now, with the content of their keys."""
@@ -483,8 +509,9 @@ class Director:
 
     def forget_content(self) -> None:
         """No content that has a key counts any more, here or on the drive."""
-        planner = self._planner
-        self._forget = np.concatenate([self._forget, planner.unlabel()])
+        if self._peers is not None:
+            self._peers.retire()
+        self._forget = np.concatenate([self._forget, self._planner.unlabel()])
 
     # ---------------------------------------------------------------- steps
 
@@ -511,6 +538,9 @@ class Director:
             self._follow_lease(self._sharing)
         if self._pooling is not None:
             self._follow_pool(self._pooling, now)
+        if self._peers is not None:
+            for units in self._peers.turn(planner):
+                self.leave(units, worthless=units)
         self._set_marks()
         self._issue(planner.relieve(now))
         if planner.attic is not None:
@@ -540,6 +570,8 @@ class Director:
         """True if nothing is under way, and nothing waits to be ordered."""
         ordered = len(self._surrendered) or self._backing or self._parking
         under_way = self._plans or ordered or self._is_pool_busy
+        if self._peers is not None:
+            under_way = under_way or self._peers.busy
         return not under_way and self._planner.is_idle()
 
     def unsaved(self) -> int:
@@ -580,7 +612,7 @@ class Director:
 
     def events(self) -> dict[str, int]:
         """Pages by what happened to them since the start; `metrics.EVENTS` says what each means."""
-        return dict(self._planner.counts)
+        return {**self._planner.counts, **({} if self._peers is None else self._peers.counts)}
 
     def check(self) -> None:
         """Assert every invariant of the table, and that exactly what is in use is pinned."""
@@ -611,8 +643,12 @@ class Director:
         for plan in plans:
             if all(isinstance(step, Drop) for step in plan.steps):
                 self._tell_gone(plan)
-            else:
-                self._plans.append(plan)
+                continue
+            self._plans.append(plan)
+            if self._peers is not None:
+                for step in plan.steps:
+                    if isinstance(step, Copy) and step.dst == HOST:
+                        self._peers.filled(step.dst_slots)
 
     def _tell_gone(self, plan: Plan) -> None:
         for step in plan.steps:

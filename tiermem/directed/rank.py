@@ -21,6 +21,7 @@ from tiermem.directed.turns import Turns
 from tiermem.errors import TierFailed, TierFull
 from tiermem.executor import Executor, Flight
 from tiermem.leases import NO_LEASES, Leases
+from tiermem.peers import Peers
 from tiermem.plan import Copy, Plan
 from tiermem.table import Rows
 from tiermem.tier import PASSED, TIERS, Addresses, Done, Fence, Place, Slots
@@ -42,14 +43,16 @@ class Rank:
         *,
         persist: bool = False,
         leases: Leases = NO_LEASES,
+        peers: Peers | None = None,
     ) -> None:
         """parts: which it will close. addresses: of page rows, in one reservation.
 
         persist: the slab of the parts is kept for the next start. leases: that the memory of the
-        parts is held under, for the director; closed last.
+        parts is held under, for the director; closed last. peers: with whom it shares content.
         """
         self.rank = rank
         self.leases = leases
+        self.peers = peers
         self.turns = Turns()
         self.page_bytes = parts.device.page_bytes
         self._persist = persist
@@ -180,11 +183,14 @@ class Rank:
         }
 
     def received(self) -> tuple[set[str], Rows]:
-        """Requests all of whose plans have been reported, and page rows whose load failed."""
+        """Requests all of whose content has come or failed to, and page rows that failed."""
         if not (self._receiving or self._failed_rows):
             return set(), NO_SLOTS
         flying = set(self._flights)
         done = {name for name, plans in self._receiving.items() if not plans & flying}
+        if self.peers is not None:
+            done = {name for name in done if not self.peers.awaits(name)}
+            self._failed_rows.append(self.peers.take_failed())
         for name in done:
             del self._receiving[name]
         failed = np.concatenate([np.empty(0, np.int32), *self._failed_rows])

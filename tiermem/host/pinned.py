@@ -22,6 +22,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
 import numpy as np
+import numpy.typing as npt
 
 from tiermem.errors import Closed, ConfigError, DriverError
 from tiermem.host.numa import stay_on
@@ -192,6 +193,13 @@ class HostPool:
         inside = (slots - self._first[index]).astype(np.uint64)
         found: Addresses = self._base[index] + inside * np.uint64(self.slot_bytes)
         return found
+
+    def file_offsets(self, slots: Slots) -> npt.NDArray[np.uint64]:
+        """uint64[n]: where in the shared file each slot's bytes are, while it has its chunk."""
+        with self._changed:
+            starts = np.array([chunk.offset for chunk in self._chunks], np.int64)
+        index = np.searchsorted(self._first, slots, side="right") - 1
+        return (starts[index] + (slots - self._first[index]) * self.slot_bytes).astype(np.uint64)
 
     def wait_ready(self, slots: int, timeout_s: float | None = None) -> bool:
         """Block until `slots` slots are ready; False on timeout, failure or close."""

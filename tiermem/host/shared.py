@@ -33,20 +33,22 @@ _libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c
 class SharedChunks:
     """One process's opening of the file. Thread-safe; a chunk is an index."""
 
-    def __init__(self, fd: int, chunk_bytes: int) -> None:
-        """fd: of the file, from `create` or from another process; the caller closes it.
+    def __init__(self, fd: int, chunk_bytes: int, tail_bytes: int = 0) -> None:
+        """fd: of the file, from `create` or from another process; the caller closes it. tail_bytes:
+        behind the last chunk, for others to use.
 
         Raises ConfigError if it is not a file as `create` makes them, of our own user.
         """
         found = os.fstat(fd)
         if not stat.S_ISREG(found.st_mode) or found.st_uid != os.geteuid():
             raise ConfigError("the shared host pool that was offered is not a file of this user")
-        if chunk_bytes <= 0 or found.st_size % chunk_bytes or not found.st_size:
-            raise ConfigError(f"a shared host pool of {found.st_size} bytes, chunks {chunk_bytes}")
+        nbytes = found.st_size - tail_bytes
+        if chunk_bytes <= 0 or nbytes % chunk_bytes or nbytes <= 0:
+            raise ConfigError(f"a shared host pool of {nbytes} bytes, chunks {chunk_bytes}")
         if fcntl.fcntl(fd, fcntl.F_GET_SEALS) & _SEALS != _SEALS:
             raise ConfigError("the shared host pool that was offered could be made smaller")
         self.chunk_bytes = chunk_bytes
-        self.chunks = found.st_size // chunk_bytes
+        self.chunks = nbytes // chunk_bytes
         self.fd = os.open(f"/proc/self/fd/{fd}", os.O_RDWR | os.O_CLOEXEC)
         self._mine: set[int] = set()
         self._lock = threading.Lock()

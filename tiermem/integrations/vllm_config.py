@@ -65,7 +65,7 @@ def prepare(args: Any, config: Config) -> None:
     if args.block_size is None:
         args.block_size = good_block_size(args)
     args.kv_transfer_config = with_ours(args.kv_transfer_config)
-    if config.nvme.enabled and config.nvme.persist:
+    if config.share.host is not None or (config.nvme.enabled and config.nvme.persist):
         # Before 0.32 block hashes of two runs agree only under a seed.
         os.environ.setdefault("PYTHONHASHSEED", "0")
 

@@ -36,12 +36,14 @@ from tiermem.integrations.vllm_sessions import AHEAD_S, Sessions
 from tiermem.integrations.vllm_worker import RANKS
 from tiermem.keyindex import Keys
 from tiermem.leases import NO_LEASES
-from tiermem.tier import AT_GPU, AT_NVME
+from tiermem.policies.recompute import Places
+from tiermem.tier import AT_GPU
 
 log = logging.getLogger(__name__)
 
 SMALL_BYTES = 32 << 20
 """A load of fewer bytes than this takes less than a step; running requests may wait for it."""
+NOWHERE: Places = np.empty(0, np.uint8)
 PATIENCE_S = 10.0
 """How long a waiting request is held back for loads; after that its prefix is computed again."""
 
@@ -85,8 +87,8 @@ class New:
 class Match:
     """What was found of a waiting request: blocks in vLLM's prefix cache, and behind them.
 
-    hits: how many; idle: those that nobody used; outside: on the drive, of an earlier run;
-    dear: more of these, which are computed sooner than they would come.
+    hits: how many; idle: those that nobody used; outside: on the drive, of an earlier run, or
+    with another engine; dear: more of these, which are computed sooner than they would come.
     """
 
     hits: int = 0
@@ -115,6 +117,7 @@ class EngineSide:
         self._reset: Callable[[], bool] | None = None
         self._free: Callable[[Iterable[Any]], None] | None = None
         self._counts_all = False
+        self._has_peers = False
         self._tracked: dict[str, Tracked] = {}
         self._waiting: dict[str, Fetch] = {}
         self._queue_full = False
@@ -157,6 +160,7 @@ class EngineSide:
         if rank is not None:
             self._turns = rank.turns
             self._upkeep = Upkeep(rank)
+            self._has_peers = rank.peers is not None
         self._director = Director(
             hellos,
             layout.units,
@@ -165,6 +169,7 @@ class EngineSide:
             headroom=2 * -(-step_blocks // layout.blocks_per_unit),
             on_gone=self._gone,
             leases=NO_LEASES if rank is None else rank.leases,
+            peers=None if rank is None else rank.peers,
             wake=(lambda: None) if self._upkeep is None else self._upkeep.wake,
         )
         longest = int(self._vllm.model_config.max_model_len)
@@ -271,7 +276,7 @@ class EngineSide:
         idle = frozenset(block.block_id for block in prefix if block.ref_cnt == 0)
         found = self._outside(request, hits)
         outside = self._worth(request, hits, found)
-        self._matched[name] = Match(hits, idle, outside, found - outside)
+        self._matched[name] = Match(hits, idle, outside, len(found) - outside)
         return outside * self._block_tokens, outside > 0
 
     def _prefix(self, request: Any, hits: int) -> list[Any]:
@@ -393,29 +398,29 @@ class EngineSide:
         self._queue_full = True  # it is admitted next: nobody behind it takes its frames
         return True
 
-    def _worth(self, request: Any, hits: int, found: int) -> int:
-        """How many of the blocks that an earlier run left come sooner than they are computed."""
-        if not found:
+    def _worth(self, request: Any, hits: int, found: Places) -> int:
+        """How many of the blocks that an earlier run or others have come sooner than computed."""
+        if not len(found):
             return 0
         tokens = self._block_tokens
-        places = np.full(found, AT_NVME, np.uint8)
-        suffix = request.num_tokens - (hits + found) * tokens
-        speeds, now_s = self.director.speeds(), time.monotonic()
-        return self._choice.cut(places, self.layout.unit_bytes, tokens, speeds, suffix, now_s)
+        suffix = request.num_tokens - (hits + len(found)) * tokens
+        speeds, now_s = self.director.speeds_outside(), time.monotonic()
+        return self._choice.cut(found, self.layout.unit_bytes, tokens, speeds, suffix, now_s)
 
     def _would_disturb(self, units: int) -> bool:
         """Whether others run who would have to wait for a load of so many units."""
         return bool(self._tracked) and units * self.layout.unit_bytes > SMALL_BYTES
 
-    def _outside(self, request: Any, hits: int) -> int:
-        """Blocks of a prompt, behind its local prefix, that an earlier run left on the drive."""
+    def _outside(self, request: Any, hits: int) -> Places:
+        """Where blocks of a prompt, behind its local prefix, are that an earlier run left on the
+        drive, or another engine has in its host memory."""
         if not self._keeps or request.num_tokens <= (hits + 1) * self._block_tokens:
-            return 0
+            return NOWHERE
         if request.request_id in self._unread:
-            return 0  # it would get the same blocks, whose frames cannot be had yet, for ever
+            return NOWHERE  # it would get the same blocks, whose frames cannot be had yet, for ever
         last = (request.num_tokens - 1) // self._block_tokens
         keys = keys_of(request.block_hashes[hits:last])
-        return self.director.find(keys) if len(keys) else 0
+        return self.director.find(keys) if len(keys) else NOWHERE
 
     # ---------------------------------------------------------------- admissions and ends
 
@@ -633,7 +638,8 @@ class EngineSide:
     @property
     def _keeps(self) -> bool:
         nvme = self._config.nvme
-        return nvme.enabled and nvme.persist and self.layout.blocks_per_unit == 1
+        wanted = self._has_peers or (nvme.enabled and nvme.persist)
+        return wanted and self.layout.blocks_per_unit == 1
 
     def _note_computed(self, output: Any, step: int) -> None:
         """After this step, so many tokens of each request have been computed."""

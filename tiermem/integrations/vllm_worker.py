@@ -27,6 +27,7 @@ from tiermem.integrations.layout import Layout, Run, automatic_page, layout_of, 
 from tiermem.integrations.vllm_config import CUDA_PAGE, divided
 from tiermem.leases import Leases
 from tiermem.nvme.kept import Persist
+from tiermem.peers import Peers
 
 log = logging.getLogger(__name__)
 
@@ -122,7 +123,12 @@ class RankSide:
             )
         addresses = partial(self.layout.addresses, self._base)
         self._rank = Rank(
-            self._number, self._parts, addresses, persist=self._persist, leases=self._leases
+            self._number,
+            self._parts,
+            addresses,
+            persist=self._persist,
+            leases=self._leases,
+            peers=self._open_peers(),
         )
         RANKS[self._engine_id] = self._rank
         self.hello: Hello = self._rank.start(self.layout.units * self.layout.unit_pages)
@@ -180,6 +186,14 @@ class RankSide:
         self._leases.close()
 
     # ---------------------------------------------------------------- parts
+
+    def _open_peers(self) -> Peers | None:
+        """Content is shared with engines in which the same blocks would have the same bytes."""
+        if self._leases.pooling is None or self.layout.blocks_per_unit > 1:
+            return None
+        layout = [self.layout.stride, len(self.layout.offsets), self.layout.page_bytes]
+        scope = json.dumps([fingerprint(self._vllm), layout], sort_keys=True)
+        return Peers.open(self._parts, self._leases.pooling, scope.encode())
 
     def _keep(self, report: Report) -> None:
         assert self._report is None, "the last report was not taken"
