@@ -88,7 +88,7 @@ def test_an_engine_that_waits_for_chunks_drops_nothing(
         assert may_go_on.wait(20)
         populate(address, nbytes)
 
-    monkeypatch.setattr("tiermem.sharing.EXPECT_S", 0.0)
+    monkeypatch.setattr("tiermem.membership.EXPECT_S", 0.0)
     with engine("chat") as chat:
         until(lambda: members(home)["chat"].held == CHUNK * PAGE)
         fill(chat, range(1, PAGES))

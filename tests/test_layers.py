@@ -27,7 +27,7 @@ LEVEL = {
         ("ledger_file", "ledger_records", "ledger_pass", "ledger_shares", "ledger_wake"), 3
     ),
     **dict.fromkeys(("crossover", "drive", "keeping", "leased"), 4),
-    **dict.fromkeys(("leases", "peers", "pooling", "sharing", "supply"), 4),
+    **dict.fromkeys(("leases", "membership", "peers", "pooling", "sharing", "supply"), 4),
     **dict.fromkeys(("assemble", "metrics", "mover", "region", "space"), 4),
     **dict.fromkeys(("__init__", "__main__", "bench", "cli", "integrations", "testing"), 5),
     **dict.fromkeys(("directed", "evicting", "facts", "foresight", "watch"), 4),

@@ -124,7 +124,7 @@ def test_a_newcomer_gets_its_share_of_a_full_card(home: Path) -> None:
 def test_a_newcomer_waits_for_its_share_rather_than_lose_pages_of_its_own(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tiermem.sharing.EXPECT_S", 10.0)
+    monkeypatch.setattr("tiermem.membership.EXPECT_S", 10.0)
     with engine(config("old")) as (_, kept):
         pages = fill(kept, PAGES)
         with engine(config("new", host=0)) as (new, region):

@@ -15,14 +15,14 @@ import logging
 import os
 import sys
 import time
-from collections import deque
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 
+from tiermem import membership
 from tiermem.board import Board, board_bytes
 from tiermem.config import Config
-from tiermem.errors import ConfigError, TierMemError
+from tiermem.errors import ConfigError
 from tiermem.host import limits
 from tiermem.host.pinned import HostPool
 from tiermem.host.shared import SharedChunks
@@ -30,7 +30,7 @@ from tiermem.leased import LeasedPlanner
 from tiermem.ledger import ANYTHING, Lease, Ledger, LedgerBusy, LedgerError
 from tiermem.ledger_file import exclusive, private_directory, runtime_directory
 from tiermem.ledger_pass import Porter, receive
-from tiermem.ledger_wake import Listener, myself
+from tiermem.membership import Membership
 from tiermem.plan import Plan
 from tiermem.tier import HOST
 
@@ -40,43 +40,30 @@ MOST_CHUNK = 256 << 20
 LEAST_CHUNK = 64 << 10
 CHUNKS = 64
 """A pool has at least so many chunks, unless they would be smaller than LEAST_CHUNK."""
-LOCK_S = 0.002
 BACKOFF_S = 0.5
 """After memory for a chunk could not be had or pinned."""
 ASKED_S = 1.0
-EXPECT_S = 0.25
-"""As in `sharing`: so long we wait for the next chunk of those that others owe us."""
 
 
-class Pooling:
+class Pooling(Membership):
     """One space's lease of the shared host pool. Opened before the space's parts, closed last."""
+
+    what = "host lease"
 
     def __init__(
         self, ledger: Ledger, lease: Lease, chunks: SharedChunks, porter: Porter, idle_s: float
     ) -> None:
         """Most callers use `Pooling.open`."""
+        super().__init__(ledger, lease, idle_s)
         self.chunks = chunks
-        self._ledger = ledger
-        self._lease = lease
         self._porter = porter
-        self._idle_s = idle_s
-        self._listener: Listener | None = None
-        self._wake: Callable[[], None] = lambda: None
         self._pool: HostPool | None = None
         self._most_slots = 0
         self._slots_per_chunk = 1
         self._most_chunks = chunks.chunks
         self._asked_bytes = chunks.chunk_bytes
-        self._asked_until = 0.0
-        self._no_memory_until = 0.0
-        self._expects_until = 0.0
-        self._is_owed = False
         self._busy_until = 0.0
-        self._clocks: deque[tuple[float, int]] = deque()
-        self._owed = 0
         self._board: Board | None = None
-        self._warned = False
-        self._closed = False
 
     @classmethod
     def open(cls, config: Config) -> Pooling:
@@ -122,11 +109,8 @@ class Pooling:
 
     def start(self, planner: LeasedPlanner, wake: Callable[[], None]) -> None:
         """All tiers are made: from now on `turn` is called, again and again."""
-        self._wake = wake
         planner.host = self
-        self._listener = Listener(
-            self._lease.bell, lambda: self._ledger.owners() - {myself()}, wake, self._ended
-        )
+        self.listen(wake)
 
     def board(self) -> Board:
         """The table behind the chunks, in which engines show one another what is there."""
@@ -142,16 +126,9 @@ class Pooling:
         except LedgerError:
             return True
 
-    def close(self) -> None:
-        """The host tier has given all chunks back: leave the pool. A second call does nothing."""
-        if self._closed:
-            return
-        self._closed = True
-        if self._listener is not None:
-            self._listener.close()
+    def _release(self) -> None:
         self._porter.close()
         self.chunks.close()
-        self._ledger.close()
 
     # ---------------------------------------------------------------- threads that make room
 
@@ -177,16 +154,12 @@ class Pooling:
             chunks = -(-lacking // self._slots_per_chunk)
             nbytes = min(chunks * lease.page_bytes, self._most_chunks * lease.page_bytes - charged)
             if nbytes > 0:
-                granted = lease.reserve(nbytes, LOCK_S)
-                owed = lease.lacking > 0
-                if granted or (owed and not self._is_owed):
-                    self._expects_until = now + EXPECT_S
-                self._is_owed = owed
+                self._reserve(nbytes)
                 self._asked_bytes, self._asked_until = charged + nbytes, now + ASKED_S
                 self._wake()
             self._busy_until = 0.0
         except LedgerBusy:
-            self._busy_until = self._busy_until or now + EXPECT_S
+            self._busy_until = self._busy_until or now + membership.EXPECT_S
             return now < self._busy_until
         except LedgerError as error:
             log.debug("no host memory lent reason=%s", error)
@@ -220,7 +193,8 @@ class Pooling:
         assert pool is not None, "the tiers are made"
         self._settle(pool)
         with lock:
-            warm = planner.host_used_since(self._since(planner.clock()))
+            since = self._warm_since(planner.clock(), self._idle_s / 16)
+            warm = planner.host_used_since(since)
         end = self._limit(warm)
         if end > pool.capacity:
             pool.resize(end)  # memory follows in the background
@@ -256,7 +230,7 @@ class Pooling:
             if due or self._warned:
                 return min(max(0, held - due) * self._slots_per_chunk, self._most_slots)
             if lease.held + lease.reserved < min(lease.wanted, self._most_chunks * chunk):
-                self._reserve(lease.wanted - lease.held - lease.reserved)
+                self._get_ahead(lease.wanted - lease.held - lease.reserved)
             lease.ring()
         except LedgerBusy:
             pass  # the next turn finds the same
@@ -297,15 +271,6 @@ class Pooling:
 
     # ---------------------------------------------------------------- parts
 
-    def _since(self, clock: int) -> int:
-        """What the planner's clock showed idle_s ago."""
-        now = time.monotonic()
-        if not self._clocks or now - self._clocks[-1][0] >= self._idle_s / 16:
-            self._clocks.append((now, clock))
-        while len(self._clocks) > 1 and self._clocks[1][0] <= now - self._idle_s:
-            self._clocks.popleft()
-        return self._clocks[0][1]
-
     def _tell_wanted(self, warm: int) -> None:
         """Chunks for pages of the host tier that were used within idle_s, or were asked for."""
         lease = self._lease
@@ -315,17 +280,12 @@ class Pooling:
         if wanted != lease.wanted:
             lease.want(wanted)
 
-    def _reserve(self, nbytes: int) -> None:
+    def _get_ahead(self, nbytes: int) -> None:
         if time.monotonic() >= self._no_memory_until:
-            self._lease.reserve(nbytes, LOCK_S)
-
-    def _warn(self, error: TierMemError) -> None:
-        if not self._warned:
-            log.warning("host lease frozen: no more chunks until reopened, reason=%s", error)
-        self._warned = True
+            self._lease.reserve(nbytes, membership.LOCK_S)
 
     def _ended(self) -> None:
-        self._ledger.reap()
+        super()._ended()
         self.chunks.sweep()
         if self._board is not None:
             self._board.sweep(self._ledger.owners())

@@ -17,17 +17,16 @@ import os
 import select
 import sys
 import time
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from tiermem.assemble import Ground, survey
 from tiermem.config import Config
-from tiermem.errors import TierFull, TierMemError
+from tiermem.errors import TierFull
 from tiermem.leased import Demand, LeasedPlanner
 from tiermem.ledger import ANYTHING, Lease, Ledger, LedgerBusy, LedgerError, Report
-from tiermem.ledger_wake import Listener, myself
+from tiermem.membership import Membership
 from tiermem.stats import LeaseStatistics
 
 log = logging.getLogger(__name__)
@@ -36,12 +35,8 @@ STEPS = 32
 """A lease grows by this part of the budget, or by what is lacking."""
 FIRST_S = 10.0
 """How long opening waits for the first page, while others give back."""
-LOCK_S = 0.002
-"""How long a faulting thread waits for the ledger's lock; then it goes on with what it has."""
 BACKOFF_S = 0.2
 """After the device had no memory for what the ledger granted (a dead process's, for a while)."""
-EXPECT_S = 0.25
-"""So long we wait for the next bytes from others before pages of ours make room instead."""
 WARM_EVERY_S = 0.1
 PLACE_EVERY_S = 5.0
 REPORT_EVERY_S = 0.1
@@ -56,33 +51,20 @@ class Terms:
     first: int
 
 
-class Sharing:
+class Sharing(Membership):
     """One space's lease. `Space` opens it first and closes it last."""
 
     def __init__(self, ledger: Ledger, lease: Lease, terms: Terms, idle_s: float) -> None:
         """Most callers use `Sharing.open`. terms.first bytes are reserved already."""
+        super().__init__(ledger, lease, idle_s)
         self.terms = terms
         self.ceiling = terms.ceiling
-        self._ledger = ledger
-        self._lease = lease
-        self._idle_s = idle_s
         self._planner: LeasedPlanner | None = None
-        self._wake: Callable[[], None] = lambda: None
-        self._listener: Listener | None = None
-        self._asked_bytes = 0
-        self._asked_until = 0.0
-        self._no_memory_until = 0.0
-        self._expects_until = 0.0
-        self._is_owed = False
         self._place_checked = self._warmed = self._reported = 0.0
         self._warm = terms.first // terms.page_bytes
         self._counted = 0  # frames in use when the working set was counted last
-        self._clocks: deque[tuple[float, int]] = deque()  # (when, the planner's clock)
         self._slept_at = -1
-        self._owed = 0
         self._news = True
-        self._warned = False
-        self._closed = False
 
     @classmethod
     def open(cls, config: Config) -> Sharing:
@@ -117,21 +99,9 @@ class Sharing:
     def start(self, planner: LeasedPlanner, wake: Callable[[], None]) -> None:
         """The space is made: what was reserved for it is backed, or will be very soon."""
         self._planner = planner
-        self._wake = wake
         self._lease.commit(self._lease.reserved)
         planner.lender = self
-        self._listener = Listener(
-            self._lease.bell, lambda: self._ledger.owners() - {myself()}, wake, self._ended
-        )
-
-    def close(self) -> None:
-        """The device has all memory back: leave the ledger. A second call does nothing."""
-        if self._closed:
-            return
-        self._closed = True
-        if self._listener is not None:
-            self._listener.close()
-        self._ledger.close()
+        self.listen(wake)
 
     def statistics(self) -> LeaseStatistics | None:
         """The lease and the ledger at this moment; None if the ledger does not answer."""
@@ -255,7 +225,8 @@ class Sharing:
         now = time.monotonic()
         if now - self._warmed >= WARM_EVERY_S:
             self._warmed, self._counted = now, demand.used
-            self._warm = self._working_set(demand, now)
+            assert self._planner is not None, "the space has started"
+            self._warm = self._planner.used_since(self._warm_since(demand.clock, 0.0))
         came = max(0, demand.used - self._counted)  # in use since, so as warm
         page = self.terms.page_bytes
         assert self._planner is not None, "the space has started"
@@ -267,15 +238,6 @@ class Sharing:
             wanted = 0
         if wanted > self._lease.wanted or wanted <= self._lease.wanted - self._step():
             self._lease.want(wanted)
-
-    def _working_set(self, demand: Demand, now: float) -> int:
-        """Pages used within the last idle_s."""
-        assert self._planner is not None, "the space has started"
-        clocks = self._clocks
-        clocks.append((now, demand.clock))
-        while len(clocks) > 1 and clocks[1][0] <= now - self._idle_s:
-            clocks.popleft()
-        return self._planner.used_since(clocks[0][1])
 
     def _due(self, demand: Demand) -> int:
         """Bytes to give back now: by order, because others need them, or because we are idle."""
@@ -327,15 +289,6 @@ class Sharing:
         if lacking > 0:
             lease.borrow(min(max(lacking, self._step()), room))
 
-    def _reserve(self, nbytes: int) -> int:
-        """Ask for bytes within our share; notes whether others owe us and how long to expect it."""
-        granted = self._lease.reserve(nbytes, LOCK_S)
-        owed = self._lease.lacking > 0
-        if granted or (owed and not self._is_owed):
-            self._expects_until = time.monotonic() + EXPECT_S
-        self._is_owed = owed
-        return granted
-
     def _return_promised(self) -> None:
         self._lease.cancel(self._lease.reserved)
 
@@ -352,14 +305,6 @@ class Sharing:
             raise LedgerError(
                 f"{self._ledger.path} was removed or replaced, so newcomers do not see this space"
             )
-
-    def _warn(self, error: TierMemError) -> None:
-        if not self._warned:
-            log.warning("lease frozen: nothing more is taken until reopened, reason=%s", error)
-        self._warned = True
-
-    def _ended(self) -> None:
-        self._ledger.reap()
 
 
 def _first_pages(ledger: Ledger, lease: Lease, ground: Ground, ceiling: int) -> int:
