@@ -14,6 +14,7 @@ pytest.importorskip("torch")
 
 from tests.directed_ranks import PAGE, Ranks
 from tests.integrations.vllm_machine import Machine
+from tests.waiting import until
 from tiermem import Share, peers
 from tiermem.errors import TierFull
 from tiermem.integrations import vllm_scheduler
@@ -197,6 +198,34 @@ def test_schedulers_whose_host_tiers_are_one_pool_read_what_was_written(
         assert sum(m.engine.director.statistics()["host_used"] for m in machines) <= POOL
         events = [machine.engine.director.events() for machine in machines]
         assert sum(seen.get("peers_taken", 0) for seen in events) > 0
+
+
+@pytest.mark.parametrize("adapter", [None, "a LoRA adapter"])
+def test_content_of_an_adapter_is_neither_shown_nor_taken(
+    monkeypatch: pytest.MonkeyPatch, adapter: object
+) -> None:
+    monkeypatch.setattr(peers, "LOOK_EVERY_S", 0.0)
+    with tempfile.TemporaryDirectory(prefix="tm-") as home, ExitStack() as opened:
+        monkeypatch.setenv("XDG_RUNTIME_DIR", home)
+        one, two = (pooled(monkeypatch, opened, seed, 0) for seed in range(2))
+        for family in range(6):  # more than the GPU holds
+            one.ask(family, one.longest - 4, 2)
+            one.requests[f"r{family + 1}"].lora_request = adapter
+            one.drain()
+        until(lambda: _shown(one) > 0 or adapter is not None)
+        assert (_shown(one) > 0) == (adapter is None)
+        for family in range(3):
+            two.ask(family, two.longest - 4, 2)
+            two.requests[f"r{family + 1}"].lora_request = adapter
+            two.drain()
+        taken = two.engine.director.events().get("peers_taken", 0)
+        assert (taken > 0) == (adapter is None)
+
+
+def _shown(machine: Machine) -> int:
+    for _ in range(5):
+        machine.step()
+    return machine.engine.director.events().get("peers_shown", 0)
 
 
 POOL = 48  # pages; a chunk is a third of them

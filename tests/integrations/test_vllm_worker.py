@@ -9,8 +9,10 @@ import pytest
 
 pytest.importorskip("torch")
 
+import torch
+
 from tiermem.integrations.layout import automatic_page
-from tiermem.integrations.vllm_worker import sizes_of, strides_of
+from tiermem.integrations.vllm_worker import arrangement, sizes_of, strides_of
 
 BLOCKS, LAYER, LAYERS = 512, 16384, 4
 """Bytes of a block in one layer, K and V."""
@@ -53,3 +55,15 @@ def test_since_0_29_a_block_may_be_one_run() -> None:
         size=BLOCKS * 65536, layers=["a"], layer_stride=LAYER, block_stride=65536, offset=0
     )
     assert strides_of(config(one), BLOCKS) == [65536]
+
+
+def test_content_is_the_same_only_where_values_lie_alike_in_a_block() -> None:
+    def cache(blocks: int, dtype: Any = torch.bfloat16, *, heads_first: bool = False) -> Any:
+        made = torch.zeros((blocks, 2, 16, 4, 64), dtype=dtype)
+        return {"layer": made.transpose(2, 3).contiguous().transpose(2, 3) if heads_first else made}
+
+    one = arrangement(cache(100), 100)
+    assert one == arrangement(cache(300), 300)
+    assert one != arrangement(cache(100, torch.float16), 100)
+    assert one != arrangement(cache(100, heads_first=True), 100), "the same shape, other strides"
+    assert one != arrangement({"other": cache(100)["layer"]}, 100)

@@ -123,6 +123,7 @@ class Request:
     blocks: list[Block] = field(default_factory=list)
     last_seq: int = 0
     preemptions: int = 0
+    lora_request: object = None
 
     def __post_init__(self) -> None:
         self.num_tokens = self.prompt

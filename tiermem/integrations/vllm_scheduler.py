@@ -414,7 +414,9 @@ class EngineSide:
     def _outside(self, request: Any, hits: int) -> Places:
         """Where blocks of a prompt, behind its local prefix, are that an earlier run left on the
         drive, or another engine has in its host memory."""
-        if not self._keeps or request.num_tokens <= (hits + 1) * self._block_tokens:
+        if not self._keeps or has_adapter(request):
+            return NOWHERE
+        if request.num_tokens <= (hits + 1) * self._block_tokens:
             return NOWHERE
         if request.request_id in self._unread:
             return NOWHERE  # it would get the same blocks, whose frames cannot be had yet, for ever
@@ -664,6 +666,8 @@ class EngineSide:
         """The first blocks of a request hold what their hashes say, once a step has passed."""
         if not self._keeps or step > self.director.passed or not tracked.hints.keep:
             return
+        if has_adapter(tracked.request):
+            return
         last = min(blocks, len(tracked.blocks), len(tracked.request.block_hashes))
         if last > tracked.keyed:
             units = self._units(tracked.blocks[tracked.keyed : last])
@@ -756,6 +760,12 @@ class EngineSide:
     def _count_free(self) -> int:
         free: int = self._pool.free_block_queue.num_free_blocks
         return free
+
+
+def has_adapter(request: Any) -> bool:
+    """Whether a LoRA adapter is used: block hashes have its name (0.32: and its path), and nothing
+    of its weights, so they name no content outside of this engine."""
+    return getattr(request, "lora_request", None) is not None
 
 
 def keys_of(block_hashes: Sequence[bytes]) -> Keys:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
@@ -117,6 +117,7 @@ class RankSide:
                 "supported, unset TIERMEM"
             )
         self.layout = self._layout(kv_caches)
+        self._arranged = arrangement(kv_caches, self._blocks)
         if self.layout.nbytes > self._nbytes:
             raise ConfigError(
                 f"tiermem: blocks reach {self.layout.nbytes} bytes, {self._nbytes} are reserved"
@@ -192,7 +193,7 @@ class RankSide:
         if self._leases.pooling is None or self.layout.blocks_per_unit > 1:
             return None
         layout = [self.layout.stride, len(self.layout.offsets), self.layout.page_bytes]
-        scope = json.dumps([fingerprint(self._vllm), layout], sort_keys=True)
+        scope = json.dumps([fingerprint(self._vllm), layout, self._arranged], sort_keys=True)
         return Peers.open(self._parts, self._leases.pooling, scope.encode())
 
     def _keep(self, report: Report) -> None:
@@ -276,6 +277,19 @@ class _Answer(TorchFunctionMode):
 
 def _was_set(config: Config, key: str) -> bool:
     return any(name == key for name, _ in config.sources)
+
+
+def arrangement(kv_caches: Mapping[str, torch.Tensor], blocks: int) -> list[object]:
+    """How values lie within a block of each tensor; the same whatever the number of blocks."""
+    return [
+        [
+            name,
+            str(one.dtype),
+            [-1 if size == blocks else size for size in one.shape],
+            np.argsort(one.stride(), kind="stable").tolist(),
+        ]
+        for name, one in sorted(kv_caches.items())
+    ]
 
 
 def has_memory_hook() -> bool:
