@@ -355,6 +355,21 @@ def test_nothing_is_dropped_while_the_drive_still_grows() -> None:
     assert len(h.planner.back_up(h.now)) == 1  # room is made
 
 
+def test_what_finds_no_room_is_waited_for_while_the_drive_still_grows() -> None:
+    """As when a space saves right after it was opened: its slots are written once before."""
+    h = harness(gpu=4, host=0, nvme=1)
+    labelled(h, 0)
+    h.carry(h.planner.demote(h.rows([0]), h.now))
+    h.drain()
+    labelled(h, 1)
+    h.planner.growing = {NVME}
+    assert back_up(h, last=True) == []
+    assert h.planner.unsaved(range(99)) == (1, 0)
+    assert h.planner.awaits_back_up(range(99))[0]
+    h.planner.growing = set()
+    assert not h.planner.awaits_back_up(range(99))[0]
+
+
 def test_the_same_verbs_give_the_same_back_up() -> None:
     plans = []
     for _ in range(2):

@@ -64,13 +64,12 @@ class Backup(Attic):
     def awaits_back_up(self, rows: range) -> tuple[bool, Fence]:
         """Whether time alone lets the last of these be saved, and the fence that some are behind.
 
-        Not what is in use, nor what finds no room on the drive.
+        Not what is in use, nor what finds no room on a drive that has grown to its size.
         """
         heads = _among(np.fromiter(self._unsaved, np.int32), rows)
         heads = heads[self._is_unsaved(heads) & self._is_movable(heads)]
-        return bool(self._has_room(True) and len(heads)), self.table.fences.point(
-            self.table.fence[heads]
-        )
+        room = self._has_room(True) or NVME in self.growing
+        return bool(room and len(heads)), self.table.fences.point(self.table.fence[heads])
 
     def _may_begin(self, now: int, last: bool) -> int:
         """Pages that may be added to those that are on their way to the drive."""
