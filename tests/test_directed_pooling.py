@@ -6,6 +6,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,6 +17,7 @@ from tests.waiting import until
 from tiermem.board import board_bytes
 from tiermem.host import pinned
 from tiermem.ledger import Ledger
+from tiermem.pooling import Pooling
 from tiermem.tier import Place
 
 __all__ = ["home"]
@@ -104,3 +106,27 @@ def test_an_engine_that_waits_for_chunks_drops_nothing(
         fill(chat, range(PAGES, PAGES + 60))
         assert chat.ranks.gone == []
         verify(chat, range(1, PAGES + 60))
+
+
+def test_a_step_that_needs_no_chunk_does_nothing_for_the_pool(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tiermem.pooling.TURN_EVERY_S", 1e9)
+    turn, turns = Pooling.turn, list[bool]()
+
+    def counted(self: Pooling, *given: Any) -> bool:
+        turns.append(turn(self, *given))
+        return turns[-1]
+
+    monkeypatch.setattr(Pooling, "turn", counted)
+    with engine("chat", idle_s=60.0) as chat:
+        until(lambda: members(home)["chat"].held == CHUNK * PAGE)
+        fill(chat, range(1, PAGES))
+        until(lambda: not turns[-1])  # nothing is under way
+        turns.clear()
+        for _ in range(50):
+            assert chat.read([1, 2, 3]) == 3
+        assert turns == []
+        fill(chat, range(PAGES, PAGES + 40))
+        assert turns
+        assert chat.ranks.gone == []

@@ -40,6 +40,8 @@ MOST_CHUNK = 256 << 20
 LEAST_CHUNK = 64 << 10
 CHUNKS = 64
 """A pool has at least so many chunks, unless they would be smaller than LEAST_CHUNK."""
+TURN_EVERY_S = 0.01
+"""Between two turns if nothing was asked for and nobody woke us: what is wanted changes slowly."""
 BACKOFF_S = 0.5
 """After memory for a chunk could not be had or pinned."""
 ASKED_S = 1.0
@@ -63,6 +65,8 @@ class Pooling(Membership):
         self._most_chunks = chunks.chunks
         self._asked_bytes = chunks.chunk_bytes
         self._busy_until = 0.0
+        self._is_woken = True
+        self._turned_s = 0.0
         self._board: Board | None = None
 
     @classmethod
@@ -109,8 +113,13 @@ class Pooling(Membership):
 
     def start(self, planner: LeasedPlanner, wake: Callable[[], None]) -> None:
         """All tiers are made: from now on `turn` is called, again and again."""
+
+        def woken() -> None:
+            self._is_woken = True
+            wake()
+
         planner.host = self
-        self.listen(wake)
+        self.listen(woken)
 
     def board(self) -> Board:
         """The table behind the chunks, in which engines show one another what is there."""
@@ -177,6 +186,10 @@ class Pooling(Membership):
         """True while chunks that are ours get memory: that ends soon, whatever others do."""
         return self._lease.reserved > 0 and self.growing
 
+    def is_due(self) -> bool:
+        """Whether something was asked for, or has changed, or the last turn was long ago."""
+        return self._is_woken or time.monotonic() - self._turned_s >= TURN_EVERY_S
+
     def turn(
         self,
         planner: LeasedPlanner,
@@ -191,6 +204,7 @@ class Pooling(Membership):
         """
         pool = self._pool
         assert pool is not None, "the tiers are made"
+        self._is_woken, self._turned_s = False, time.monotonic()
         self._settle(pool)
         with lock:
             since = self._warm_since(planner.clock(), self._idle_s / 16)

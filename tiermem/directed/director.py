@@ -753,6 +753,8 @@ class Director:
         The one rank is in this process and its outcomes are settled, so a slot beyond the planner's
         end is one that nobody reads or writes, and its memory can go at once.
         """
+        if not (self._is_pool_busy or pooling.is_due()):
+            return
         planner = self._planner
         assert isinstance(planner, LeasedPlanner), "a lease makes a leased planner"
         self._is_pool_busy = pooling.turn(
