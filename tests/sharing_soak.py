@@ -40,6 +40,8 @@ FLOOR = 12
 MOST = 150  # that one engine has at a time, in all tiers
 HOST_PAGES = 6 * MOST  # that all may hold together
 GROUP = "soak"
+START_S = 60.0
+"""Until all engines have started, on a machine that others use, too."""
 
 
 @dataclass(slots=True)
@@ -260,6 +262,9 @@ def _run(
     file = LedgerFile(ledger.path, "", None)
     running = [start(f"e{i}", rng.randrange(1 << 30)) for i in range(engines)]
     try:
+        late = time.monotonic() + START_S
+        while len(ledger.snapshot().members) < engines and time.monotonic() < late:
+            time.sleep(0.01)
         until = time.monotonic() + seconds
         next_kill = time.monotonic() + every_s
         while time.monotonic() < until:

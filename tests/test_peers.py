@@ -26,7 +26,7 @@ from tiermem.host.shared import SharedChunks
 from tiermem.keyindex import Keys
 from tiermem.peers import Peers
 from tiermem.pooling import Pooling
-from tiermem.tier import AT_HOST, Mask
+from tiermem.tier import AT_HOST, AT_NVME, Mask
 
 POOL = 96  # pages; a chunk is a sixth of them
 UNITS = 40
@@ -43,14 +43,19 @@ def home(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 @contextmanager
 def engine(
-    name: str, scope: bytes = SCOPE, *, pieces: int = 1, queued: bool = False
+    name: str,
+    scope: bytes = SCOPE,
+    *,
+    pieces: int = 1,
+    queued: bool = False,
+    path: Path | None = None,
 ) -> Iterator[Ranks]:
-    """All the GPU memory that it can use, and a part of the pool."""
+    """All the GPU memory that it can use, and a part of the pool; with a path, a drive as well."""
     unit = PAGE * pieces
     share = Share(group="peers", name=name, total=24 * unit, floor=12 * unit, host=POOL * unit)
     ranks = Ranks(
         ranks=1, units=UNITS, pieces=pieces, budget=12, host=44, share=share, scope=scope,
-        queued=queued,
+        queued=queued, path=path, nvme=12, persist=path is not None,
     )  # fmt: skip
     try:
         yield ranks
@@ -118,6 +123,22 @@ def test_content_in_the_host_memory_of_one_is_taken_by_another(pieces: int, queu
         b.settle()
         a.bring(1, 2, 3, 4, 5, 6)
         a.step(read=ids(1, 2, 3, 4, 5, 6))
+
+
+def test_a_chain_is_adopted_from_the_drive_and_from_another_engine(tmp_path: Path) -> None:
+    keys = keys_of(1, 2, 3, 4, 5)
+    with engine("b", path=tmp_path) as before:
+        go_down(before, [1, 2], keys[:2])
+        values = [before.model[1], before.model[2]]
+    with engine("a") as a, engine("b", path=tmp_path) as b:
+        go_down(a, [1, 3, 4], keys[1:4])
+        shows(a, 3)
+        assert b.director.find(keys).tolist() == [AT_NVME, AT_NVME, AT_HOST, AT_HOST]
+        assert take(b, [11, 12, 13, 14, 15], keys) == [15], "no one has that"
+        b.model = {11: values[0], 12: values[1], 13: a.model[3], 14: a.model[4]}
+        b.step(read=ids(11, 12, 13, 14))
+        assert b.director.events()["adopted"] == 2
+        assert b.director.events()["peers_taken"] == 2
 
 
 def test_what_is_found_is_the_first_part_of_a_chain() -> None:
