@@ -156,8 +156,10 @@ def test_the_allocator_and_the_cut_of_a_branch_fit_the_engines_own_parts(tmp_pat
 
 
 TWO = [(1, 100), (2, 100)]
-BOTH = Round(TWO, new=76)
-"""Both end at 176 tokens, 11 pages; the second is let in while the first is decoding."""
+"""With 76 new tokens each ends at 176, 11 pages."""
+LET_IN = {"SGLANG_CLIP_MAX_NEW_TOKENS_ESTIMATION": "8"}
+"""So many tokens of an answer SGLang counts on when it lets a request in: both of TWO are, at once,
+and then grow side by side until memory ends."""
 
 
 def tokens(ended: Ended) -> list[list[list[int]]]:
@@ -172,16 +174,19 @@ def test_a_working_set_of_the_budget_runs_and_a_larger_one_waits(
     serve: Serve, plain: Serve, resident: int, requests: list[tuple[int, int]]
 ) -> None:
     rounds = [Round(requests, new=76)]
-    ended = serve(Scenario(rounds, {"decode_log_interval": 1}, toml(resident + 1, 100)))
+    options = {"decode_log_interval": 1}
+    ended = serve(Scenario(rounds, options, toml(resident + 1, 100), env=LET_IN))
     assert tokens(ended) == tokens(plain(Scenario(rounds, PLAIN)))
     assert f"resident={resident + 1}" in ended.log
     steps = re.findall(r"Decode batch, #running-req: (\d+), #token: (\d+)", ended.log)
-    largest = max((int(used), int(running)) for running, used in steps)
+    assert {running for running, _ in steps} <= {"1", "2"}  # the others wait in the queue
+    largest = max(int(used) for _, used in steps)
     if resident == 22:
-        assert largest == (22 * 16, 2)  # to the last page, and not more
+        assert largest == 22 * 16  # to the last page
+        assert "Retract requests" not in ended.log
     else:
-        assert 11 * 16 <= largest[0] <= 21 * 16
-        assert {int(running) for running, _ in steps} == {1, 2}  # together, then one waited
+        assert 11 * 16 < largest <= resident * 16
+        assert "Retract requests" in ended.log
 
 
 def test_a_request_that_can_never_fit_is_refused_and_others_are_served(
