@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import pytest
 
@@ -77,6 +78,44 @@ def test_random_requests_read_what_was_written_and_all_end(
     assert machine.seen["hits"] > 0
 
 
+@pytest.mark.parametrize("lag", [0, 1])
+@pytest.mark.parametrize("small", [0, 32 << 20], ids=["deferred", "at once"])
+@pytest.mark.parametrize("windows", [(6, 0), (9, 9, 0), (0, 5, 12), (7,)], ids=str)
+def test_tables_with_windows_give_blocks_back_and_read_what_was_written(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, windows: Sequence[int], small: int, lag: int
+) -> None:
+    monkeypatch.setattr(vllm_scheduler, "SMALL_BYTES", small)
+    hits = 0
+    for seed in range(3):
+        machine = hybrid_requests(monkeypatch, tmp_path / str(seed), seed, windows, lag)
+        assert machine.seen["finished"] > 5
+        assert machine.seen["given back"] > 20
+        hits += machine.seen["hits"]
+    assert hits > 0
+
+
+def hybrid_requests(
+    monkeypatch: pytest.MonkeyPatch, folder: Path, seed: int, windows: Sequence[int], lag: int
+) -> Machine:
+    nvme = 24 if seed % 2 else 0
+    ranks = Ranks(
+        ranks=1 + seed % 2, units=90, budget=12 * len(windows) + 12, host=40,
+        nvme=nvme, path=folder if nvme else None, seed=seed, queued=True,
+    )  # fmt: skip
+    monkeypatch.setattr(vllm_scheduler, "load", lambda: ranks.config)
+    machine = Machine(
+        ranks, seed, lag=lag, whole=seed % 2 == 0, windows=windows, sparse=seed % 3 == 1
+    )
+    serve(machine, 120)
+    ranks.close()
+    return machine
+
+
+def _whole_prefix(side: Any, hashes: Sequence[bytes], hits: int) -> list[Any] | None:
+    found = [side._pool.get_cached_block(block_hash, [0]) for block_hash in hashes[:hits]]
+    return [blocks[0] for blocks in found if blocks] if all(found) else None
+
+
 FAULTS: dict[str, tuple[str, Callable[..., object]]] = {
     "as many free blocks as there are virtual ones": (
         "_free_blocks",
@@ -91,6 +130,11 @@ FAULTS: dict[str, tuple[str, Callable[..., object]]] = {
     "blocks of preempted requests stay in use": ("_leave_preempted", lambda side: None),
     "lost content stays in the prefix cache": ("_evict", lambda side, units: None),
 }
+WINDOW_FAULTS: dict[str, tuple[str, Callable[..., object]]] = {
+    "what windows give back stays in use": ("_leave_given_back", lambda side: None),
+    "a table with a window is found from its begin on": ("_prefix", _whole_prefix),
+    "new blocks of one table are enough": ("_step_blocks", lambda side: 1),
+}
 
 
 @pytest.mark.slow
@@ -103,6 +147,23 @@ def test_the_machine_finds_a_planted_fault(
     monkeypatch.setattr(vllm_scheduler.EngineSide, method, wrong)
     with pytest.raises((AssertionError, TierFull, ValueError)):
         hunt(monkeypatch, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", WINDOW_FAULTS)
+def test_the_machine_finds_a_planted_fault_of_windows(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, fault: str
+) -> None:
+    method, wrong = WINDOW_FAULTS[fault]
+    monkeypatch.setattr(vllm_scheduler, "SMALL_BYTES", 0)
+    monkeypatch.setattr(vllm_scheduler.EngineSide, method, wrong)
+    with pytest.raises((AssertionError, TierFull, ValueError, IndexError)):
+        hunt_windows(monkeypatch, tmp_path)
+
+
+def hunt_windows(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    for seed in range(60):
+        hybrid_requests(monkeypatch, folder / str(seed), seed, (9, 9, 0), lag=seed // 2 % 2)
 
 
 def hunt(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:

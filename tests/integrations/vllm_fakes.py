@@ -10,6 +10,10 @@ from enum import Enum
 BLOCK_TOKENS = 4
 
 
+Name = tuple[bytes, int]
+"""A block's hash, and the group whose layers it holds."""
+
+
 class Status(Enum):
     WAITING = 1
     WAITING_FOR_REMOTE_KVS = 2
@@ -18,11 +22,22 @@ class Status(Enum):
     FINISHED = 5
 
 
+@dataclass(frozen=True)
+class FullAttentionSpec:
+    block_size: int = BLOCK_TOKENS
+
+
+@dataclass(frozen=True)
+class SlidingWindowSpec:
+    sliding_window: int
+    block_size: int = BLOCK_TOKENS
+
+
 @dataclass(eq=False)
 class Block:
     block_id: int
     ref_cnt: int = 0
-    block_hash: bytes | None = None
+    block_hash: Name | None = None
 
 
 class FreeQueue:
@@ -41,8 +56,9 @@ class Pool:
 
     def __init__(self, blocks: int) -> None:
         self.blocks = [Block(i) for i in range(blocks)]
+        self.null_block = self.blocks[0]
         self.free_block_queue = FreeQueue(self.blocks[1:])
-        self.cached_block_hash_to_block: dict[bytes, list[Block]] = {}
+        self.cached_block_hash_to_block: dict[Name, list[Block]] = {}
 
     def get_num_free_blocks(self) -> int:
         return self.free_block_queue.num_free_blocks
@@ -51,8 +67,8 @@ class Pool:
         return 1.0 - self.get_num_free_blocks() / (len(self.blocks) - 1)
 
     def get_cached_block(self, block_hash: bytes, groups: list[int]) -> list[Block] | None:
-        found = self.cached_block_hash_to_block.get(block_hash)
-        return [found[0]] if found else None
+        found = [self.cached_block_hash_to_block.get((block_hash, group)) for group in groups]
+        return [same[0] for same in found if same] if all(found) else None
 
     def get_new_blocks(self, count: int) -> list[Block]:
         if count > self.get_num_free_blocks():
@@ -67,6 +83,8 @@ class Pool:
 
     def touch(self, blocks: Sequence[Block]) -> None:
         for block in blocks:
+            if block is self.null_block:
+                continue
             if block.ref_cnt == 0:
                 self.free_block_queue.order.remove(block)
             block.ref_cnt += 1
@@ -76,6 +94,8 @@ class Pool:
         first: list[Block] = []
         last: list[Block] = []
         for block in ordered:
+            if block is self.null_block:
+                continue
             block.ref_cnt -= 1
             assert block.ref_cnt >= 0, f"block {block.block_id} was freed twice"
             if block.ref_cnt == 0:
@@ -86,10 +106,10 @@ class Pool:
         for block_id in block_ids:
             self._uncache(self.blocks[block_id])
 
-    def cache(self, block: Block, block_hash: bytes) -> None:
-        if block.block_hash is None:
-            block.block_hash = block_hash
-            self.cached_block_hash_to_block.setdefault(block_hash, []).append(block)
+    def cache(self, block: Block, block_hash: bytes, group: int = 0) -> None:
+        if block.block_hash is None and block is not self.null_block:
+            block.block_hash = block_hash, group
+            self.cached_block_hash_to_block.setdefault(block.block_hash, []).append(block)
 
     def reset_prefix_cache(self) -> bool:
         if self.get_num_free_blocks() != len(self.blocks) - 1:
@@ -120,7 +140,7 @@ class Request:
     num_computed_tokens: int = 0
     pending: int = 0
     status: Status = Status.WAITING
-    blocks: list[Block] = field(default_factory=list)
+    tables: list[list[Block]] = field(default_factory=list)
     last_seq: int = 0
     preemptions: int = 0
     lora_request: object = None
@@ -147,7 +167,7 @@ class Request:
         """Names the first tokens."""
         return hashlib.sha256(repr(self.stream[:tokens]).encode()).digest()
 
-    def value(self, block: int, tokens: int) -> int:
+    def value(self, block: int, tokens: int, group: int = 0) -> int:
         """What a block of it holds when so many tokens of the request have been computed."""
         known = min((block + 1) * BLOCK_TOKENS, tokens)
-        return int.from_bytes(self.content(known)[:7], "little")
+        return int.from_bytes(self.content(known)[:7], "little") + (group << 56)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import pickle
 import time
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from random import Random
 from types import SimpleNamespace
@@ -17,13 +17,23 @@ from types import SimpleNamespace
 import numpy as np
 
 from tests.directed_ranks import Ranks
-from tests.integrations.vllm_fakes import BLOCK_TOKENS, Block, Pool, Request, Status
+from tests.integrations.vllm_fakes import (
+    BLOCK_TOKENS,
+    Block,
+    FullAttentionSpec,
+    Pool,
+    Request,
+    SlidingWindowSpec,
+    Status,
+)
 from tests.waiting import LONG_S
 from tiermem.directed.orders import Report
+from tiermem.integrations.vllm_groups import groups_of
 from tiermem.integrations.vllm_scheduler import EngineSide
 
 STEP_TOKENS = 24
 MOST_RUNNING = 5
+LONGEST = 120
 
 
 @dataclass
@@ -39,29 +49,46 @@ class Step:
 
 
 class Machine:
-    """lag: steps that are under way when the next is put together (1: async scheduling)."""
+    """lag: steps that are under way when the next is put together (1: async scheduling).
+
+    windows: of each KV cache group; 0 looks at all tokens. sparse: few blocks of windows are found
+    again (vLLM's prefix_cache_retention_interval=0).
+    """
 
     def __init__(
-        self, ranks: Ranks, seed: int, *, lag: int = 0, whole: bool = True, name: str = "machine"
+        self,
+        ranks: Ranks,
+        seed: int,
+        *,
+        lag: int = 0,
+        whole: bool = True,
+        name: str = "machine",
+        windows: Sequence[int] = (0,),
+        sparse: bool = False,
     ) -> None:
         self.random = Random(seed)
         self.ranks = ranks
         self.lag = lag
         self.whole = whole
+        self.sparse = sparse
         self.pool = Pool(ranks.layout.blocks)
         budget = ranks.config.gpu.budget
         assert isinstance(budget, int)
         self.frames = budget // ranks.layout.unit_bytes
-        self.longest = (self.frames - 1) * BLOCK_TOKENS
-        self.engine = EngineSide(
-            SimpleNamespace(
-                kv_transfer_config=SimpleNamespace(engine_id=name),
-                cache_config=SimpleNamespace(block_size=BLOCK_TOKENS),
-                scheduler_config=SimpleNamespace(max_num_batched_tokens=STEP_TOKENS),
-                model_config=SimpleNamespace(max_model_len=self.longest),
-            ),
-            SimpleNamespace(kv_cache_groups=["all layers"]),
+        model = SimpleNamespace(max_model_len=LONGEST)
+        config = SimpleNamespace(
+            kv_transfer_config=SimpleNamespace(engine_id=name),
+            cache_config=SimpleNamespace(block_size=BLOCK_TOKENS),
+            scheduler_config=SimpleNamespace(max_num_batched_tokens=STEP_TOKENS),
+            model_config=model,
+            max_in_flight_tokens=(1 + lag) * STEP_TOKENS,
         )
+        specs = [SlidingWindowSpec(w) if w else FullAttentionSpec() for w in windows]
+        cache = SimpleNamespace(kv_cache_groups=[SimpleNamespace(kv_cache_spec=s) for s in specs])
+        self.groups = groups_of(config, cache)
+        self.longest = model.max_model_len = self.groups.longest(self.frames - 1, LONGEST)
+        self.engine = EngineSide(config, cache)
+        self.engine.see_tables(lambda name: self.requests[name].tables)
         self.engine.bind(self.pool)
         self.engine.meet(ranks.hellos, ranks.layout)
         ranks.director = self.engine.director
@@ -74,7 +101,9 @@ class Machine:
         self.failed: set[str] = set()
         self.heard: Counter[str] = Counter()
         self.seq = self.processed = self.made = 0
-        self.seen = {"preempted": 0, "hits": 0, "outside": 0, "failed": 0, "finished": 0}
+        self.seen = dict.fromkeys(
+            ("preempted", "hits", "outside", "failed", "finished", "given back"), 0
+        )
 
     # ------------------------------------------------------------ requests
 
@@ -102,13 +131,15 @@ class Machine:
 
     def _finish(self, request: Request, *, keep: bool = False) -> None:
         request.status = Status.FINISHED
+        self._give_back(request)
         self.engine.finish(request)
         if not keep:
             self._free(request)
             del self.requests[request.request_id]
 
     def _free(self, request: Request) -> None:
-        blocks, request.blocks = request.blocks[::-1], []
+        blocks = [block for table in request.tables for block in table][::-1]
+        request.tables = []
         if request.last_seq <= self.processed:
             self.pool.free_blocks(blocks)
         else:
@@ -171,7 +202,7 @@ class Machine:
                 break
             step.tokens[request.request_id] = count
             cached.req_ids.append(request.request_id)
-            cached.new_block_ids.append(([b.block_id for b in new],) if new else None)
+            cached.new_block_ids.append(_ids(new) if any(new) else None)
 
     def _preempt(self, victim: Request, step: Step, cached: SimpleNamespace) -> None:
         if victim.request_id in step.tokens:
@@ -186,8 +217,8 @@ class Machine:
         self.seen["preempted"] += 1
 
     def _schedule_waiting(self, step: Step, cached: SimpleNamespace) -> None:
-        holding = [request for request in self.waiting if request.blocks]
-        others = [request for request in self.waiting if not request.blocks]
+        holding = [request for request in self.waiting if request.tables]
+        others = [request for request in self.waiting if not request.tables]
         self.waiting = deque([*holding, *others])  # who holds blocks is looked at first
         skipped: list[Request] = []
         while self.waiting and len(self.running) < MOST_RUNNING:
@@ -198,24 +229,24 @@ class Machine:
             if request.status is Status.WAITING_FOR_REMOTE_KVS and not self._promote(request):
                 skipped.append(self.waiting.popleft())
                 continue
-            hits: list[Block] = []
+            found: list[list[Block]] = [[] for _ in self.groups.windows]
             external, loads = 0, False
             if request.num_computed_tokens == 0:
-                hits = self._hits(request)
-                told, loads = self.engine.match(request, len(hits) * BLOCK_TOKENS)
+                found = self._hits(request)
+                told, loads = self.engine.match(request, len(found[0]) * BLOCK_TOKENS)
                 if told is None:
                     skipped.append(self.waiting.popleft())
                     continue
                 external = told
-            computed = request.num_computed_tokens + len(hits) * BLOCK_TOKENS + external
+            computed = request.num_computed_tokens + len(found[0]) * BLOCK_TOKENS + external
             count = 0 if loads else min(request.num_tokens - computed, left)
-            new = self._allocate(request, count, hits, external, admission=True, loads=loads)
+            new = self._allocate(request, count, found, external, admission=True, loads=loads)
             if new is None:
                 break
-            ids = [block.block_id for block in request.blocks]
-            self.engine.admit(request, (ids,), external)
+            ids = _ids(request.tables)
+            self.engine.admit(request, ids, external)
             request.num_computed_tokens = computed
-            self.seen["hits"] += len(hits)
+            self.seen["hits"] += len(found[0])
             self.waiting.popleft()
             if loads:
                 self.seen["outside"] += external // BLOCK_TOKENS
@@ -224,21 +255,41 @@ class Machine:
                 continue
             if request.preemptions and request.status is Status.PREEMPTED:
                 cached.req_ids.append(request.request_id)
-                cached.new_block_ids.append((ids,))
+                cached.new_block_ids.append(ids)
                 cached.resumed_req_ids.add(request.request_id)
             request.status = Status.RUNNING
             self.running.append(request)
             step.tokens[request.request_id] = count
         self.waiting.extendleft(reversed(skipped))
 
-    def _hits(self, request: Request) -> list[Block]:
-        found = []
-        for block_hash in request.block_hashes[: (request.num_tokens - 1) // BLOCK_TOKENS]:
-            blocks = self.pool.get_cached_block(block_hash, [0])
-            if not blocks:
-                break
-            found += blocks
-        return found
+    def _hits(self, request: Request) -> list[list[Block]]:
+        """The most blocks of which every table has what it needs; the null block elsewhere."""
+        hashes = request.block_hashes
+        for hits in range((request.num_tokens - 1) // BLOCK_TOKENS, 0, -1):
+            tables = [[self.pool.null_block] * hits for _ in self.groups.windows]
+            for i, group in self.groups.kept(hits):
+                found = self.pool.get_cached_block(hashes[i], [group])
+                if not found:
+                    break
+                tables[group][i] = found[0]
+            else:
+                return tables
+        return [[] for _ in self.groups.windows]
+
+    def _give_back(self, request: Request) -> None:
+        """Blocks that no token to come looks at, of steps that have ended, go back at once."""
+        flying = sum(step.tokens.get(request.request_id, 0) for step in self.in_flight)
+        computed = max(0, request.num_computed_tokens - flying)
+        for window, table in zip(self.groups.windows, request.tables, strict=False):
+            freed = []
+            for i in range(min(len(table), _passed(window, computed)) - 1, -1, -1):
+                if table[i] is self.pool.null_block:
+                    break
+                freed.append(table[i])
+                table[i] = self.pool.null_block
+            self.seen["given back"] += len(freed)
+            if freed:
+                self.pool.free_blocks(freed)
 
     def _promote(self, request: Request) -> bool:
         """A request whose content was to come from the drive is an ordinary one again."""
@@ -258,31 +309,42 @@ class Machine:
         self,
         request: Request,
         count: int,
-        hits: Sequence[Block] = (),
+        found: Sequence[Sequence[Block]] = (),
         external: int = 0,
         *,
         admission: bool = False,
         loads: bool = False,
-    ) -> list[Block] | None:
-        """`KVCacheManager.allocate_slots`: new blocks, or None where they are not to be had."""
-        computed = request.num_computed_tokens + len(hits) * BLOCK_TOKENS + external
-        have = len(request.blocks) + len(hits)
-        idle = sum(block.ref_cnt == 0 for block in hits)
+    ) -> list[list[Block]] | None:
+        """`KVCacheManager.allocate_slots`: new blocks of each table, or None where they are not to
+        be had."""
+        several = range(len(self.groups.windows))
+        found = found or [[] for _ in several]
+        mine = request.tables or [[] for _ in several]
+        computed = request.num_computed_tokens + len(found[0]) * BLOCK_TOKENS + external
+        have = len(mine[0]) + len(found[0])
+        null = self.pool.null_block
+        idle = sum(b.ref_cnt == 0 for table in found for b in table if b is not null)
         if admission and self.whole:
-            needed = max(0, _blocks(request.num_tokens) - have) + idle
-            if needed > self.pool.get_num_free_blocks():
+            blocks = _blocks(request.num_tokens)
+            caps = zip(self.groups.windows, self.groups.most, strict=True)
+            needed = sum(max(0, (min(blocks, most) if w else blocks) - have) for w, most in caps)
+            if needed + idle > self.pool.get_num_free_blocks():
                 return None
+        self._give_back(request)
         needed = max(0, _blocks(computed + count) - have)
         free = self.pool.get_num_free_blocks() - (self._reserved() if loads else 0)
-        if needed + idle > free:
+        if needed * len(several) + idle > free:
             return None
-        self.pool.touch(hits)
-        request.blocks += hits
+        request.tables = mine
+        for table, hits in zip(mine, found, strict=True):
+            self.pool.touch(hits)
+            table += hits
         outside = max(0, _blocks(computed) - have)
-        new = self.pool.get_new_blocks(outside) if outside else []
+        new = [self.pool.get_new_blocks(outside) if outside else [] for _ in several]
         more = needed - outside
-        new += self.pool.get_new_blocks(more) if more else []
-        request.blocks += new
+        for table, blocks_of in zip(mine, new, strict=True):
+            blocks_of += self.pool.get_new_blocks(more) if more else []
+            table += blocks_of
         if not loads:
             self._cache(request, min(computed + count, request.num_tokens))
         return new
@@ -292,16 +354,21 @@ class Machine:
         under_way = [
             request
             for request in self.requests.values()
-            if request.blocks
+            if request.tables
             and request.status is not Status.FINISHED
             and request.num_computed_tokens < request.prompt
         ]
-        return sum(max(0, _blocks(r.num_tokens) - len(r.blocks)) for r in under_way)
+        return sum(max(0, _blocks(r.num_tokens) - len(r.tables[0])) for r in under_way)
 
     def _cache(self, request: Request, tokens: int) -> None:
+        """Of windows, where vLLM is sparing with them, only what the prompt is found again by."""
         hashes = request.block_hashes[: tokens // BLOCK_TOKENS]
-        for block, block_hash in zip(request.blocks, hashes, strict=False):
-            self.pool.cache(block, block_hash)
+        last = (request.prompt - 1) // BLOCK_TOKENS
+        for group, table in enumerate(request.tables):
+            first = self.groups.first(group, last)
+            for i, (block, block_hash) in enumerate(zip(table, hashes, strict=False)):
+                if first <= i < last or not (self.sparse and self.groups.windows[group]):
+                    self.pool.cache(block, block_hash, group)
 
     # ------------------------------------------------------------ what a step does
 
@@ -313,17 +380,28 @@ class Machine:
         for name, count in step.tokens.items():
             request = self.requests[name]
             first, end = request.num_computed_tokens, request.num_computed_tokens + count
-            for i, block in enumerate(request.blocks[: _blocks(end)]):
+            for i, group, block in self._looked_at(request, first, end):
                 if (i + 1) * BLOCK_TOKENS <= first:
-                    others[block.block_id] = request.value(i, first)
+                    others[block.block_id] = request.value(i, first, group)
                     continue
                 assert block.block_id not in writes, "two requests write one block"
                 assert block.ref_cnt == 1 or block.block_hash, "a shared block is written"
-                writes[block.block_id] = request.value(i, end)
+                writes[block.block_id] = request.value(i, end, group)
                 if i * BLOCK_TOKENS < first:
-                    reads[block.block_id] = request.value(i, first)
+                    reads[block.block_id] = request.value(i, first, group)
         reads |= {block: value for block, value in others.items() if block not in writes}
         return reads, writes
+
+    def _looked_at(
+        self, request: Request, first: int, end: int
+    ) -> Iterator[tuple[int, int, Block]]:
+        """(block of the request, group, block) of what its tokens from `first` to `end` look at."""
+        for group, table in enumerate(request.tables):
+            begin = _passed(self.groups.windows[group], first)
+            for i, block in enumerate(table[: _blocks(end)]):
+                if i >= begin:
+                    assert block is not self.pool.null_block, "what is looked at was given back"
+                    yield i, group, block
 
     def _advance(self, step: Step) -> None:
         for name, count in step.tokens.items():
@@ -380,7 +458,7 @@ class Machine:
         self.seen["failed"] += len(blocks)
         for request in self.waiting:
             if request.status is Status.WAITING_FOR_REMOTE_KVS:
-                for i, block in enumerate(request.blocks):
+                for i, block in enumerate(request.tables[0]):
                     if block.block_id in blocks and i * BLOCK_TOKENS < request.num_computed_tokens:
                         request.num_computed_tokens = i * BLOCK_TOKENS
                         self.failed.add(request.request_id)
@@ -394,7 +472,7 @@ class Machine:
         in_use = self.engine.director.in_use(np.arange(len(self.pool.blocks), dtype=np.int32))
         for name, request in self.requests.items():
             if request.status is Status.RUNNING:
-                ids = [block.block_id for block in request.blocks]
+                ids = [i for table in _ids(request.tables) for i in table]
                 assert in_use[ids].all(), f"{name} has blocks that are not in use: {ids}"
 
     # ------------------------------------------------------------ to the end
@@ -420,3 +498,12 @@ class Machine:
 
 def _blocks(tokens: int) -> int:
     return -(-tokens // BLOCK_TOKENS)
+
+
+def _passed(window: int, computed: int) -> int:
+    """The first block that the next token looks at."""
+    return max(0, computed - window + 1) // BLOCK_TOKENS if window else 0
+
+
+def _ids(tables: Sequence[Sequence[Block]]) -> tuple[list[int], ...]:
+    return tuple([block.block_id for block in table] for table in tables)

@@ -8,6 +8,7 @@ rides on vLLM's own metadata. Here is only which hook means what.
 | --- | --- |
 | get_mem_pool_context, or the constructor before 0.31 | answer the KV cache's torch.zeros |
 | register_kv_caches, get_handshake_metadata | show the first blocks; say what this rank has |
+| bind_kv_cache_manager | what a request holds, where sliding windows give blocks back |
 | bind_gpu_block_pool | let free blocks mean blocks that can have frames |
 | get_num_new_matched_tokens | fetch what a waiting request will need; look on the drive |
 | update_state_after_alloc, request_finished | blocks are in use; they are not |
@@ -31,6 +32,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorMetadata,
     KVConnectorRole,
     KVConnectorWorkerMetadata,
+    SupportsHMA,
 )
 
 from tiermem.directed.orders import Hello, Orders, Report
@@ -65,7 +67,11 @@ class StepReports(KVConnectorWorkerMetadata):  # type: ignore[misc]  # untyped h
         return StepReports(self.reports + other.reports)
 
 
-class TiermemConnector(KVConnectorBase_V1):  # type: ignore[misc]  # untyped here
+SEVERAL_TABLES = (SupportsHMA,) if hasattr(KVConnectorBase_V1, "bind_kv_cache_manager") else ()
+"""Before 0.30 vLLM does not show what a request holds, and turns its hybrid cache off for us."""
+
+
+class TiermemConnector(KVConnectorBase_V1, *SEVERAL_TABLES):  # type: ignore[misc]  # untyped here
     """vLLM's KV cache over GPU memory, pinned host memory and NVMe, at addresses that stay."""
 
     def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
@@ -139,6 +145,10 @@ class TiermemConnector(KVConnectorBase_V1):  # type: ignore[misc]  # untyped her
         met = [one for _, one in sorted(metadata.items()) if isinstance(one, Introduction)]
         self.engine.meet([one.hello for one in met], met[0].layout)
 
+    def bind_kv_cache_manager(self, kv_cache_manager: Any) -> None:
+        super().bind_kv_cache_manager(kv_cache_manager)
+        self.engine.see_tables(lambda name: kv_cache_manager.get_blocks(name).blocks)
+
     def bind_gpu_block_pool(self, gpu_block_pool: Any) -> None:
         self.engine.bind(gpu_block_pool)
 
@@ -159,6 +169,12 @@ class TiermemConnector(KVConnectorBase_V1):  # type: ignore[misc]  # untyped her
 
     def request_finished(
         self, request: Any, block_ids: list[int]
+    ) -> tuple[bool, dict[str, Any] | None]:
+        self.engine.finish(request)
+        return False, None
+
+    def request_finished_all_groups(
+        self, request: Any, block_ids: tuple[list[int], ...]
     ) -> tuple[bool, dict[str, Any] | None]:
         self.engine.finish(request)
         return False, None

@@ -6,6 +6,9 @@ holds it, and an entered block is on the GPU. And `BlockPool.get_num_free_blocks
 before it admits or grows any request, answers for this one pool how many blocks can have frames
 at once.
 
+A hybrid model has several block tables a request, over the one pool (vllm_groups.py); a block is a
+block here, whichever table it stands in.
+
 A waiting request whose prefix is below is not admitted (the answer is None) while its blocks are
 fetched and others run; if nobody runs, it is admitted at once and its step waits for the copies.
 """
@@ -15,7 +18,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,6 +33,7 @@ from tiermem.directed.upkeep import Upkeep
 from tiermem.errors import ConfigError
 from tiermem.integrations.layout import Layout
 from tiermem.integrations.vllm_choice import Choice
+from tiermem.integrations.vllm_groups import groups_of, in_order
 from tiermem.integrations.vllm_hints import NO_HINTS, Hints, hints_of
 from tiermem.integrations.vllm_metrics import Told, snapshot
 from tiermem.integrations.vllm_sessions import AHEAD_S, Sessions
@@ -50,17 +54,24 @@ PATIENCE_S = 10.0
 
 @dataclass(eq=False)
 class Tracked:
-    """A request that holds blocks. blocks: all that it holds; keyed: those labelled already.
+    """A request that holds blocks, in a table for each group; 0 where it holds one no more.
 
-    hits: the first ones, whose content it found. computed: so many are full after that step.
+    begins: where in each table it may hold any. keyed: those labelled already. hits: the first
+    ones of each table, whose content it found. computed: so many are full after that step.
     """
 
     request: Any
-    hints: Hints = NO_HINTS
-    blocks: list[int] = field(default_factory=list)
+    hints: Hints
+    tables: list[list[int]]
+    begins: list[int]
     keyed: int = 0
     hits: int = 0
     computed: tuple[int, int] = (0, 0)
+
+    @property
+    def blocks(self) -> list[int]:
+        """The first table: all that it holds where there is only one."""
+        return self.tables[0]
 
 
 @dataclass(eq=False)
@@ -87,8 +98,9 @@ class New:
 class Match:
     """What was found of a waiting request: blocks in vLLM's prefix cache, and behind them.
 
-    hits: how many; idle: those that nobody used; outside: on the drive, of an earlier run, or
-    with another engine; dear: more of these, which are computed sooner than they would come.
+    hits: how many of each table; idle: those that nobody used; outside: on the drive, of an
+    earlier run, or with another engine; dear: more of these, which are computed sooner than they
+    would come.
     """
 
     hits: int = 0
@@ -105,12 +117,9 @@ class EngineSide:
         self._config = load()
         self._engine_id: str = vllm_config.kv_transfer_config.engine_id
         self._block_tokens = int(vllm_config.cache_config.block_size)
-        groups = len(kv_cache_config.kv_cache_groups)
-        if groups != 1:
-            raise ConfigError(
-                f"tiermem: this model has {groups} kinds of KV cache (hybrid attention), and the "
-                "connector supports one; unset TIERMEM, or use --disable-hybrid-kv-cache-manager"
-            )
+        self._groups = groups_of(vllm_config, kv_cache_config)
+        self._given_back = False  # groups with a window may hold less than they did
+        self._tables_of: Callable[[str], Sequence[Sequence[Any]]] | None = None
         self._director: Director | None = None
         self._layout: Layout | None = None
         self._pool: Any = None
@@ -141,6 +150,10 @@ class EngineSide:
 
     # ---------------------------------------------------------------- starting
 
+    def see_tables(self, tables_of: Callable[[str], Sequence[Sequence[Any]]]) -> None:
+        """tables_of(request id): vLLM's own tables of a request, which say what it holds now."""
+        self._tables_of = tables_of
+
     def bind(self, pool: Any) -> None:
         """vLLM's block pool: from here on its free blocks are those that can have frames."""
         self._pool = pool
@@ -153,8 +166,6 @@ class EngineSide:
     def meet(self, hellos: Sequence[Hello], layout: Layout) -> None:
         """All ranks are up. Raises ConfigError if the longest request could never run."""
         self._layout = layout
-        scheduler = self._vllm.scheduler_config
-        step_blocks = -(-int(scheduler.max_num_batched_tokens) // self._block_tokens)
         rank = RANKS.get(self._engine_id)
         assert rank is not None or not self._config.share.enabled, "refused by vllm_config"
         if rank is not None:
@@ -166,19 +177,28 @@ class EngineSide:
             layout.units,
             layout.unit_pages,
             self._config,
-            headroom=2 * -(-step_blocks // layout.blocks_per_unit),
+            headroom=2 * -(-self._step_blocks() // layout.blocks_per_unit),
             on_gone=self._gone,
             leases=NO_LEASES if rank is None else rank.leases,
             peers=None if rank is None else rank.peers,
             wake=(lambda: None) if self._upkeep is None else self._upkeep.wake,
         )
         longest = int(self._vllm.model_config.max_model_len)
-        most = (self._director.most - 1) * layout.blocks_per_unit * self._block_tokens
-        if longest > most:
+        most = (self._director.most - 1) * layout.blocks_per_unit
+        if self._groups.held(longest) > most:
+            most = self._groups.longest(most, longest)
             raise ConfigError(
                 f"tiermem: gpu.budget holds {most} tokens, a request may have {longest}: raise "
                 f"gpu.budget, or give --max-model-len {most}"
             )
+        if any(self._groups.windows) and self._tables_of is None:
+            raise ConfigError(
+                "tiermem: sliding windows of which vLLM frees blocks while a request runs need "
+                "vLLM 0.30 or newer; set TIERMEM=0"
+            )
+        nvme = self._config.nvme
+        if not self._groups.is_plain and (self._has_peers or (nvme.enabled and nvme.persist)):
+            log.warning("vllm: content of a model with sliding windows is not kept, and not shared")
         if layout.blocks_per_unit > 1:
             log.warning(
                 "vllm blocks=%s move in groups of %d, and no content is kept for the next start; "
@@ -244,6 +264,7 @@ class EngineSide:
         """Blocks that vLLM gives back in the midst of a step must not hide those it took before."""
         assert self._free is not None, "the pool is bound first"
         self._note_taken()
+        self._given_back = any(self._groups.windows)
         self._free(blocks)
 
     def _usage(self) -> float:
@@ -267,10 +288,10 @@ class EngineSide:
             self._leave(stale)
             self._unread.add(name)
         hits = computed // self._block_tokens
-        prefix = self._prefix(request, hits)
-        if len(prefix) < hits:
+        prefix = self._prefix(request.block_hashes, hits)
+        if prefix is None:
             return None, False  # some were lost since vLLM looked; it looks again, and finds less
-        if self._is_held_back(request, prefix):
+        if self._is_held_back(request, prefix, hits):
             self.counts["waited"] += 1
             return None, False
         idle = frozenset(block.block_id for block in prefix if block.ref_cnt == 0)
@@ -279,21 +300,25 @@ class EngineSide:
         self._matched[name] = Match(hits, idle, outside, len(found) - outside)
         return outside * self._block_tokens, outside > 0
 
-    def _prefix(self, request: Any, hits: int) -> list[Any]:
-        """vLLM's blocks that hold the first `hits` blocks of a request."""
-        return self._kept(request.block_hashes[:hits])
-
-    def _kept(self, hashes: Sequence[bytes]) -> list[Any]:
-        """vLLM's blocks that hold a chain, as far as it is kept."""
+    def _prefix(self, hashes: Sequence[bytes], hits: int) -> list[Any] | None:
+        """vLLM's blocks of a request that has found so many of each table; None: some are gone."""
         found = []
-        for block_hash in hashes:
-            blocks = self._pool.get_cached_block(block_hash, [0])
+        for i, group in self._groups.kept(hits):
+            blocks = self._pool.get_cached_block(hashes[i], [group])
             if not blocks:
-                break
+                return None
             found.append(blocks[0])
         return found
 
-    def _is_held_back(self, request: Any, prefix: list[Any]) -> bool:
+    def _kept(self, hashes: Sequence[bytes]) -> int:
+        """How many blocks of a chain are kept, in those tables that keep all of them."""
+        whole = [group for group, window in enumerate(self._groups.windows) if not window]
+        for i, block_hash in enumerate(hashes):
+            if not self._pool.get_cached_block(block_hash, whole):
+                return i if whole else len(hashes)
+        return len(hashes)
+
+    def _is_held_back(self, request: Any, prefix: list[Any], hits: int) -> bool:
         """Look where a prefix is, and do what brings it up; True: the request waits."""
         fetch = self._waiting.get(request.request_id)
         if fetch is not None and fetch.blocks and self._awaits(request, fetch):
@@ -303,7 +328,7 @@ class EngineSide:
             return True
         idle = [block.block_id for block in prefix if block.ref_cnt == 0]
         wanted = self._units(idle)[::-1]
-        new = -(-request.num_tokens // self._block_tokens) - len(prefix)
+        new = max(0, self._groups.held(request.num_tokens) - len(prefix))
         self._note_taken()
         look = director.look(wanted)
         need = int((look.shown | look.below | look.deep).sum()) + new + self._spent
@@ -316,9 +341,9 @@ class EngineSide:
             return True  # vLLM looks again, and finds less
         away = int((look.below | look.deep | look.coming).sum())
         if look.deep.any() or look.coming.any() or self._would_disturb(away):
-            self._begin_fetch(request, prefix, idle, new)
+            self._begin_fetch(request, prefix, hits, idle, new)
             return True
-        if away and self._leave_dear(request, prefix):
+        if away and self._leave_dear(request, prefix, hits):
             return True
         self._credit = int((look.here & ~director.in_use(wanted)).sum())
         return False
@@ -329,7 +354,9 @@ class EngineSide:
         shared = [block.block_id for block in prefix if block.block_id in fetched]
         return bool(shared) and not self.director.look(self._units(shared)).here.all()
 
-    def _begin_fetch(self, request: Any, prefix: list[Any], idle: list[int], new: int) -> None:
+    def _begin_fetch(
+        self, request: Any, prefix: list[Any], hits: int, idle: list[int], new: int
+    ) -> None:
         """Bring a waiting request's prefix up and keep it, if it is worth that and all who wait so
         fit beside all who run; in the order of the queue."""
         director = self.director
@@ -342,7 +369,7 @@ class EngineSide:
         if self._queue_full or len(units) + new > free or frames > director.room():
             self._queue_full = True
             return
-        if self._leave_dear(request, prefix):
+        if self._leave_dear(request, prefix, hits):
             return
         if not director.fetch(units):
             self._queue_full = True
@@ -372,20 +399,24 @@ class EngineSide:
             self._pool.free_blocks([self._pool.blocks[block] for block in fetch.blocks[::-1]])
             self._seen = self._count_free()
 
-    def _leave_dear(self, request: Any, prefix: list[Any]) -> bool:
+    def _leave_dear(self, request: Any, prefix: list[Any], hits: int) -> bool:
         """Let vLLM find no more of a prefix than comes sooner than it is computed.
 
         True: what is behind that is out of its prefix cache, but for what is on the GPU, on its
         way or in use; vLLM looks again, and finds less. A connector cannot admit a request with
         fewer hits than the cache has, and its own blocks would stand behind the old ones there.
+        Of several tables all of it is left, or nothing: what a window would need at the cut is
+        seldom kept.
         """
-        director, tokens = self.director, self._block_tokens
+        director, tokens = self.director, hits * self._block_tokens // len(prefix)
         units = self._units([block.block_id for block in prefix])
         places, nbytes = director.chain(units)
         nbytes //= self.layout.blocks_per_unit
-        suffix = request.num_tokens - len(prefix) * tokens
+        suffix = request.num_tokens - hits * self._block_tokens
         speeds, now_s = director.speeds(), time.monotonic()
         cut = self._choice.cut(places, nbytes, tokens, speeds, suffix, now_s)
+        if not self._groups.is_plain:
+            cut = 0 if 2 * cut < len(prefix) else len(prefix)
         idle = np.array([block.ref_cnt == 0 for block in prefix[cut:]], np.bool_)
         dear = np.flatnonzero((places[cut:] != AT_GPU) & (nbytes[cut:] > 0) & idle) + cut
         if not len(dear):
@@ -433,29 +464,39 @@ class EngineSide:
         very step: `orders` hears of those.
         """
         match = self._matched.pop(request.request_id, Match())
-        blocks = list(block_ids[0])
         self._note_taken()
+        self._leave_given_back()
         tracked = self._tracked.get(request.request_id)
-        taken = len(match.idle) + len(blocks) - match.hits
+        taken = len(match.idle) + sum(len(table) - match.hits for table in block_ids)
         if tracked is None:
-            tracked = self._tracked[request.request_id] = Tracked(request, hints_of(request))
-            self._sessions.came(tracked.hints)
+            tracked = self._track(request, [table[: match.hits] for table in block_ids])
             self.counts["recomputed"] += match.dear > 0 or request.request_id in self._cut
-            self._enter_hits(tracked, blocks[: match.hits], match.idle)
+            self._enter_hits(tracked, match.idle)
             if external and match.outside:
-                self._adopt(tracked, blocks[match.hits : match.hits + match.outside])
+                end = match.hits + match.outside
+                self._adopt(tracked, list(block_ids[0][match.hits : end]))
         else:  # its content from the drive has come, or has failed to
             taken -= len(tracked.blocks)
             lost = self.director.mend(self._units(tracked.blocks))
             if lost.any():
                 tracked.keyed = min(tracked.keyed, int(np.flatnonzero(lost)[0]))
-        self._enter_written([self._add_new(tracked, blocks[len(tracked.blocks) :])])
+        more = [table[len(mine) :] for table, mine in zip(block_ids, tracked.tables, strict=True)]
+        self._enter_written(list(self._add_new(tracked, more)))
         self._cut.discard(request.request_id)
         self._unread.discard(request.request_id)
         self._end_fetch(request.request_id)
         self._spent = max(0, self._spent - taken)
         self._credit = 0
         self._room = self.director.room()
+
+    def _track(self, request: Any, found: list[Sequence[int]]) -> Tracked:
+        """A request that holds what it has found, in each of its tables."""
+        tables = [list(table) for table in found]
+        begins = [len(table) - sum(map(bool, table)) for table in tables]
+        tracked = Tracked(request, hints_of(request), tables, begins)
+        self._tracked[request.request_id] = tracked
+        self._sessions.came(tracked.hints)
+        return tracked
 
     def finish(self, request: Any) -> None:
         """A request has ended, or was aborted; vLLM frees its blocks next."""
@@ -468,13 +509,14 @@ class EngineSide:
             if tracked is not None:
                 self._give_up(tracked)
                 self._leave(tracked)
-                units = self._chain(tracked.blocks)[::-1]
+                units = self._chain(in_order(tracked.tables))[::-1]
                 self._sessions.end(request, tracked.hints, units, self.director, time.monotonic())
             self._told.is_due = self._stale = True
 
     def _give_up(self, tracked: Tracked) -> None:
         """Blocks that a request says nobody will want, and nobody else holds, are not kept."""
-        mine = self._sessions.given_up(tracked.hints, tracked.blocks, tracked.hits)
+        hits = len(in_order([table[: tracked.hits] for table in tracked.tables]))
+        mine = self._sessions.given_up(tracked.hints, in_order(tracked.tables), hits)
         alone = {block for block in mine if self._pool.blocks[block].ref_cnt == 1}
         if alone:
             self._pool.evict_blocks(alone)
@@ -482,7 +524,9 @@ class EngineSide:
     def _leave(self, tracked: Tracked) -> None:
         """Blocks are no longer used by a request; those without a hash are worth nothing."""
         self._label(tracked, *tracked.computed)
-        blocks = tracked.blocks[::-1]
+        self._leave_blocks(in_order(tracked.tables)[::-1])
+
+    def _leave_blocks(self, blocks: list[int]) -> None:
         units = self._units(blocks)
         if self.layout.blocks_per_unit > 1:
             for unit in units.tolist():  # blocks of one unit may be anybody's
@@ -491,6 +535,28 @@ class EngineSide:
         pool = self._pool.blocks
         worthless = [b for b in blocks if pool[b].block_hash is None]
         self.director.leave(units, worthless=self._units(worthless))
+
+    def _leave_given_back(self) -> None:
+        """Blocks that running requests hold no more, since nothing looks back at them.
+
+        Called before anything is entered: vLLM may have given them away again in this very step.
+        """
+        if not self._given_back:
+            return
+        self._given_back = False
+        assert self._tables_of is not None, "looked for at the start"
+        for name, tracked in self._tracked.items():
+            tables = self._tables_of(name)  # empty where it was preempted since
+            left: list[int] = []
+            for group, table in enumerate(tables):
+                mine, at = tracked.tables[group], tracked.begins[group]
+                while at < min(len(mine), len(table)) and not table[at].block_id:
+                    left.append(mine[at])
+                    mine[at] = 0
+                    at += 1
+                tracked.begins[group] = at
+            if left:  # by each request for itself: several may have held the same block
+                self._leave_blocks(left)
 
     def _leave_preempted(self) -> None:
         """Requests that were preempted hold no blocks.
@@ -507,6 +573,7 @@ class EngineSide:
     def is_making_room(self) -> bool:
         """Whether waiting a step brings frames that are lacking now, without a preemption."""
         self.counts["stalled"] += 1
+        self._leave_given_back()
         self._leave_preempted()
         for name in list(self._waiting):
             self._end_fetch(name)  # who runs goes before who waits
@@ -519,6 +586,7 @@ class EngineSide:
         """Orders of the step that vLLM has just put together."""
         director = self.director
         self._begin_step()
+        self._leave_given_back()
         self._leave_preempted()
         self._grow_running(output.scheduled_cached_reqs)
         for hits in self._later:
@@ -573,12 +641,13 @@ class EngineSide:
         for name, new in zip(cached.req_ids, cached.new_block_ids, strict=True):
             if new is None or name in resumed:
                 continue
-            grown.append(self._add_new(self._tracked[name], list(new[0])))
+            grown += self._add_new(self._tracked[name], new)
         self._enter_written(grown)
 
-    def _enter_hits(self, tracked: Tracked, hits: list[int], idle: frozenset[int]) -> None:
-        tracked.blocks += hits
-        tracked.keyed = tracked.hits = len(hits)
+    def _enter_hits(self, tracked: Tracked, idle: frozenset[int]) -> None:
+        """What a request has found is in use."""
+        tracked.keyed = tracked.hits = len(tracked.blocks)
+        hits = in_order(tracked.tables)
         self._sessions.used(tracked.hints, hits)
         used = self.director.in_use(self._units(hits))
         ready = [b for b, so in zip(hits, used.tolist(), strict=True) if so or b in idle]
@@ -588,14 +657,22 @@ class EngineSide:
         if later:
             self._later.append(later[::-1])
 
-    def _add_new(self, tracked: Tracked, blocks: list[int]) -> New:
-        """Blocks that will be written, behind those that a request has."""
-        first = len(tracked.blocks)
-        chain = [tracked.blocks[-1] if first else -1, *blocks]
-        tracked.blocks += blocks
-        self._sessions.computes(tracked.hints, blocks)
-        depths = range(first + len(blocks) - 1, first - 1, -1)
-        return New(chain[:0:-1], chain[-2::-1], depths)
+    def _add_new(self, tracked: Tracked, tables: Sequence[Sequence[int]]) -> Iterator[New]:
+        """Blocks that will be written, behind those that a request has in each table.
+
+        A chain is what is found by its first blocks; of a window any stretch is, so that its
+        blocks have no parents.
+        """
+        for group, blocks in enumerate(tables):
+            mine = tracked.tables[group]
+            first = len(mine)
+            chain = [mine[-1] if first else -1, *blocks]
+            if self._groups.windows[group]:
+                chain[:-1] = [-1] * len(blocks)
+            mine += blocks
+            self._sessions.computes(tracked.hints, blocks)
+            depths = range(first + len(blocks) - 1, first - 1, -1)
+            yield New(list(blocks[::-1]), chain[-2::-1], depths)
 
     def _enter_written(self, several: Sequence[New]) -> None:
         """New blocks of one request or several, in one go."""
@@ -622,7 +699,7 @@ class EngineSide:
     def _adopt(self, tracked: Tracked, blocks: list[int]) -> None:
         """Blocks whose content is on the drive, from an earlier run; vLLM waits for it."""
         first = len(tracked.blocks)
-        tracked.blocks += blocks
+        tracked.blocks.extend(blocks)
         tracked.hits = len(tracked.blocks)
         self._sessions.computes(NO_HINTS, blocks)
         units = self._units(blocks)
@@ -641,7 +718,7 @@ class EngineSide:
     def _keeps(self) -> bool:
         nvme = self._config.nvme
         wanted = self._has_peers or (nvme.enabled and nvme.persist)
-        return wanted and self.layout.blocks_per_unit == 1
+        return wanted and self._groups.is_plain and self.layout.blocks_per_unit == 1
 
     def _note_computed(self, output: Any, step: int) -> None:
         """After this step, so many tokens of each request have been computed."""
@@ -743,7 +820,7 @@ class EngineSide:
 
     def _units_kept(self, hashes: Sequence[bytes]) -> Units:
         """What holds a chain by now, the first block first."""
-        return self._chain([block.block_id for block in self._kept(hashes)])
+        return self._chain([b.block_id for b in self._prefix(hashes, self._kept(hashes)) or ()])
 
     def _chain(self, blocks: Sequence[int]) -> Units:
         """The units of these blocks, each once; in their order where each is a unit."""
@@ -754,8 +831,9 @@ class EngineSide:
         return self.layout.units_of(blocks)
 
     def _step_blocks(self) -> int:
+        """New blocks of one step, about, in all tables."""
         tokens = int(self._vllm.scheduler_config.max_num_batched_tokens)
-        return -(-tokens // self._block_tokens)
+        return -(-tokens // self._block_tokens) * len(self._groups.windows)
 
     def _count_free(self) -> int:
         free: int = self._pool.free_block_queue.num_free_blocks
