@@ -86,6 +86,37 @@ def test_a_block_outermost_cache_has_one_piece_a_block() -> None:
     assert layout.addresses(page, np.array([0, 7], np.int32)).tolist() == [page, 8 * page]
 
 
+@pytest.mark.parametrize("outermost", [False, True])
+def test_mla_has_one_latent_a_token_in_blocks_that_are_no_whole_pages(outermost: bool) -> None:
+    """DeepSeek's 512 + 64 numbers a token, as vLLM 0.32 lays them out: [blocks, 1, 16, 576]."""
+    layers, blocks, block = 3, 64, 16 * 576 * 2
+    step = block // 2 * (layers if outermost else 1)
+    runs, stride = [], 0
+    for layer in range(layers):
+        offset = layer * block * (1 if outermost else blocks)
+        stride, more = runs_of((blocks, 1, 16, 576), (step, 576, 576, 1), 2, offset, blocks)
+        runs += more
+    layout = layout_of(stride, runs, blocks, 4096)
+    assert layout.blocks_per_unit == 2
+    assert layout.unit_bytes == 2 * layers * block, "no byte of padding"
+    owner = {
+        page: unit for unit in range(layout.units) for page in pages_of_unit(layout, unit)
+    }  # disjoint, because they are as many as the bytes need
+    assert len(owner) * 4096 == layers * blocks * block
+    for number, layer in ((0, 0), (1, 2), (62, 1), (63, 2)):
+        first = layer * block * (1 if outermost else blocks) + number * step * 2
+        held = {first // 4096 * 4096, (first + block - 1) // 4096 * 4096}
+        assert {owner[page] for page in held} == {number // 2}
+
+
+def test_tables_that_alias_one_another_are_one_layout() -> None:
+    """Of a hybrid model, whose groups all begin at byte 0 (0.29 and newer)."""
+    shape, strides, block, blocks = (8, 2, 32, 128), (8192, 4096, 128, 1), 16384, 8
+    both = [runs_of(shape, strides, 2, layer * blocks * block, blocks) for layer in (0, 1)]
+    one = [run for _, runs in both for run in runs]
+    assert layout_of(block, one * 3, blocks, 4096) == layout_of(block, one, blocks, 4096)
+
+
 def test_blocks_that_are_no_whole_pages_move_in_groups() -> None:
     layout = layout_of(2304 * KIB, [(0, 2304 * KIB)], 100, 2048 * KIB)  # Qwen3-8B, 16 tokens
     assert (layout.blocks_per_unit, layout.unit_pages, layout.units) == (8, 9, 13)

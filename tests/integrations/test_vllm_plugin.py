@@ -147,6 +147,35 @@ def test_mla_keeps_one_copy() -> None:
     assert vllm_config.block_bytes(made) == 1 << 20
 
 
+@pytest.mark.parametrize(
+    ("kinds", "layers"), [((10, 52), 10), ((12, 13), 13), ((16, 16), 16)], ids=str
+)
+def test_a_block_of_a_hybrid_model_has_the_layers_of_one_table(
+    kinds: tuple[int, int], layers: int
+) -> None:
+    full, windows = kinds
+    made = engine()
+    types = ["full_attention"] * full + ["sliding_attention"] * windows
+    made.model_config.get_total_num_hidden_layers = lambda: full + windows
+    made.model_config.hf_text_config = SimpleNamespace(layer_types=types)
+    one_layer = vllm_config.block_bytes(made) // (full + windows)
+    made.scheduler_config = SimpleNamespace(disable_hybrid_kv_cache_manager=False)
+    assert vllm_config.block_bytes(made) == layers * one_layer
+    made.scheduler_config.disable_hybrid_kv_cache_manager = True
+    assert vllm_config.block_bytes(made) == (full + windows) * one_layer
+
+
+def test_prefix_caching_that_vllm_turns_off_by_itself_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"MLA on a CPU.*TIERMEM=0"):
+        vllm_config.complete(engine(enable_prefix_caching=False), Config())
+
+
+def test_layers_of_the_virtual_pool_begin_on_a_page() -> None:
+    made = engine(kv_cache_memory_bytes=(1 << 30) + (6 << 20))
+    vllm_config.complete(made, Config(gpu=Gpu(device="cpu"), host=Host(capacity="1GiB")))
+    assert made.cache_config.num_gpu_blocks_override == 1024
+
+
 def test_ranks_share_host_memory_and_drive() -> None:
     given = Config(host=Host(capacity="8GiB"), nvme=Nvme(path="/mnt/x", capacity=0.5))
     mine = vllm_config.divided(given, 4)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -27,6 +28,8 @@ GOOD_PAGE = 8 << 20
 """A page of so many bytes crosses the link in 150 us; hiding one and showing another takes the
 driver 53 beside that, and with 2 MiB pages that is what bounds a load: 1,024 of them took 66 ms,
 256 of 8 MiB 41 ms (H200, 2026-11)."""
+FULL_PAGES = 64
+"""So many blocks are whole pages of 4 KiB, if the bytes of one are a multiple of 64."""
 LARGEST_BLOCK = 128
 """Tokens of a block at most where we choose: a prefix is found again by whole blocks."""
 
@@ -113,6 +116,12 @@ def complete(vllm_config: Any, config: Config) -> None:
             "out, or use one rank (on a CPU with VLLM_ENABLE_V1_MULTIPROCESSING=0)"
         )
     cache = vllm_config.cache_config
+    if not getattr(cache, "enable_prefix_caching", True):
+        raise ConfigError(
+            "tiermem: vLLM has turned prefix caching off for this model on this platform (MLA on a "
+            "CPU without AMX, say), and without it nothing would ever come back from a lower "
+            "tier; set TIERMEM=0"
+        )
     if cache.num_gpu_blocks_override is not None:
         return
     block = block_bytes(vllm_config)
@@ -132,7 +141,8 @@ def complete(vllm_config: Any, config: Config) -> None:
         units.format_bytes(host),
         units.format_bytes(held.nvme),
     )
-    cache.num_gpu_blocks_override = max(2, blocks)
+    # Where a layer's blocks follow the last one's, each layer then begins on a page.
+    cache.num_gpu_blocks_override = max(2, blocks // FULL_PAGES * FULL_PAGES or blocks)
 
 
 def good_block_size(args: Any) -> int | None:
@@ -168,10 +178,32 @@ def token_bytes(model: Any, cache_dtype: str, tensor_parallel: int) -> int:
 
 
 def block_bytes(vllm_config: Any) -> int:
-    """Bytes of one block on one rank, all layers."""
+    """Bytes of one block on one rank, of all layers whose block table it may stand in."""
     cache, parallel = vllm_config.cache_config, vllm_config.parallel_config
-    token = token_bytes(vllm_config.model_config, cache.cache_dtype, parallel.tensor_parallel_size)
-    return token * int(cache.block_size or 16) // int(parallel.pipeline_parallel_size)
+    model = vllm_config.model_config
+    token = token_bytes(model, cache.cache_dtype, parallel.tensor_parallel_size)
+    layers = int(model.get_total_num_hidden_layers())
+    block = token * int(cache.block_size or 16) * layers_of_a_table(vllm_config) // layers
+    return block // int(parallel.pipeline_parallel_size)
+
+
+def layers_of_a_table(vllm_config: Any) -> int:
+    """Layers that share a block table: all, but for windows beside full attention.
+
+    Of those vLLM makes tables of as many layers as the rarer kind has, or of the more frequent
+    one if it has less than half as many again (`_get_kv_cache_groups_uniform_page_size`).
+    """
+    model = vllm_config.model_config
+    layers = int(model.get_total_num_hidden_layers())
+    scheduler = getattr(vllm_config, "scheduler_config", None)
+    if getattr(scheduler, "disable_hybrid_kv_cache_manager", True):
+        return layers
+    text = getattr(model, "hf_text_config", None)
+    kinds = Counter(getattr(text, "layer_types", None) or ())
+    if set(kinds) != {"full_attention", "sliding_attention"}:
+        return layers
+    few, many = sorted(kinds.values())
+    return many if many < 1.5 * few else few
 
 
 def capacities(config: Config, ranks: int) -> Capacities:
