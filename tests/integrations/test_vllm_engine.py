@@ -13,10 +13,13 @@ import pytest
 from tests.integrations.vllm_serving import (
     BLOCK,
     EVERY_LOAD_IS_WAITED_FOR,
+    HYBRID_BLOCK,
+    MIXED_UP,
     NO_ORDERS,
     Ended,
     Round,
     Scenario,
+    release,
     run,
 )
 
@@ -30,10 +33,10 @@ VIRTUAL = {"num_gpu_blocks_override": 512}
 Serve = Callable[[Scenario], Ended]
 
 
-def toml(gpu: int, host: int, more: str = "") -> str:
+def toml(gpu: int, host: int, more: str = "", block: int = BLOCK) -> str:
     """Sizes in blocks; host 0 = off."""
     return (
-        f'[gpu]\ndevice = "cpu"\nbudget = {gpu * BLOCK}\n[host]\ncapacity = {host * BLOCK}\n{more}'
+        f'[gpu]\ndevice = "cpu"\nbudget = {gpu * block}\n[host]\ncapacity = {host * block}\n{more}'
     )
 
 
@@ -124,6 +127,39 @@ def test_the_budget_is_halved_and_doubled_while_requests_run(serve: Serve, stock
     assert min(ended.cached()[1:]) >= WHOLE_BLOCKS
 
 
+# ---------------------------------------------------------------- other kinds of attention
+
+
+@pytest.fixture
+def tables() -> None:
+    if release() < (0, 30):
+        pytest.skip("this vLLM does not show its block tables")
+
+
+SMALL_STEPS = {"max_num_batched_tokens": 128}
+"""A request holds what its windows look at, and what is computed right now."""
+
+
+@pytest.mark.usefixtures("tables")
+def test_windows_beside_full_attention_give_the_same_tokens(serve: Serve, stock: Serve) -> None:
+    """Kept whole, a request of 1,024 tokens would need 96 of the 60 blocks; in its tables, 50."""
+    options = {"num_gpu_blocks_override": 1024, **SMALL_STEPS}
+    ended = serve(Scenario(ROUNDS, options, toml(60, 1024, block=HYBRID_BLOCK), kind="hybrid"))
+    assert ended.tokens() == stock(Scenario(ROUNDS, SMALL_STEPS, kind="hybrid")).tokens()
+    assert min(ended.cached()[1:]) >= WHOLE_BLOCKS
+    assert ended.counted["gpu_host"] > 0
+    assert ended.counted["gpu_used"] <= 60 * ended.counted["unit_pages"]
+
+
+@pytest.mark.usefixtures("tables")
+def test_windows_alone_give_the_same_tokens(serve: Serve, stock: Serve) -> None:
+    """A request of 1,024 tokens has 32 blocks, and holds 9 of them at a time."""
+    ended = serve(Scenario(ROUNDS, {**VIRTUAL, **SMALL_STEPS}, toml(20, 512), kind="windows"))
+    assert ended.tokens() == stock(Scenario(ROUNDS, SMALL_STEPS, kind="windows")).tokens()
+    assert min(ended.cached()[1:]) >= WHOLE_BLOCKS
+    assert ended.counted["gpu_host"] > 0
+
+
 # ---------------------------------------------------------------- more than one process
 
 
@@ -203,6 +239,13 @@ def test_a_page_that_was_spoiled_meanwhile_is_computed_again(
 
 
 # ---------------------------------------------------------------- what cannot work
+
+
+def test_tokens_tell_a_block_from_another(serve: Serve, stock: Serve) -> None:
+    ended = serve(Scenario(ROUNDS[:2], VIRTUAL, toml(70, 512), changes=[MIXED_UP]))
+    right = stock(Scenario(ROUNDS)).tokens()[1]
+    same = [ours == theirs for ours, theirs in zip(ended.tokens()[1], right, strict=True)]
+    assert sum(same) < 12, "what is loaded hardly counts"
 
 
 def test_without_the_orders_the_engine_dies_of_a_stray_access(serve: Serve) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import faulthandler
 import functools
+import itertools
 import json
 import os
 import random
@@ -18,13 +19,54 @@ import sys
 from pathlib import Path
 from typing import Any
 
-CONFIG = {
-    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 256,
-    "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4,
+COMMON = {
+    "hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 64, "vocab_size": 1024, "rms_norm_eps": 1e-5,
     "max_position_embeddings": 4096, "hidden_act": "silu", "bos_token_id": 1, "eos_token_id": 2,
     "tie_word_embeddings": False, "dtype": "bfloat16",
 }  # fmt: skip
+CONFIGS = {
+    "llama": {
+        **COMMON, "architectures": ["LlamaForCausalLM"], "model_type": "llama",
+        "num_hidden_layers": 4,
+    },
+    "windows": {
+        **COMMON, "architectures": ["MistralForCausalLM"], "model_type": "mistral",
+        "num_hidden_layers": 4, "sliding_window": 128,
+    },
+    "hybrid": {  # three tables of two layers each
+        **COMMON, "architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text",
+        "num_hidden_layers": 6, "sliding_window": 128, "query_pre_attn_scalar": 64,
+        "layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 2,
+        "hidden_activation": "gelu_pytorch_tanh", "tie_word_embeddings": True,
+    },
+}  # fmt: skip
+
+
+def weigh() -> None:
+    """Weights by which a wrong block of KV changes the tokens.
+
+    vLLM's own dummy weights are so small that what is attended to hardly counts: with 13 of 260
+    blocks swapped all of 16 requests gave the same tokens, with these one did, and other batches
+    gave the same tokens for all (0.32, bf16).
+    """
+    import torch
+    from vllm.model_executor.model_loader import dummy_loader, weight_utils
+
+    seeds = itertools.count()
+
+    @torch.no_grad()
+    def fill(weight: Any, *others: Any, **more: Any) -> None:
+        if not torch.is_floating_point(weight):
+            return
+        if weight.dim() < 2:  # of a norm
+            weight.fill_(1.0)
+            return
+        drawn = torch.randn(weight.shape, generator=torch.Generator().manual_seed(next(seeds)))
+        weight.copy_(drawn * 0.06)
+
+    for module in (dummy_loader, weight_utils):
+        setattr(module, "initialize_single_dummy_weight", fill)  # noqa: B010
 
 
 def watch(told: Path, limits: dict[int, int]) -> None:
@@ -67,6 +109,8 @@ def change(what: str) -> None:
 
     if what == "every load is waited for":
         vllm_scheduler.SMALL_BYTES = 0
+    elif what == "loads bring other blocks":
+        mix_up()
     elif what == "orders are not carried out":
         pretend()
     else:
@@ -78,6 +122,27 @@ def load_all() -> None:
     from tiermem.integrations.vllm_choice import Choice
 
     setattr(Choice, "cut", lambda choice, places, *others: len(places))  # noqa: B010
+
+
+def mix_up() -> None:
+    """What comes up together comes to each other's places."""
+    from tiermem.directed.rank import Rank
+    from tiermem.plan import Copy
+
+    right = Rank.carry
+
+    def mixed(step: Any) -> Any:
+        if isinstance(step, Copy) and step.src > step.dst:
+            return dataclasses.replace(step, src_slots=step.src_slots[::-1].copy())
+        return step
+
+    def carry(rank: Rank, orders: Any, stream: Any) -> None:
+        plans = tuple(
+            dataclasses.replace(plan, steps=tuple(map(mixed, plan.steps))) for plan in orders.plans
+        )
+        right(rank, dataclasses.replace(orders, plans=plans), stream)
+
+    setattr(Rank, "carry", carry)  # noqa: B010
 
 
 def pretend() -> None:
@@ -98,6 +163,7 @@ def pretend() -> None:
 
 
 def prepare() -> None:
+    weigh()
     if os.environ.get("TIERMEM") == "1":
         limits = json.loads(os.environ["LIMITS"])
         watch(Path(os.environ["TOLD"]), {int(step): size for step, size in limits})
@@ -134,7 +200,7 @@ def main() -> None:
     scenario = json.loads(Path(sys.argv[1]).read_text())
     model = Path(scenario["model"])
     model.mkdir(parents=True, exist_ok=True)
-    (model / "config.json").write_text(json.dumps(CONFIG))
+    (model / "config.json").write_text(json.dumps(CONFIGS[scenario["kind"]]))
     from vllm import LLM
 
     options = {

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +16,9 @@ CHILD = Path(__file__).with_name("vllm_child.py")
 BLOCK = 65536
 """Bytes of a block of the child's model: 32 tokens, 4 layers, K and V of 2 heads of 64 bf16."""
 EVERY_LOAD_IS_WAITED_FOR = "every load is waited for"
+HYBRID_BLOCK = 32768
+"""Of the hybrid one: a block holds two of its six layers."""
+MIXED_UP = "loads bring other blocks"
 NO_ORDERS = "orders are not carried out"
 
 
@@ -31,7 +36,7 @@ class Scenario:
     """toml: tiermem's configuration; None: without tiermem. kill: SIGKILL at the end.
 
     apart: the engine in a process of its own. changes: what tiermem is made to do otherwise.
-    limits: (step, bytes) at which the GPU budget changes.
+    limits: (step, bytes) at which the GPU budget changes. kind: of model (`vllm_child.CONFIGS`).
     """
 
     rounds: Sequence[Round]
@@ -41,6 +46,7 @@ class Scenario:
     kill: bool = False
     changes: Sequence[str] = ()
     limits: Sequence[tuple[int, int]] = ()
+    kind: str = "llama"
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,13 +69,26 @@ class Ended:
         return [round_["cached"] for round_ in self.rounds]
 
 
+def release() -> tuple[int, int]:
+    """Of the engine that is run, (0, 32) for 0.32.0."""
+    command = "from tiermem.integrations.vllm_seams import installed; print(*installed())"
+    engine = python("TIERMEM_VLLM_PYTHON", "test-engines")
+    env = {k: v for k, v in os.environ.items() if not k.startswith("TIERMEM")}
+    said = subprocess.run(
+        [engine, "-c", command], env=env, capture_output=True, text=True, check=True
+    )
+    major, minor = said.stdout.split()
+    return int(major), int(minor)
+
+
 def run(scenario: Scenario, folder: Path, model: Path) -> Ended:
     """Serve a scenario in `folder`, which may hold what an earlier run left there."""
     folder.mkdir(parents=True, exist_ok=True)
     told = folder / "told.json"
     told.unlink(missing_ok=True)
     given = {
-        "model": str(model),
+        "model": str(model / scenario.kind),
+        "kind": scenario.kind,
         "options": dict(scenario.options),
         "rounds": [{"seed": r.seed, "count": r.count, "new": r.new} for r in scenario.rounds],
         "kill": scenario.kill,
