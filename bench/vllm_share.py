@@ -43,6 +43,8 @@ from tiermem.ledger import Ledger, LedgerError
 PARTS = ("halves", "tiermem", "ideal")
 GROUP = "vllm-share"
 SAMPLE_S = 0.01
+SHOWN_S = 2.0
+"""By then an engine that is idle has shown what it has in host memory."""
 FIXED = 4
 
 
@@ -276,6 +278,19 @@ class Sampler:
         self._thread.join()
 
 
+def put_to_sleep(name: str) -> None:
+    """As `tiermem release` does: all of its content is in host memory, and shown there."""
+    (ledger,) = (one for one in Ledger.found() if GROUP in one.path.name)
+    with ledger:
+        (whom,) = (one for one in ledger.snapshot().members if one.name == name)
+        ledger.change(whom, asleep=True)
+        until = time.monotonic() + 30
+        while whom.held > whom.page_bytes * 16 and time.monotonic() < until:
+            time.sleep(SAMPLE_S)
+            (whom,) = (one for one in ledger.snapshot().members if one.name == name)
+    time.sleep(SHOWN_S)
+
+
 def run(args: argparse.Namespace) -> dict[str, Any]:
     load = load_of(args.device, args.size)
     sampler = Sampler() if args.part == "tiermem" else None
@@ -298,6 +313,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         fixed = {name: one.ask(do="fixed") for name, one in engines.items()}
         others: dict[str, Any] = {}
         if args.pool:  # what one has in host memory, the other need not compute
+            put_to_sleep("a")
             others["b"] = engines["b"].ask(do="fixed", of="a", first=FIXED)
             others["a"] = engines["a"].ask(do="fixed", first=FIXED)
     finally:

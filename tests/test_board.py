@@ -111,3 +111,11 @@ def test_the_table_has_room_for_four_times_as_many_pages_as_the_pool() -> None:
     assert board_bytes(64 << 30) == 8 << 20
     assert board_bytes(1 << 20) == LEAST_CELLS * ENTRY_BYTES
     assert board_bytes((64 << 30) + 1) == 8 << 20
+
+
+def test_a_small_pool_of_small_pages_has_all_of_them_found(boards: tuple[Board, Board]) -> None:
+    """A chain of 72 pages is of no use if one in twenty of them is missing."""
+    one, two = boards
+    keys = np.random.default_rng(1).integers(1, 1 << 63, (4096, 2)).astype(np.uint64)
+    one.publish(keys, words(*range(4096)), words(*range(4096)))
+    assert two.find(keys).is_there.all()

@@ -31,7 +31,7 @@ Words = npt.NDArray[np.uint64]
 ENTRY_BYTES = 64
 WAYS = 8
 """An entry may stand in so many cells; of more contents that fall there, the last ones stay."""
-LEAST_CELLS = 4096
+LEAST_CELLS = 32768
 PAGE_BYTES = 512 << 10
 """The table has a cell for each so many bytes of the pool: four for a page of 2 MiB."""
 
