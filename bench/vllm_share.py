@@ -312,7 +312,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                 bursts.append(result)
         fixed = {name: one.ask(do="fixed") for name, one in engines.items()}
         others: dict[str, Any] = {}
-        if args.pool:  # what one has in host memory, the other need not compute
+        if (
+            args.pool and args.part == "tiermem"
+        ):  # what one has in host memory, the other need not compute
             put_to_sleep("a")
             others["b"] = engines["b"].ask(do="fixed", of="a", first=FIXED)
             others["a"] = engines["a"].ask(do="fixed", first=FIXED)
