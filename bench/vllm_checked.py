@@ -61,6 +61,10 @@ class Checker:
         """Blocks that were not as they had been written; waits for the device."""
         return self._sums.wrong()
 
+    def different(self) -> float:
+        """Sums among the blocks that were written, a part of these: equal ones prove nothing."""
+        return self._sums.different(list(self._written))
+
     # ---------------------------------------------------------------- the scheduler's side
 
     def _note(self, output: Any) -> Any:
@@ -164,6 +168,9 @@ class Sums:
 
     def wrong(self) -> int:
         return int(self._wrong.item())
+
+    def different(self, blocks: list[int]) -> float:
+        return len(self._kept[blocks].unique()) / len(blocks)
 
     def _of(self, blocks: list[int]) -> Any:
         import torch
@@ -281,6 +288,7 @@ def run(llm: Any, steps: int, seed: int) -> dict[str, Any]:
         "seconds": time.perf_counter() - start,
         "wrong": wrong,
         "wrong_after_one_was_spoiled": checker.wrong(),
+        "different": checker.different(),
         "blocks": checker.counts,
         "requests": load.counts,
         "tiermem": connector(llm).director.statistics(),

@@ -39,7 +39,8 @@ def test_aborts_preemptions_and_ends_leave_no_wrong_block(tmp_path: Path, drive:
     assert found["blocks"]["verified"] > 1000
     assert found["blocks"]["of_others"] == 0
     assert found["blocks"]["resumed"] > 0
-    assert found["requests"]["aborted"] > 10
+    assert found["different"] > 0.9, "blocks that look alike cannot be told apart"
+    assert found["requests"]["aborted"] > 0
     moved = found["tiermem"]
     assert min(moved["gpu_host"], moved["host_gpu"]) > 1000
     assert not drive or moved["nvme_gpu"] > 0
