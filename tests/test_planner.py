@@ -217,6 +217,29 @@ def test_a_prefetch_without_room_on_the_gpu_stages_pages_in_the_host() -> None:
     h.check()
 
 
+def test_a_page_that_its_old_frame_still_shows_is_not_staged_and_comes_back_at_once() -> None:
+    h = Harness(gpu=4, host=2, nvme=6)
+    h.planner.marks[GPU] = Marks(0.5, 0.5)
+    written(h, 0, 1)
+    demote(h, 0, 1)
+    h.drain()
+    written(h, 2, 3)
+    demote(h, 2, 3)  # the host is full: these go to NVMe, and their frames are retired
+    h.drain()
+    written(h, 4, 5)  # into free frames, and the GPU is at its mark
+    h.free(h.rows([0, 1]))
+    h.drain()
+    assert [at(h, r) for r in (2, 3)] == [NVME, NVME]
+    assert (h.table.shown[[2, 3]] == Shown.RETIRED).all()
+    h.carry(h.planner.prefetch(h.rows([2, 3]), h.now))
+    assert [to(h, r) for r in (2, 3)] == [NONE, NONE]
+    request = h.begin([2, 3], "read")
+    assert request.taken
+    assert not request.pending
+    h.leave(request, None)
+    h.check()
+
+
 def test_a_prefetch_takes_free_frames_and_moves_nothing_else() -> None:
     h = Harness(gpu=2, host=4, nvme=0, eager=True)
     written(h, 0, 1)

@@ -337,7 +337,8 @@ class Planner(Ascent):
     def prefetch(self, rows: Rows, now: int) -> list[Plan]:
         """Load pages that rest below, as far as room is free without moving anything else.
 
-        Without room on the GPU, pages on NVMe are staged in the host tier.
+        Without room on the GPU, units on NVMe are staged in the host tier, but for those of which
+        a frame still shows something: they come back for less, and at once.
         """
         table = self.table
         rest = (table.to[rows] == 0) & (table.busy[rows] == 0) & (table.flags[rows] & DOOMED == 0)
@@ -350,7 +351,9 @@ class Planner(Ascent):
             self._bring(soon, "read", request, now, order=False)
             if self.gauge is not None:
                 self.gauge.loaded(soon[table.to[soon] == AT_GPU])
-        return request.plans + self._stage(later[table.at[later] == AT_NVME], now)
+        shown = table.unit[later[table.shown[later] == IS_RETIRED]]
+        deep = later[(table.at[later] == AT_NVME) & ~np.isin(table.unit[later], shown)]
+        return request.plans + self._stage(deep, now)
 
     def room_ahead(self) -> int:
         """Frames that a prefetch could have now without moving anything."""
