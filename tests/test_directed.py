@@ -59,6 +59,21 @@ def test_a_load_from_the_host_is_ordered_before_the_step_that_needs_it(ranks: Ra
     assert orders.needs, "the step waits for the load"
 
 
+def test_a_unit_is_read_while_the_step_that_writes_it_is_under_way(ranks: Ranks) -> None:
+    """Its writer is gone before anybody has heard that its frame is shown: aborted, say."""
+    ranks.assign(10, 11)
+    ranks.director.enter(ids(10, 11), "fresh")
+    ranks.step(write=ids(10, 11))  # and nobody hears of it
+    ranks.leave(10, 11)
+    ranks.director.enter(ids(10, 11))
+    ranks.step(read=ids(10, 11))
+    ranks.hear()
+    ranks.leave(10, 11)
+    ranks.settle()
+    ranks.read(10, 11)
+    ranks.director.check()
+
+
 def test_an_outcome_counts_when_all_ranks_have_reported_it(ranks: Ranks) -> None:
     ranks.write(1, 2, 3, 4, 5)
     ranks.leave(1, 2, 3, 4, 5)

@@ -132,11 +132,7 @@ class Planner(Ascent):
         if not at.all() or (table.flags[rows] & DOOMED).any():
             raise NotOurs(f"{int((at == AT_NONE).sum())} of {len(rows)} pages not allocated")
         if access != "fresh" and (at == AT_LOST).any():
-            lost = rows[at == AT_LOST]
-            raise PageLost(
-                f"{len(lost)} of {len(rows)} pages lost (first: row {int(lost[0])}); "
-                'compute them again with access="fresh"'
-            )
+            self._refuse_lost(rows)
         request = Request(rows, pins=pin)
         arriving, absent, moving = _NO_ROWS, _NO_ROWS, bool(to.any())
         if moving:
@@ -183,6 +179,19 @@ class Planner(Ascent):
         else:
             table.pins[rows] += 1
         return request
+
+    def _refuse_lost(self, rows: Rows) -> None:
+        """Where plans are carried out in order, a page that is being shown blank is not lost: the
+        step that it was shown for has written it by then."""
+        table = self.table
+        lost = rows[table.at[rows] == AT_LOST]
+        if self.in_order:
+            lost = lost[table.to[lost] != AT_GPU]
+        if len(lost):
+            raise PageLost(
+                f"{len(lost)} of {len(rows)} pages lost (first: row {int(lost[0])}); "
+                'compute them again with access="fresh"'
+            )
 
     def rename(self, units: Rows, parents: Rows, depths: Rows, now: int) -> None:
         """These units get other content, at other places of their chains (`fault` fresh follows).

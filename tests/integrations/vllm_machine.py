@@ -466,8 +466,14 @@ class Machine:
         self.pool.evict_blocks(blocks)
 
     def _check_frames(self) -> None:
-        """Never more blocks in anybody's hands than there are frames."""
-        held = sum(block.ref_cnt > 0 for block in self.pool.blocks)
+        """Never more blocks in anybody's hands than there are frames.
+
+        A request that was aborted while its content was on its way keeps its blocks until that
+        has come, and nobody touches them: they need no frames.
+        """
+        aborted = [r for r in self.requests.values() if r.status is Status.FINISHED]
+        idle = Counter(b.block_id for r in aborted for table in r.tables for b in table)
+        held = sum(block.ref_cnt > idle[block.block_id] for block in self.pool.blocks)
         assert held <= self.frames - 1, f"{held} blocks are held, {self.frames - 1} have frames"
         in_use = self.engine.director.in_use(np.arange(len(self.pool.blocks), dtype=np.int32))
         for name, request in self.requests.items():
