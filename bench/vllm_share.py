@@ -44,7 +44,7 @@ PARTS = ("halves", "tiermem", "ideal")
 GROUP = "vllm-share"
 SAMPLE_S = 0.01
 SHOWN_S = 2.0
-"""By then an engine that is idle has shown what it has in host memory."""
+"""An engine that has shown no more of its host memory for so long has shown all of it."""
 FIXED = 4
 
 
@@ -95,7 +95,9 @@ def serve(name: str, args: argparse.Namespace) -> None:
     prompts = prompts_of(name, load)
     for line in sys.stdin:
         order = json.loads(line)
-        if order["do"] == "burst":
+        if order["do"] == "counts":
+            tell(say, counts(llm))
+        elif order["do"] == "burst":
             rnd = random.Random(order["seed"])
             passes = 1 if order["cold"] else load.passes
             asked = [p for _ in range(passes) for p in rnd.sample(prompts, load.prompts)]
@@ -278,7 +280,7 @@ class Sampler:
         self._thread.join()
 
 
-def put_to_sleep(name: str) -> None:
+def put_to_sleep(name: str, engine: Engine) -> None:
     """As `tiermem release` does: all of its content is in host memory, and shown there."""
     (ledger,) = (one for one in Ledger.found() if GROUP in one.path.name)
     with ledger:
@@ -288,7 +290,12 @@ def put_to_sleep(name: str) -> None:
         while whom.held > whom.page_bytes * 16 and time.monotonic() < until:
             time.sleep(SAMPLE_S)
             (whom,) = (one for one in ledger.snapshot().members if one.name == name)
-    time.sleep(SHOWN_S)
+    shown, until = -1, time.monotonic() + 60
+    while time.monotonic() < until:
+        before, shown = shown, engine.ask(do="counts").get("peers_shown", 0)
+        if shown and shown == before:
+            return
+        time.sleep(SHOWN_S)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -315,7 +322,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         if (
             args.pool and args.part == "tiermem"
         ):  # what one has in host memory, the other need not compute
-            put_to_sleep("a")
+            put_to_sleep("a", engines["a"])
             others["b"] = engines["b"].ask(do="fixed", of="a", first=FIXED)
             others["a"] = engines["a"].ask(do="fixed", first=FIXED)
     finally:
