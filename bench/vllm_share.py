@@ -46,6 +46,8 @@ SAMPLE_S = 0.01
 SHOWN_S = 2.0
 """An engine that has shown no more of its host memory for so long has shown all of it."""
 FIXED = 4
+IDLE_S = {"cuda": 0.5, "cpu": 0.1}
+"""Shorter than a burst, so that memory moves while it lasts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +141,8 @@ def engine(args: argparse.Namespace, name: str, load: Load) -> Any:
         toml.write_text(
             f'[gpu]\nbudget = {whole}\npage = {page}\n[host]\ncapacity = "{load.host}"\n'
             f'[share]\ngroup = "{GROUP}"\nname = "{name}"\ntotal = {whole}\n'
-            f"floor = {floor}\nidle_s = 0.5\n" + (f'host = "{pool}"\n' if pool else "")
+            f"floor = {floor}\nidle_s = {IDLE_S[args.device]}\n"
+            + (f'host = "{pool}"\n' if pool else "")
         )
         turn_on(toml)
     else:
