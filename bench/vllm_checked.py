@@ -2,7 +2,7 @@
 
     python bench/vllm_checked.py --out checked.json [--device cpu] [--size tiny|8b] [--steps 400]
 
-Sessions with shared prefixes arrive, grow, end and are aborted while the GPU holds a quarter of
+Sessions with shared prefixes arrive, grow, end and are aborted while the GPU holds a twelfth of
 their blocks, so that requests are preempted and prefixes go down and come back. When a step has
 filled a block, a weighted sum of its bytes is taken behind that step's work on the engine's own
 stream; when a later request finds the block in the prefix cache, the sum is taken again before its
@@ -32,7 +32,7 @@ SESSIONS = 24
 COMMON = 256  # tokens that all sessions begin with
 MOST = 1400  # tokens of a prompt; then the session begins anew
 RUNNING = 12
-ABORTED = 0.15  # of all requests
+ABORTED = 0.0375  # chance that a step begins with an abort
 GATHERED = 16  # blocks summed at a time
 
 
@@ -200,7 +200,7 @@ class Load:
         """One step of the engine, with new requests before it and perhaps an abort."""
         while len(self._open) < RUNNING:
             self._ask()
-        if self._random.random() < ABORTED / 4:
+        if self._random.random() < ABORTED:
             name = self._random.choice(list(self._open))
             self._engine.abort_request([name])
             del self._open[name]

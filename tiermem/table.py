@@ -16,7 +16,8 @@ One row a page, numpy columns, no I/O and no lock. Only `planner.py` writes it.
 
    GPU, clean, spare below ── _step_down ─▶ HOST or NVME, no transfer
    HOST, clean, spare on NVMe ── _step_down ─▶ NVME, no transfer
-   HOST or NVME, frame retired ── _take_back ─▶ GPU, no transfer
+   HOST or NVME, frame retired ── _take_back ─▶ GPU, no transfer (such a page is not staged)
+   LOST, being shown blank ── fault(read) ─▶ the same, awaited: in order, its writer goes first
    GPU or HOST, labelled ── back_up ─▶ the same place, with a spare on NVMe if `gen` is the same
    HOST, slot beyond the tier's end ── confine ─▶ HOST, another slot once copied (_land_within)
    HOST, failed load, spare on NVMe ── _read_failed ─▶ NVME
