@@ -10,7 +10,8 @@ Modes, all with Llama-3.1-8B's shape and random weights, FLASH_ATTN and CUDA gra
   nvme       tiermem, a quarter fits, host memory holds little, the rest is on the drive
 Each measures prompts of 4,096 and 16,384 tokens whose KV is 12 GiB in all: cold, then again one at
 a time (time to first token), then all at once, and what the routes moved. Tokens of the same
-prompts are kept, and `merge` compares them. A mode whose JSON is there is not run again.
+prompts are kept, and `merge` compares them. A mode whose JSON is there is not run again. Modes that
+`bench/side_by_side.py` starts together take turns prompt by prompt.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from bench.side_by_side import turn
 from bench.vllm_engines import SHAPES, machine, model, surroundings, turn_on
 
 MODES = ("resident", "fits", "small", "offload", "host", "nvme")
@@ -73,6 +75,8 @@ def engine(mode: str, size: str, nvme_path: Path, block_size: int | None) -> Any
     if block_size is not None:
         more["block_size"] = block_size
     blocks = EVERYTHING if mode in ("resident", "fits") else QUARTER
+    # vLLM would look at what is free, which others may change meanwhile.
+    more["kv_cache_memory_bytes"] = SHAPES[size].block_bytes(blocks * BLOCK)
     if mode in ("resident", "small", "offload"):
         more["num_gpu_blocks_override"] = blocks * BLOCK // (block_size or BLOCK)
     if mode == "offload":
@@ -84,7 +88,7 @@ def engine(mode: str, size: str, nvme_path: Path, block_size: int | None) -> Any
     if mode in ("fits", "host", "nvme"):
         toml = folder / "tiermem.toml"
         host = "4GiB" if mode == "nvme" else "32GiB"
-        text = f'[gpu]\nbudget = "{blocks * 2}MiB"\n[host]\ncapacity = "{host}"\n'
+        text = f'[gpu]\nbudget = {more["kv_cache_memory_bytes"]}\n[host]\ncapacity = "{host}"\n'
         if mode == "nvme":
             text += f'[nvme]\npath = "{nvme_path.absolute()}"\ncapacity = "20GiB"\n'
         toml.write_text(text + '[log]\nlevel = "info"\n')
@@ -93,7 +97,7 @@ def engine(mode: str, size: str, nvme_path: Path, block_size: int | None) -> Any
 
     return LLM(
         model=str(folder), load_format="dummy", skip_tokenizer_init=True, max_model_len=16640,
-        max_num_seqs=32, max_num_batched_tokens=8192, seed=0, gpu_memory_utilization=0.5,
+        max_num_seqs=32, max_num_batched_tokens=8192, seed=0, gpu_memory_utilization=0.2,
         disable_log_stats=True,
         compilation_config={"cudagraph_capture_sizes": GRAPHS}, **more,
     )  # fmt: skip
@@ -102,16 +106,17 @@ def engine(mode: str, size: str, nvme_path: Path, block_size: int | None) -> Any
 def measure(
     mode: str, size: str, rounds: int, nvme_path: Path, block_size: int | None
 ) -> dict[str, Any]:
-    ceilings = link()
     start = time.perf_counter()
     llm = engine(mode, size, nvme_path, block_size)
     started_s = time.perf_counter() - start
+    with turn():
+        ceilings = link()
+        generate(llm, prompts(512, 2, seed=99), 4)  # warm-up
     result: dict[str, Any] = {
         "schema": "tiermem.vllm_gpu.v1", "mode": mode, "size": size, "start_s": started_s,
         "machine": machine(), "ceilings_gbps": ceilings, "lengths": {}, "tokens": {},
         "block_tokens": llm.llm_engine.vllm_config.cache_config.block_size,
     }  # fmt: skip
-    generate(llm, prompts(512, 2, seed=99), 4)  # warm-up
     for length, count in LENGTHS.items():
         batch = prompts(length, count, seed=length)
         cold = one_by_one(llm, batch)
@@ -123,12 +128,15 @@ def measure(
         at_once = []
         for i in range(rounds):
             some = (batch * 2)[(i * n) % count :][:n]
-            at_once.append(timed(lambda some=some: generate(llm, some, 1)))
-        with_new = timed(lambda batch=batch: generate(llm, batch[:4], NEW))
-        result["tokens"][length] = digest(generate(llm, batch, NEW))
+            with turn():
+                at_once.append(timed(lambda some=some: generate(llm, some, 1)))
+        with turn():
+            with_new = timed(lambda batch=batch: generate(llm, batch[:4], NEW))
+            result["tokens"][length] = digest(generate(llm, batch, NEW))
         result["lengths"][length] = {
             "cold_ttft_ms": summary(cold),
             "ttft_ms": summary([x for one in hot for x in one]),
+            "ttft_rounds_ms": hot,
             "at_once_s": at_once,
             "hooks": hooks.summary(rounds * count),
             "four_with_new_s": with_new,
@@ -160,7 +168,11 @@ def timed(work: Any) -> float:
 
 def one_by_one(llm: Any, batch: list[list[int]]) -> list[float]:
     """Milliseconds to the first token of each prompt, nothing else running."""
-    return [timed(lambda prompt=prompt: generate(llm, [prompt], 1)) * 1000 for prompt in batch]
+    took = []
+    for prompt in batch:
+        with turn():
+            took.append(timed(lambda prompt=prompt: generate(llm, [prompt], 1)) * 1000)
+    return took
 
 
 def summary(values: list[float]) -> dict[str, float]:

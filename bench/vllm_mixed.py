@@ -31,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import numpy as np
 
+from bench.side_by_side import turn
 from bench.vllm_engines import ON_CPU, SHAPES, Shape, machine, model, surroundings, turn_on
 from bench.vllm_gpu import GRAPHS, connector, counts
 from tiermem.bench.traces import read
@@ -70,7 +71,7 @@ def engine(given: argparse.Namespace, shape: Shape) -> Any:
     folder = model(shape)
     block = shape.block_bytes(given.block)
     room = given.gpu_blocks * block
-    rest = 8 * room
+    rest = given.below * room
     if given.mode in ("host", "nvme"):
         toml = f"[gpu]\nbudget = {room}\n[host]\n"
         toml += f"capacity = {rest if given.mode == 'host' else room}\n"
@@ -79,14 +80,14 @@ def engine(given: argparse.Namespace, shape: Shape) -> Any:
         (folder / "tiermem.toml").write_text(toml)
         turn_on(folder / "tiermem.toml")
         if given.device == "cpu":
-            more |= {"num_gpu_blocks_override": 8 * given.gpu_blocks}
+            more |= {"num_gpu_blocks_override": given.below * given.gpu_blocks}
     else:
         more["num_gpu_blocks_override"] = given.gpu_blocks
     if given.device == "cpu":
         more["kv_cache_memory_bytes"] = rest if given.mode in ("host", "nvme") else room
     else:
         more |= {"compilation_config": {"cudagraph_capture_sizes": GRAPHS}}
-        more["gpu_memory_utilization"] = 0.5
+        more |= {"gpu_memory_utilization": 0.3, "kv_cache_memory_bytes": room}
     if given.mode == "offload":
         more["kv_transfer_config"] = {
             "kv_connector": "OffloadingConnector", "kv_role": "kv_both",
@@ -191,6 +192,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=32, help="of a block of the trace")
     parser.add_argument("--block", type=int, default=64, help="tokens of an engine's block")
     parser.add_argument("--gpu-blocks", type=int, default=1024)
+    parser.add_argument("--below", type=int, default=8, help="times that, for all that left it")
     parser.add_argument("--longest", type=int, default=16384)
     parser.add_argument("--drive", type=Path, default=Path("kv-bench"))
     given = parser.parse_args()
@@ -207,11 +209,13 @@ def main() -> None:
     shape = ON_CPU if given.device == "cpu" else SHAPES[given.size]
     load = load_of(given, shape)
     llm = engine(given, shape)
-    serve(llm, [Asked(0.0, [5] * 600, 8), Asked(0.0, [7] * 90, 8)])  # warm-up
+    with turn():
+        serve(llm, [Asked(0.0, [5] * 600, 8), Asked(0.0, [7] * 90, 8)])  # warm-up
+        served = serve(llm, load)
     how = {key: value for key, value in vars(given).items() if isinstance(value, str | int | float)}
     result = {
         "schema": "tiermem.vllm_mixed.v1", "mode": given.mode, "machine": machine(), "given": how,
-        **serve(llm, load), "counts": counts(llm) if connector(llm) else {},
+        **served, "counts": counts(llm) if connector(llm) else {},
     }  # fmt: skip
     file.write_text(json.dumps(result, indent=1))
     print(json.dumps({k: v for k, v in result.items() if k != "answers"}, indent=1))

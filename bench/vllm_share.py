@@ -35,6 +35,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import msgspec
 
+from bench.side_by_side import turn
 from bench.vllm_engines import ON_CPU, SHAPES, Shape, model, surroundings, turn_on
 from bench.vllm_gpu import summary
 from tiermem.bench.machine import machine
@@ -301,6 +302,30 @@ def put_to_sleep(name: str, engine: Engine) -> None:
         time.sleep(SHOWN_S)
 
 
+def measure(
+    args: argparse.Namespace, engines: dict[str, Engine], sampler: Sampler | None
+) -> tuple[dict[str, Any], list[dict[str, Any]], dict[str, Any], dict[str, Any]]:
+    """What the cold burst of each engine took, the alternating ones, answers to fixed prompts one
+    by one, and, with one pool, answers to prompts of the other engine."""
+    cold = {name: short(one.ask(do="burst", cold=True, seed=0)) for name, one in engines.items()}
+    bursts = []
+    for i in range(args.bursts):
+        for name, one in engines.items():
+            since = time.perf_counter()
+            result = {"engine": name, **short(one.ask(do="burst", cold=False, seed=i + 1))}
+            if sampler is not None:
+                result["most_held"] = sampler.most(name, since, time.perf_counter())
+            bursts.append(result)
+    fixed = {name: one.ask(do="fixed") for name, one in engines.items()}
+    others: dict[str, Any] = {}
+    if args.pool and args.part == "tiermem":
+        # What one has in host memory, the other need not compute.
+        put_to_sleep("a", engines["a"])
+        others["b"] = engines["b"].ask(do="fixed", of="a", first=FIXED)
+        others["a"] = engines["a"].ask(do="fixed", first=FIXED)
+    return cold, bursts, fixed, others
+
+
 def run(args: argparse.Namespace) -> dict[str, Any]:
     load = load_of(args.device, args.size)
     sampler = Sampler() if args.part == "tiermem" else None
@@ -309,25 +334,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     engines = {name: Engine(args, name, args.out / f"{args.part}-{name}.log") for name in "ab"}
     try:
         started = {name: one.answer()["started_s"] for name, one in engines.items()}
-        cold = {
-            name: short(one.ask(do="burst", cold=True, seed=0)) for name, one in engines.items()
-        }
-        bursts = []
-        for i in range(args.bursts):
-            for name, one in engines.items():
-                since = time.perf_counter()
-                result = {"engine": name, **short(one.ask(do="burst", cold=False, seed=i + 1))}
-                if sampler is not None:
-                    result["most_held"] = sampler.most(name, since, time.perf_counter())
-                bursts.append(result)
-        fixed = {name: one.ask(do="fixed") for name, one in engines.items()}
-        others: dict[str, Any] = {}
-        if (
-            args.pool and args.part == "tiermem"
-        ):  # what one has in host memory, the other need not compute
-            put_to_sleep("a", engines["a"])
-            others["b"] = engines["b"].ask(do="fixed", of="a", first=FIXED)
-            others["a"] = engines["a"].ask(do="fixed", first=FIXED)
+        with turn():
+            cold, bursts, fixed, others = measure(args, engines, sampler)
     finally:
         for one in engines.values():
             one.close()
