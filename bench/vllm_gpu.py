@@ -35,7 +35,7 @@ MODES = ("resident", "fits", "small", "offload", "host", "nvme")
 BLOCK = 16
 LENGTHS = {4096: 24, 16384: 6}  # tokens of a prompt, and how many: 6,144 blocks each
 QUARTER = 1536  # blocks on the GPU, of 6,144
-EVERYTHING = 16384
+EVERYTHING = 13312
 NEW = 16
 GRAPHS = [1, 2, 4, 8, 16, 32, 64, 128]
 """Tokens of a step that runs as a CUDA graph. A cached prompt computes its last block again, and
