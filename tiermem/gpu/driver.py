@@ -19,7 +19,7 @@ from tiermem.errors import DriverError, TierFailed
 SUCCESS: Final = 0
 OUT_OF_MEMORY: Final = 2
 NOT_READY: Final = 600
-_RELAXED: Final = 2  # CUstreamCaptureMode
+RELAXED: Final = 2  # CUstreamCaptureMode
 _HOST_NUMA_ID: Final = 134  # CUdevice_attribute
 
 # Codes after which nothing on the context works again: the device fell off the bus, or a kernel
@@ -206,12 +206,16 @@ class Driver:
 
     def attempt(self, name: str, *args: object) -> int:
         """Call and return the CUresult, whatever it is."""
+        self.refuse_forked(name)
+        return int(self._functions[name](*args))
+
+    def refuse_forked(self, name: str) -> None:
+        """Raise DriverError in a child that was forked after CUDA had started."""
         if _forked:
             raise DriverError(
                 f"{name}: CUDA was started before this process was forked and does not work in "
                 "the child; start workers with 'spawn', or open the space after the fork"
             )
-        return int(self._functions[name](*args))
 
     def call(self, name: str, *args: object) -> None:
         """Call; raises CudaError (DeviceLost) unless the result is CUDA_SUCCESS."""
@@ -266,7 +270,7 @@ class Context:
 
     def __enter__(self) -> Context:
         self.driver.call("cuCtxPushCurrent", self.handle)
-        mode = ctypes.c_int(_RELAXED)
+        mode = ctypes.c_int(RELAXED)
         self.driver.attempt("cuThreadExchangeStreamCaptureMode", ctypes.byref(mode))
         self._modes.found.append(mode.value)
         return self

@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from tiermem.errors import DriverError
 from tiermem.gpu.driver import NOT_READY, SUCCESS, Context, CudaError
+from tiermem.gpu.routine import A, B, Routine
 from tiermem.tier import Fence, Mask
 
 _RING: Final = 64  # events a stream; an older mark is waited for through a later one
@@ -100,25 +101,27 @@ class Timeline:
         self._driver = words.context.driver
         self._context = words.context
         self._words = words
-        self._address = words.address + 8 * self.index
         self._events: list[int] = []
+        write = ("cuStreamWriteValue64", stream, words.address + 8 * self.index, A, 0)
+        self._mark = Routine(words.context, (write, ("cuEventRecord", B, stream)))
+        self._wait_for = Routine(words.context, (("cuStreamWaitEvent", A, B, 0),))
         self._tick = 0
         self._lock = threading.Lock()
         self._polls = 0
 
     def mark(self) -> int:
-        """Queue a mark behind all that is on the stream; its tick. The context is current."""
+        """Queue a mark behind all that is on the stream; its tick."""
         with self._lock:
             tick = self._tick + 1
-            self._driver.call("cuStreamWriteValue64", self.stream, self._address, tick, 0)
-            self._driver.call("cuEventRecord", self._event(tick), self.stream)
+            self._mark.run(tick, self._event(tick))
             self._tick = tick
             return tick
 
     def _event(self, tick: int) -> int:
         if len(self._events) < _RING:
             handle = ctypes.c_uint64()
-            self._driver.call("cuEventCreate", ctypes.byref(handle), _EVENT_FLAGS)
+            with self._context:
+                self._driver.call("cuEventCreate", ctypes.byref(handle), _EVENT_FLAGS)
             self._events.append(handle.value)
             return handle.value
         return self._events[(tick - 1) % _RING]
@@ -178,9 +181,10 @@ class Timeline:
         return True
 
     def order(self, stream: int, tick: int) -> None:
-        """Make `stream` wait on the device for the tick. The context is current."""
+        """Make `stream` wait on the device for the tick."""
         if int(self._words.values[self.index]) < tick:
-            self._driver.call("cuStreamWaitEvent", stream, self._holding(tick), 0)
+            with self._lock:
+                self._wait_for.run(stream, self._holding(tick))
 
     def close(self) -> None:
         """Wait for the last mark (it still writes a word), then free the events."""
@@ -220,8 +224,7 @@ class CudaDone:
 
     def order(self, stream: int | None) -> None:
         """Make `stream` (a CUstream handle; None is the default stream) wait for this work."""
-        with self._timeline._context:
-            self._timeline.order(stream or 0, self._tick)
+        self._timeline.order(stream or 0, self._tick)
 
 
 class CudaStreams:
@@ -233,6 +236,11 @@ class CudaStreams:
         self._by_id: dict[int, Timeline] = {}
         self._lines: list[Timeline] = []
         self._lock = threading.Lock()
+        self._asked = np.zeros(2, np.uint64)
+        capturing, unique = (self._asked.ctypes.data + 8 * i for i in range(2))
+        self._ask = Routine(
+            context, (("cuStreamIsCapturing", A, capturing), ("cuStreamGetId", A, unique))
+        )
 
     def tick(self, stream: int | None) -> tuple[int, int]:
         """Mark a point behind all that is queued on `stream` now; (stream index, tick).
@@ -240,29 +248,27 @@ class CudaStreams:
         Raises DriverError while the stream is being captured into a graph: a mark inside a
         graph would pass at every replay.
         """
-        with self._context:
-            line = self._line(stream or 0)
-            return line.index, line.mark()
+        line = self._line(stream or 0)
+        return line.index, line.mark()
 
     def _line(self, stream: int) -> Timeline:
-        driver = self._context.driver
-        capturing, unique = ctypes.c_int(), ctypes.c_uint64()
-        driver.call("cuStreamIsCapturing", stream, ctypes.byref(capturing))
-        if capturing.value:
+        with self._lock:
+            self._ask.run(stream)
+            capturing, unique = self._asked.tolist()
+        if capturing:
             raise DriverError(
                 "tick: the stream is being captured into a CUDA graph; take the tick after the "
                 "capture, and after each replay"
             )
         # A handle may be used again for another stream; the id is not.
-        driver.call("cuStreamGetId", stream, ctypes.byref(unique))
-        line = self._by_id.get(unique.value)
+        line = self._by_id.get(unique)
         if line is None:
             with self._lock:
-                line = self._by_id.get(unique.value)
+                line = self._by_id.get(unique)
                 if line is None:
                     line = Timeline(self._words, stream)
                     self._lines.append(line)
-                    self._by_id[unique.value] = line
+                    self._by_id[unique] = line
         return line
 
     def passed(self) -> npt.NDArray[np.uint64]:
@@ -282,7 +288,7 @@ class CudaStreams:
         return True
 
     def order(self, stream: int, fence: Fence) -> None:
-        """Make `stream` wait on the device for the fence. The context is current."""
+        """Make `stream` wait on the device for the fence."""
         for index, tick in fence.ticks:
             self._lines[index].order(stream, tick)
 

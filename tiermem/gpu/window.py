@@ -15,16 +15,17 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
-import numpy.typing as npt
 
 from tiermem.errors import Closed, DriverError, NotOurs, PageInUse
 from tiermem.gpu.changes import Change, Face, Templates
-from tiermem.gpu.driver import Context, CudaError
+from tiermem.gpu.driver import RELAXED, Context, CudaError
 from tiermem.gpu.frames import Arena, access, reserve
+from tiermem.gpu.routine import A, B, C, D, Routine
 from tiermem.gpu.streams import Gate
 from tiermem.native import Kind, Program, Queue, group
 from tiermem.tier import Addresses, Done, Finished, Slots
@@ -34,9 +35,7 @@ log = logging.getLogger(__name__)
 _INLINE: Final = 2  # pages at most that the calling thread shows itself: 72 us with the lock held
 _GUARDS: Final = 4096  # guard pages shown by one program
 _READ: Final = 1
-_RELAXED: Final = 2  # CUstreamCaptureMode: see Context
-
-Descs = npt.NDArray[np.uint32]
+_IN_PLACE: Final = 1  # a kind of memory, besides frames: 0
 
 
 class _Range:
@@ -86,15 +85,20 @@ class CudaWindow:
         self._gate = gate
         self._templates = Templates(context.driver, self.page_bytes, gate)
         driver = context.driver
-        mode = np.array([_RELAXED], np.uint32)
+        mode = np.array([RELAXED], np.uint32)
         current = group(driver.address("cuCtxSetCurrent"), Kind.STATUS, context.handle)
         relax = driver.address("cuThreadExchangeStreamCaptureMode")
         relaxed = group(relax, Kind.STATUS, mode.ctypes.data)
         setup = Program(np.concatenate([current, relaxed]), keep=(mode,))
         self._queue = Queue("tiermem-window", setup=setup)
-        self._desc = frames.backing.access
-        self._in_place_desc = access(context.device, flags=_READ)
-        self._guard_desc = self._in_place_desc
+        self._descs = (frames.backing.access, access(context.device, flags=_READ))
+        # Of a frame, and of a page in place: where its descriptors are, and how many.
+        self._access = [(desc.ctypes.data, len(desc) // 3) for desc in self._descs]
+        size = self.page_bytes
+        unmap, access_it = ("cuMemUnmap", A, size), ("cuMemSetAccess", A, size, C, D)
+        shown = (("cuMemMap", A, size, 0, B, 0), access_it)
+        self._map_one = Routine(context, shown, (unmap, None))
+        self._unmap_one = Routine(context, (unmap,))
         self._guard: Arena | None = None
         if guard:
             self._guard = Arena(context, frames.backing, self.page_bytes, 1)
@@ -165,11 +169,10 @@ class CudaWindow:
         return self._show(addresses, slots, host, True)
 
     def _show(self, addresses: Addresses, slots: Slots, arena: Arena, in_place: bool) -> Done:
-        desc = self._in_place_desc if in_place else arena.backing.access
         with self._lock:
             if self._inline(len(addresses)):
-                with self.context, self._gate:
-                    return self._show_now(addresses.tolist(), slots.tolist(), arena, desc, in_place)
+                with self._gate:
+                    return self._show_now(addresses.tolist(), slots.tolist(), arena, in_place)
             where, pages = self._locate(addresses)
             self._refuse([where.handles[page] for page in pages], addresses, "show something")
             numbers = slots.tolist()
@@ -183,8 +186,7 @@ class CudaWindow:
         """Unmap the pages at these addresses, which all show something. All or nothing."""
         with self._lock:
             if self._inline(len(addresses)):
-                with self.context:
-                    return self._hide_now(addresses.tolist())
+                return self._hide_now(addresses.tolist())
             where, pages = self._locate(addresses)
             self._refuse([not where.handles[page] for page in pages], addresses, "show nothing")
             return self._change(where, pages, addresses, None, False)
@@ -193,21 +195,16 @@ class CudaWindow:
         """Handles with the access that each kind of memory gets; None where they show nothing."""
         if not handles[0]:
             return self._guards(len(handles))
-        descs = (self._desc, self._in_place_desc)
-        at = [descs[kind].ctypes.data for kind in (0, 1)]
-        count = [len(desc) // 3 for desc in descs]
-        return Face(
-            np.array(handles, np.uint64),
-            np.array([at[kind] for kind in in_place], np.uint64),
-            np.array([count[kind] for kind in in_place], np.uint64),
-        )
+        descs = [self._access[kind] for kind in in_place]
+        at, count = np.array(descs, np.uint64).T
+        return Face(np.array(handles, np.uint64), at, count)
 
     def _guards(self, n: int) -> Face | None:
         if self._guard is None:
             return None
-        desc = np.full(n, self._guard_desc.ctypes.data, np.uint64)
+        at, count = self._access[_IN_PLACE]
         handles = np.full(n, self._guard.handles[0], np.uint64)
-        return Face(handles, desc, np.ones(n, np.uint64))
+        return Face(handles, np.full(n, at, np.uint64), np.full(n, count, np.uint64))
 
     def _refuse(self, bad: list[int] | list[bool], items: Addresses | Slots, why: str) -> None:
         if any(bad):
@@ -308,50 +305,49 @@ class CudaWindow:
         return True
 
     def _show_now(
-        self, addresses: list[int], slots: list[int], arena: Arena, desc: Descs, in_place: bool
+        self, addresses: list[int], slots: list[int], arena: Arena, in_place: bool
     ) -> Done:
-        call, size = self.context.driver.call, self.page_bytes
         found = [self._find(address) for address in addresses]
         for (where, page), slot, address in zip(found, slots, addresses, strict=True):
             if where.handles[page]:
                 raise DriverError(f"window: {address:#x} shows something")
             if not 0 <= slot < arena.slots or not arena.handles[slot]:
                 raise DriverError(f"window: slot {slot} has no memory behind it")
-        handles = [arena.handles[slot] for slot in slots]
-        mapped: list[int] = []
-        try:
-            for address, handle in zip(addresses, handles, strict=True):
-                call("cuMemMap", address, size, 0, handle, 0)
-                mapped.append(address)
-                call("cuMemSetAccess", address, size, desc.ctypes.data, len(desc) // 3)
-        except CudaError:
-            for address in mapped:
-                self.context.driver.attempt("cuMemUnmap", address, size)
-            raise
-        for (where, page), handle in zip(found, handles, strict=True):
-            where.handles[page] = handle
+        for n, (address, slot) in enumerate(zip(addresses, slots, strict=True)):
+            try:
+                self._map_one.run(address, arena.handles[slot], *self._access[in_place])
+            except CudaError:
+                for shown in addresses[:n]:
+                    self._undo(self._unmap_one, shown)
+                raise
+        for (where, page), slot in zip(found, slots, strict=True):
+            where.handles[page] = arena.handles[slot]
             where.in_place[page] = in_place
         return Finished()
 
     def _hide_now(self, addresses: list[int]) -> Done:
-        driver, size = self.context.driver, self.page_bytes
         found = [self._find(address) for address in addresses]
         for (where, page), address in zip(found, addresses, strict=True):
             if not where.handles[page]:
                 raise DriverError(f"window: {address:#x} shows nothing")
         for n, address in enumerate(addresses):
-            code = driver.attempt("cuMemUnmap", address, size)
-            if code:
+            try:
+                self._unmap_one.run(address)
+            except CudaError:
                 for (where, page), hidden in zip(found[:n], addresses[:n], strict=True):
-                    desc = self._in_place_desc if where.in_place[page] else self._desc
-                    at, count = desc.ctypes.data, len(desc) // 3
-                    driver.attempt("cuMemMap", hidden, size, 0, where.handles[page], 0)
-                    driver.attempt("cuMemSetAccess", hidden, size, at, count)
-                raise driver.error("cuMemUnmap", code, f"page {n} of {len(addresses)}, all undone")
+                    desc = self._access[where.in_place[page]]
+                    self._undo(self._map_one, hidden, where.handles[page], *desc)
+                raise
         for where, page in found:
             where.handles[page] = 0
             where.in_place[page] = False
         return Finished()
+
+    @staticmethod
+    def _undo(routine: Routine, *values: int) -> None:
+        """Take back what can be taken back; the caller raises why."""
+        with suppress(CudaError):
+            routine.run(*values)
 
     # -- the end ------------------------------------------------------------------------------
 
