@@ -73,6 +73,7 @@ class Harness:
         attic: bool = False,
         in_order: bool = False,
         crossover: Crossover | None = None,
+        planner: type[Planner] = Planner,
     ) -> None:
         """regions: (pages, unit pages, tenant) each. Plans are always carried out in order."""
         self.world = World(seed)
@@ -88,7 +89,7 @@ class Harness:
             if sizes[a] and sizes[b]
         }
         self.gone: list[tuple[int, str]] = []
-        self.planner = Planner(
+        self.planner = planner(
             self.table,
             self.pools,
             rankings,

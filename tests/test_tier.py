@@ -83,13 +83,15 @@ def test_used_kept_and_free_always_add_up(seed: int) -> None:
         if verb == 0 and pool.free:
             used += pool.take_free(random.randint(1, pool.free)).tolist()
         elif verb == 1 and used:
-            slot = used.pop(random.randrange(len(used)))
-            pool.keep(ids(slot))
-            kept.append(slot)
+            some = random.sample(used, random.randint(1, min(2, len(used))))
+            used = [s for s in used if s not in some]
+            pool.keep(ids(*some))
+            kept += some
         elif verb == 2 and kept:
-            slot = kept.pop(random.randrange(len(kept)))
-            pool.reuse(ids(slot))
-            used.append(slot)
+            some = random.sample(kept, random.randint(1, min(2, len(kept))))
+            kept = [s for s in kept if s not in some]
+            pool.reuse(ids(*some))
+            used += some
         elif verb == 3 and used + kept:
             slot = random.choice(used + kept)
             (used if slot in used else kept).remove(slot)
@@ -102,6 +104,7 @@ def test_used_kept_and_free_always_add_up(seed: int) -> None:
         pool.check()
         assert (pool.used, pool.kept) == (len(used), len(kept))
         assert pool.capacity == 16 - len(away)
+        assert pool.oldest() == (kept[0] if kept else -1)
         assert pool.oldest_kept().tolist() == kept
         assert all(pool.is_kept(s) for s in kept)
         assert not any(pool.is_kept(s) for s in used)

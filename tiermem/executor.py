@@ -33,6 +33,7 @@ log = logging.getLogger(__name__)
 
 OnGone = Callable[[Rows, str], None]
 Part = npt.NDArray[np.int64] | slice
+_ALL = slice(None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -260,9 +261,11 @@ class Executor:
 
     def _by_region(self, rows: Rows, call: Callable[[Part], Done]) -> Done:
         """One call of the window for each region among the pages."""
+        if len(rows) == 1:
+            return call(_ALL)
         regions = self._region_of(rows)
-        if len(rows) == 1 or (regions == regions[0]).all():
-            return call(slice(None))
+        if (regions == regions[0]).all():
+            return call(_ALL)
         parts = [np.flatnonzero(regions == region) for region in sorted(set(regions.tolist()))]
         dones: list[Done] = []
         for part in parts:

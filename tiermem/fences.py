@@ -39,6 +39,10 @@ class Fences:
         """bool[n]: which of these fences have passed, as far as observed."""
         return ~self._open[ids]
 
+    def has_passed(self, fence: int) -> bool:
+        """`is_passed` of one."""
+        return not self._open.item(fence)
+
     def join(self, ids: FenceIds, stream: int, tick: int) -> FenceIds:
         """uint32[n]: each fence, and the point `tick` on `stream` besides."""
         self._widen(stream + 1)

@@ -49,6 +49,7 @@ __all__ = ["Access", "Marks", "Planner", "Request"]
 _NO_ROWS = np.empty(0, np.int32)
 SOILED = np.iinfo(np.uint16).max
 """Tenant of a frame that could not be zeroed: nobody's, so that it is zeroed before any use."""
+_DOOMED = int(DOOMED)
 _BARRED = DOOMED | STALE
 _BARRED_WRITE = _BARRED | LABELLED
 
@@ -126,7 +127,7 @@ class Planner(Ascent):
         table = self.table
         if len(rows) == 1 and access != "fresh" and (touches is None or self.crossover is None):
             request = Request(rows, pins=pin)
-            if self._load_one(rows, request, order):
+            if self._load_one(rows, request, order, now):
                 return request
         at, to = table.at[rows], table.to[rows]
         if not at.all() or (table.flags[rows] & DOOMED).any():
@@ -232,6 +233,12 @@ class Planner(Ascent):
 
     def touch(self, rows: Rows, now: int) -> None:
         """Tell the GPU's policy that these resident pages were used, deepest first."""
+        if len(rows) == 1:
+            self._touch_one(rows, now)
+        else:
+            self._touch(rows, now)
+
+    def _touch(self, rows: Rows, now: int) -> None:
         heads = self.table.heads(rows)
         self._stamp_units(heads)
         here = heads[self.table.at[heads] == AT_GPU]
@@ -256,6 +263,11 @@ class Planner(Ascent):
     def _touch_landed(self, request: Request, now: int) -> None:
         if request.ahead and not request.pending:
             table, rows = self.table, request.rows
+            if len(rows) == 1:
+                row = rows.item()
+                if table.at.item(row) == AT_GPU and not table.flags.item(row) & _DOOMED:
+                    self._touch_one(rows, now)
+                return
             here = (table.at[rows] == AT_GPU) & (table.flags[rows] & DOOMED == 0)
             if here.any():
                 self.touch(rows[here], now)
@@ -279,6 +291,12 @@ class Planner(Ascent):
 
         Of a page without a pin yet, its only waiter gives up: the load goes on for nobody.
         """
+        if len(rows) == 1:
+            self._unpin_one(rows, tick)
+        else:
+            self._unpin(rows, tick)
+
+    def _unpin(self, rows: Rows, tick: tuple[int, int] | None) -> None:
         table = self.table
         pinned = table.pins[rows] > 0
         if not pinned.all():
@@ -461,9 +479,10 @@ class Planner(Ascent):
 
     def is_pressed(self) -> bool:
         """True if a tier is above its high mark. Needs no lock: it is a hint."""
-        return any(
-            pool.used > self.marks[place].high * pool.capacity for place, pool in self.pools.items()
-        )
+        for place, pool in self.pools.items():  # as any() of a generator it takes 1.5 us, not 0.7
+            if pool.used > self.marks[place].high * pool.capacity:
+                return True
+        return False
 
     def relieve(self, now: int) -> list[Plan]:
         """Plans that bring each tier below its marks and its limit, the lowest tier first."""

@@ -15,6 +15,7 @@ from tiermem.table import (
     DOOMED,
     IS_FRAME,
     IS_HIDING,
+    IS_IN_PLACE,
     IS_NOTHING,
     IS_RETIRED,
     ORDERED,
@@ -31,28 +32,34 @@ from tiermem.tier import (
     HOST,
     NVME,
     PASSED,
+    Place,
     Slots,
 )
 
 _DIRTY, _DOOMED, _ORDERED, _STALE = int(DIRTY), int(DOOMED), int(ORDERED), int(STALE)
 _BARRED = _DOOMED | _STALE
+_NO_SLOTS: Slots = np.empty(0, np.int32)
 
 
 class Single(InPlace):
     """Called with the one row of a unit of one page."""
 
-    def _load_one(self, rows: Rows, request: Request, order: bool) -> bool:
-        """`fault` of a page that rests below, shows nothing, and finds a free frame."""
+    def _load_one(self, rows: Rows, request: Request, order: bool, now: int) -> bool:
+        """`fault` of a page that rests below and finds a frame: its own, a free or a stolen one."""
         table, row = self.table, rows.item()
         at, flags = table.at.item(row), table.flags.item(row)
         if at not in (AT_HOST, AT_NVME) or table.to.item(row) or flags & _DOOMED:
             return False
-        if table.shown.item(row) != IS_NOTHING or self.gauge is not None:
+        if self.gauge is not None:
             return False
-        if not self._is_room():
-            return False
-        frames, steps = self._frame(row)
         src = HOST if at == AT_HOST else NVME
+        shown = table.shown.item(row)
+        if shown == IS_RETIRED:
+            return self._return_one(rows, src, request, now)
+        found = self._frame(row) if shown == IS_NOTHING else None
+        if found is None:
+            return False
+        frames, steps = found
         copy = Copy(src, GPU, rows, table.slot(src)[rows], frames, PASSED)
         plan = self._begin([*steps, copy, Show(rows, frames)])
         table.to[row] = AT_GPU
@@ -69,6 +76,34 @@ class Single(InPlace):
             table.waiters[row] += 1
         return True
 
+    def _return_one(self, rows: Rows, src: Place, request: Request, now: int) -> bool:
+        """`_take_back` of a page whose old frame still shows its bytes, where that is no more than
+        the limit allows."""
+        table, row, pool = self.table, rows.item(), self.pools[GPU]
+        passed = table.fences.all_passed
+        if not (passed or table.fences.has_passed(table.fence.item(row))):
+            return False
+        others = pool.kept - 1 if passed else 0
+        if pool.free + others + self._allowed(GPU) < pool.capacity:
+            return False
+        pool.reuse_one(table.slot(GPU).item(row))
+        table.shown[row] = IS_FRAME
+        self._arrive_one(rows, src, now)
+        self.counts["taken_back"] += 1
+        self.counts["faulted"] += 1
+        request.taken = True
+        if request.pins:
+            table.pins[row] += 1
+        return True
+
+    def _arrive_one(self, rows: Rows, src: Place, now: int) -> None:
+        """The bytes of a page of a lower tier are in its frame, too, and that one counts now."""
+        table, row = self.table, rows.item()
+        self.pools[src].keep(table.slot(src)[row : row + 1])
+        self.rankings[src].removed(rows, now)
+        table.at[row] = AT_GPU
+        self.rankings[GPU].inserted(rows, None, now)
+
     def _land_one(self, step: Copy, plan_id: int, now: int) -> bool:
         """`_land_up` of a load that ended well and is still wanted."""
         table, row = self.table, step.pages.item()
@@ -80,35 +115,33 @@ class Single(InPlace):
         table.move[row] = 0
         table.slot(GPU)[row] = step.dst_slots.item()
         table.shown[row] = IS_FRAME
-        self.pools[step.src].keep(table.slot(step.src)[step.pages])
-        self.rankings[step.src].removed(step.pages, now)
-        table.at[row] = AT_GPU
-        self.rankings[GPU].inserted(step.pages, None, now)
+        self._arrive_one(step.pages, step.src, now)
         table.pins[row] += table.waiters.item(row)
         table.waiters[row] = 0
         table.flags[row] = flags & ~_ORDERED
         return True
 
     def _allocate_one(self, rows: Rows, request: Request) -> bool:
-        """`allocate` of a page whose frame is still shown, or that finds a free one; its policy is
+        """`allocate` of a page whose frame is still shown, or that finds another; its policy is
         told by the verb."""
         table, row = self.table, rows.item()
         shown = table.shown.item(row)
         if table.at.item(row) or table.busy.item(row) or shown not in (IS_RETIRED, IS_NOTHING):
             return False
-        if shown == IS_NOTHING and not self._is_room():
+        found = self._frame(row) if shown == IS_NOTHING else None
+        if shown == IS_NOTHING and found is None:
             return False
         table.gen[row] += np.uint32(1)
         table.stamp[row] = self._stamp
         self._stamp += 1
         request.taken = True
-        if shown == IS_RETIRED:
-            self.pools[GPU].reuse(table.slot(GPU)[rows])
+        if found is None:
+            self.pools[GPU].reuse_one(table.slot(GPU).item(row))
             table.shown[row] = IS_FRAME
             table.at[row] = AT_GPU
             table.flags[row] = DIRTY
             return True
-        frames, steps = self._frame(row)
+        frames, steps = found
         table.at[row] = AT_LOST
         plan = self._begin([*steps, Show(rows, frames)])
         table.busy[row] += 1
@@ -117,21 +150,51 @@ class Single(InPlace):
         self._follow(plan, request)
         return True
 
-    def _is_room(self) -> bool:
-        """Whether a frame is free within the limit."""
-        pool = self.pools[GPU]
-        return bool(pool.free) and pool.free + self._allowed(GPU) > pool.capacity
+    def _frame(self, row: int) -> tuple[Slots, list[Step]] | None:
+        """A frame for this page, free or retired, and what must be done with it first.
 
-    def _frame(self, row: int) -> tuple[Slots, list[Step]]:
-        """A free frame for this page, and what must be done with it first."""
+        None: within the limit there is none that is surely idle.
+        """
         pool, tenant = self.pools[GPU], self.table.tenant.item(row)
-        frames = pool.take_free(1)
-        frame = frames.item()
+        over = pool.capacity - self._allowed(GPU)
+        steps: list[Step] = []
+        if pool.free > over:
+            frame = pool.take_free(1).item()
+        elif pool.free or (frame := self._oldest_idle(over)) < 0:
+            return None
+        else:
+            steps.append(self._steal_one(frame))
         pool.owner[frame] = row
-        if pool.tenant.item(frame) == tenant:
-            return frames, []
-        pool.tenant[frame] = tenant
-        return frames, [Zero(frames)]
+        frames = np.array([frame], np.int32)
+        if pool.tenant.item(frame) != tenant:
+            pool.tenant[frame] = tenant
+            steps.append(Zero(frames))
+        return frames, steps
+
+    def _oldest_idle(self, over: int) -> int:
+        """The oldest retired frame if it can be stolen, else -1. over: frames above the limit."""
+        table, pool = self.table, self.pools[GPU]
+        frame = pool.oldest()
+        if frame < 0 or table.max_unit_pages > 1:
+            return -1
+        if table.fences.all_passed:
+            return frame if pool.kept > over else -1
+        idle = table.fences.has_passed(table.fence.item(pool.owner.item(frame)))
+        return frame if idle and not over else -1
+
+    def _steal_one(self, frame: int) -> Hide:
+        """`_steal` of one frame of a page of one."""
+        table, pool = self.table, self.pools[GPU]
+        row = pool.owner.item(frame)
+        pool.reuse_one(frame)
+        self.counts["stolen"] += 1
+        table.slot(GPU)[row] = -1
+        if self.in_order:
+            table.shown[row] = IS_NOTHING
+        else:
+            table.shown[row] = IS_HIDING
+            table.busy[row] += 1
+        return Hide(np.array([row], np.int32), _NO_SLOTS)
 
     def _land_blank_one(self, step: Show, plan_id: int) -> bool:
         """`_settle_blank` of a page that was shown and is still wanted."""
@@ -180,8 +243,13 @@ class Single(InPlace):
         return [self._begin([Hide(rows, frames)])]
 
     def _land_hidden_one(self, step: Hide) -> bool:
-        """`_settle_hide` of the only page that is doomed: it is vacant now."""
+        """`_settle_hide` of a page whose frame was stolen, or of the only one that is doomed: it is
+        vacant now."""
         table, row = self.table, step.pages.item()
+        if not len(step.frees) and not self.in_order and not table.flags.item(row) & _STALE:
+            table.busy[row] -= 1
+            table.shown[row] = IS_NOTHING
+            return True
         if len(self._doomed) != 1 or self._doomed.item() != row or self.in_order:
             return False
         if table.busy.item(row) != 1 or table.flags.item(row) != _DOOMED or len(step.frees) != 1:
@@ -205,3 +273,28 @@ class Single(InPlace):
         table.reads[row] = 0
         table.parent[row] = -1
         self._reaped.append(rows)
+
+    def _touch_one(self, rows: Rows, now: int) -> None:
+        """`touch` of one page."""
+        table, row = self.table, rows.item()
+        table.stamp[row] = self._stamp
+        self._stamp += 1
+        if table.at.item(row) == AT_GPU:
+            self.rankings[GPU].accessed(rows, now)
+        if self.crossover is not None and table.shown.item(row) == IS_IN_PLACE:
+            self.rankings[HOST].accessed(rows, now)
+        if self.admission is not None:
+            self.admission.used(rows, table.depth[rows], now)
+            self._note_unsaved(rows)
+
+    def _unpin_one(self, rows: Rows, tick: tuple[int, int] | None) -> None:
+        """`unpin` of one page."""
+        table, row = self.table, rows.item()
+        if table.pins.item(row) > 0:
+            table.pins[row] -= 1
+        else:
+            table.waiters[row] -= 1
+        if tick is not None:
+            if table.fences.crowded:
+                table.fences.sweep(table.fence)
+            table.fence[row] = table.fences.join(table.fence[row : row + 1], *tick).item()

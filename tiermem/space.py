@@ -195,6 +195,11 @@ class Space:
 
     def addresses(self, rows: Rows) -> Addresses:
         """uint64[n]: the address of each page row."""
+        if len(rows) == 1:
+            row: int = rows.item()
+            index = self._planner.table.region.item(row)
+            at = (row - self._firsts.item(index)) * self.page_bytes
+            return np.array([self._bases.item(index) + at], np.uint64)
         region = self._planner.table.region[rows]
         offset = (rows - self._firsts[region]).astype(np.uint64) * np.uint64(self.page_bytes)
         addresses: Addresses = self._bases[region] + offset

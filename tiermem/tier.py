@@ -352,6 +352,15 @@ class SlotPool:
         self._top = len(rest)
         self._free[: self._top] = rest
 
+    def oldest(self) -> int:
+        """The oldest kept slot, or -1; nothing changes."""
+        while self._head < self._tail:
+            slot: int = self._log.item(self._head)
+            if self._stamp.item(slot) == self._log_stamps.item(self._head):
+                return slot
+            self._head += 1
+        return -1
+
     def oldest_kept(self, n: int | None = None) -> Slots:
         """int32[<= n]: kept slots, oldest first; nothing changes."""
         wanted = self._kept if n is None else min(n, self._kept)
@@ -374,10 +383,15 @@ class SlotPool:
         if tail + n > len(self._log):
             self._compact(n)
             tail = self._tail
-        stamps = np.arange(self._clock + 1, self._clock + n + 1)
-        self._log[tail : tail + n] = slots
-        self._log_stamps[tail : tail + n] = stamps
-        self._stamp[slots] = stamps
+        if n == 1:
+            slot = slots.item()
+            self._log[tail] = slot
+            self._log_stamps[tail] = self._stamp[slot] = self._clock + 1
+        else:
+            stamps = np.arange(self._clock + 1, self._clock + n + 1)
+            self._log[tail : tail + n] = slots
+            self._log_stamps[tail : tail + n] = stamps
+            self._stamp[slots] = stamps
         self._clock += n
         self._tail += n
         self._kept += n
@@ -394,9 +408,18 @@ class SlotPool:
 
     def reuse(self, slots: Slots) -> None:
         """Kept slots become used."""
+        if len(slots) == 1:
+            self.reuse_one(slots.item())
+            return
         assert self._stamp[slots].all(), f"{self.place.name}: a slot is reused that is not kept"
         self._stamp[slots] = 0
         self._kept -= len(slots)
+
+    def reuse_one(self, slot: int) -> None:
+        """A kept slot becomes used."""
+        assert self._stamp.item(slot), f"{self.place.name}: slot {slot} is reused and not kept"
+        self._stamp[slot] = 0
+        self._kept -= 1
 
     def is_kept(self, slot: int) -> bool:
         return bool(self._stamp[slot])

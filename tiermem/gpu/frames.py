@@ -92,6 +92,8 @@ class Arena:
         self._lock = threading.Lock()
 
     def addresses(self, slots: Slots) -> Addresses:
+        if len(slots) == 1:
+            return np.array([slots.item() * self.slot_bytes + self.address], np.uint64)
         return slots.astype(np.uint64) * np.uint64(self.slot_bytes) + np.uint64(self.address)
 
     def back(self, slots: Slots) -> None:

@@ -195,9 +195,12 @@ class CudaWindow:
         """Handles with the access that each kind of memory gets; None where they show nothing."""
         if not handles[0]:
             return self._guards(len(handles))
-        descs = [self._access[kind] for kind in in_place]
-        at, count = np.array(descs, np.uint64).T
-        return Face(np.array(handles, np.uint64), at, count)
+        at, count = zip(*self._access, strict=True)
+        return Face(
+            np.array(handles, np.uint64),
+            np.array([at[kind] for kind in in_place], np.uint64),
+            np.array([count[kind] for kind in in_place], np.uint64),
+        )
 
     def _guards(self, n: int) -> Face | None:
         if self._guard is None:

@@ -189,6 +189,11 @@ class HostPool:
 
     def addresses(self, slots: Slots) -> Addresses:
         """uint64[n]: where each slot's bytes are; the same for the life of the pool."""
+        if len(slots) == 1:
+            slot: int = slots.item()
+            at = int(self._first.searchsorted(slot, side="right")) - 1
+            inside_at = (slot - self._first.item(at)) * self.slot_bytes
+            return np.array([self._base.item(at) + inside_at], np.uint64)
         index = np.searchsorted(self._first, slots, side="right") - 1
         inside = (slots - self._first[index]).astype(np.uint64)
         found: Addresses = self._base[index] + inside * np.uint64(self.slot_bytes)

@@ -58,7 +58,7 @@ class Queues:
 
     def fit(self, units: Ids) -> int:
         """Make room for these units' rows; how many rows there are now."""
-        top = int(units.max(initial=-1))
+        top = units.item() if len(units) == 1 else int(units.max(initial=-1))
         if top >= len(self.of):
             rows = max(top + 1, 2 * len(self.of))
             self.of, self.stamp = grown(self.of, rows, -1), grown(self.stamp, rows)
@@ -222,8 +222,10 @@ class Lineage:
             self.parent = grown(self.parent, rows, -1)
             self.depth = grown(self.depth, rows)
             self._rank = grown(self._rank, rows)
-        self.parent[units] = parents
-        self.depth[units] = depths
+        if len(units) == 1:
+            self.parent[units.item()], self.depth[units.item()] = parents.item(), depths.item()
+        else:
+            self.parent[units], self.depth[units] = parents, depths
 
     def children_first(self, units: Ids) -> Ids:
         """The same units; if a parent stands before its child, ordered by depth instead."""
