@@ -60,7 +60,7 @@ class Open:
     """A plan that is being carried out."""
 
     plan: Plan
-    gens: tuple[np.ndarray | None, ...]  # of the pages of each Copy, when it began
+    gens: tuple[np.ndarray | None, ...]  # of the pages of each Copy downward, when it began
 
 
 class Books:
@@ -178,13 +178,20 @@ class Books:
         self._next_plan += 1
         gens: list[np.ndarray | None] = []
         for step in steps:
+            gen = None
             if isinstance(step, Copy):
-                self.table.busy[step.pages] += 1
-                gens.append(self.table.gen[step.pages].copy())
-            else:
-                gens.append(None)
+                self._hold(step.pages)
+                gen = self.table.gen[step.pages] if step.dst != AT_GPU else None
+            gens.append(gen)
         self._open[plan.id] = Open(plan, tuple(gens))
         return plan
+
+    def _hold(self, rows: Rows) -> None:
+        """One transfer more has these pages."""
+        if len(rows) == 1:  # 0.2 us, and 0.9 as an array
+            self.table.busy[rows.item()] += 1
+        else:
+            self.table.busy[rows] += 1
 
     def _follow(self, plan: Plan, request: Request) -> None:
         """A request's own plan, which it awaits."""

@@ -16,10 +16,10 @@ import numpy as np
 
 from tiermem.errors import TierFull
 from tiermem.ledger_records import Report
-from tiermem.plan import Plan, Request
+from tiermem.plan import Plan, Request, Step
 from tiermem.planner import Planner
 from tiermem.table import Rows
-from tiermem.tier import AT_NONE, GPU, HOST, NVME, Place
+from tiermem.tier import AT_NONE, GPU, HOST, NVME, Place, Slots
 
 PATIENCE_MS = 2000
 """How long a request waits for slots that others owe us, or that are on their way."""
@@ -190,11 +190,17 @@ class LeasedPlanner(Planner):
             self._hungry_since = None
             raise TierFull(f"{error}; {self.lender.explain()}") from None
 
-    def _is_room(self) -> bool:
-        room = super()._is_room()
-        if room:
+    def _frame(self, row: int) -> tuple[Slots, list[Step]] | None:
+        found = super()._frame(row)
+        if found is not None:
             self._hungry_since = None
-        return room
+        return found
+
+    def _return_one(self, rows: Rows, src: Place, request: Request, now: int) -> bool:
+        returned = super()._return_one(rows, src, request, now)
+        if returned:
+            self._hungry_since = None
+        return returned
 
     def _is_patient(self, now: int) -> bool:
         if self._hungry_since is None:

@@ -60,7 +60,7 @@ class Single(InPlace):
         if found is None:
             return False
         frames, steps = found
-        copy = Copy(src, GPU, rows, table.slot(src)[rows], frames, PASSED)
+        copy = Copy(src, GPU, rows, table.slot(src)[row : row + 1].copy(), frames, PASSED)
         plan = self._begin([*steps, copy, Show(rows, frames)])
         table.to[row] = AT_GPU
         table.move[row] = plan.id
@@ -159,7 +159,7 @@ class Single(InPlace):
         over = pool.capacity - self._allowed(GPU)
         steps: list[Step] = []
         if pool.free > over:
-            frame = pool.take_free(1).item()
+            frame = pool.take_one()
         elif pool.free or (frame := self._oldest_idle(over)) < 0:
             return None
         else:

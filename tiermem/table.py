@@ -158,12 +158,11 @@ class PageTable:
         self.min_unit_pages = self.max_unit_pages = 1
         for name, (dtype, _) in _COLUMNS.items():
             setattr(self, name, np.empty(0, dtype))
-        self._slot = np.empty((3, 0), np.int32)
+        self._slots = [np.empty(0, np.int32) for _ in TIERS]
 
     def slot(self, place: Place) -> Rows:
         """int32[rows]: the slot of each page in a tier, -1 for none. A view: writes go through."""
-        column: Rows = self._slot[place - 1]
-        return column
+        return self._slots[place - 1]
 
     def extend(self, pages: int, unit_pages: int = 1, tenant: int = 0) -> Extent:
         """Add a region's rows, all NONE. `pages` is a multiple of `unit_pages`."""
@@ -171,7 +170,8 @@ class PageTable:
         for name, (dtype, fill) in _COLUMNS.items():
             old = getattr(self, name)
             setattr(self, name, np.concatenate([old, np.full(pages, fill, dtype)]))
-        self._slot = np.concatenate([self._slot, np.full((3, pages), -1, np.int32)], axis=1)
+        more = np.full(pages, -1, np.int32)
+        self._slots = [np.concatenate([old, more]) for old in self._slots]
         rows = np.arange(extent.first, extent.first + pages, dtype=np.int32)
         self.unit[rows] = rows - (rows - extent.first) % unit_pages
         self.region[rows] = len(self.extents)
@@ -211,7 +211,7 @@ class PageTable:
     def bytes_per_page(self) -> float:
         """Resident bytes a page of all columns."""
         columns = sum(getattr(self, name).itemsize for name in _COLUMNS)
-        return float(columns + 3 * self._slot.itemsize)
+        return float(columns + sum(column.itemsize for column in self._slots))
 
     def movable(self, units: Rows, place: Place) -> Mask:
         """bool[n]: units that rest in `place` and that nobody uses, awaits or is moving."""

@@ -344,6 +344,13 @@ class SlotPool:
         self._top -= n
         return self._free[self._top : self._top + n][::-1].copy()
 
+    def take_one(self) -> int:
+        """A free slot, now used; there is one."""
+        assert self._top, f"{self.place.name}: no slot is free"
+        self._top -= 1
+        slot: int = self._free.item(self._top)
+        return slot
+
     def claim(self, slots: Slots) -> None:
         """These free slots become used: their bytes were there before the pool was."""
         free = self._free[: self._top]

@@ -66,18 +66,24 @@ class Lane:
         self.line = Timeline(words, open_stream(context))
         # Made now: loading a module may wait for running kernels.
         self._gather = Gather(context, self.line) if gather_below else None
-        self._entry = np.zeros(4, np.uint64)  # to, from, bytes, which of the entries failed
-        self._one = self._routine() if context.driver.has("cuMemcpyBatchAsync") else None
+        entry = np.zeros(4, np.uint64)  # to, from, bytes, which of the entries failed
+        self._entry = entry.data
+        self._one = self._batch_of_one(entry) if self._has_batches() else None
         self._failure: CudaError | None = None
         self._queued: deque[tuple[int, int]] = deque()
         self._entries = 0
 
-    def _routine(self) -> Routine:
-        """A batch of one, its arrays in `_entry`."""
-        to, start, size, failed = (self._entry.ctypes.data + 8 * i for i in range(4))
+    def _has_batches(self) -> bool:
+        return self.context.driver.has("cuMemcpyBatchAsync")
+
+    def _batch_of_one(self, entry: npt.NDArray[np.uint64]) -> Routine:
+        """entry: where its destination, source and size stand, a word each."""
+        to, start, size, failed = (entry.ctypes.data + 8 * i for i in range(4))
         how, first = _STREAM_ORDER.ctypes.data, _FROM_ENTRY_0.ctypes.data
-        batch = ("cuMemcpyBatchAsync", to, start, size, 1, how, first, 1, failed, self.line.stream)
-        return Routine(self.context, (batch,))
+        stream = self.line.stream
+        return self.line.marking(
+            ("cuMemcpyBatchAsync", to, start, size, 1, how, first, 1, failed, stream)
+        )
 
     def takes_one(self, nbytes: int) -> bool:
         """Whether `copy_one` copies a piece of this size as `copy` would."""
@@ -87,10 +93,9 @@ class Lane:
         """`copy` of one piece that it `takes_one`, for half the time; call with the lock held."""
         self.admit(1)
         assert self._one is not None, "asked before"
-        self._entry[:] = dst, src, nbytes, 1
+        self._entry[0], self._entry[1], self._entry[2] = dst, src, nbytes
         try:
-            self._one.run()
-            return self.done(1, nbytes)
+            return self.done(1, nbytes, self._one)
         except CudaError as error:
             self._abandon(error)
             raise
@@ -119,7 +124,7 @@ class Lane:
             if self._gather is None:
                 self._gather = Gather(self.context, self.line)
             self._gather.copy(dst, src, sizes)
-        elif self.context.driver.has("cuMemcpyBatchAsync"):
+        elif self._has_batches():
             together = _BATCH
             if self._gate is not None:
                 together = min(max(_GATED // int(sizes.max()), 1), _BATCH)
@@ -177,9 +182,9 @@ class Lane:
         if self.line.failure is not None:
             raise self.line.failure
 
-    def done(self, entries: int, nbytes: int) -> CudaDone:
-        """Mark the end of what was just queued."""
-        tick = self.line.mark()
+    def done(self, entries: int, nbytes: int, work: Routine | None = None) -> CudaDone:
+        """Mark the end of what was just queued, or of this work, which is queued now."""
+        tick = self.line.mark(work)
         self._queued.append((tick, entries))
         self._entries += entries
         if nbytes <= _SPIN_BYTES:

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from tiermem.errors import DriverError
 from tiermem.gpu.driver import NOT_READY, SUCCESS, Context, CudaError
-from tiermem.gpu.routine import A, B, Routine
+from tiermem.gpu.routine import A, B, Routine, Step
 from tiermem.tier import Fence, Mask
 
 _RING: Final = 64  # events a stream; an older mark is waited for through a later one
@@ -102,18 +102,22 @@ class Timeline:
         self._context = words.context
         self._words = words
         self._events: list[int] = []
-        write = ("cuStreamWriteValue64", stream, words.address + 8 * self.index, A, 0)
-        self._mark = Routine(words.context, (write, ("cuEventRecord", B, stream)))
+        self._mark = self.marking()
         self._wait_for = Routine(words.context, (("cuStreamWaitEvent", A, B, 0),))
         self._tick = 0
         self._lock = threading.Lock()
         self._polls = 0
 
-    def mark(self) -> int:
-        """Queue a mark behind all that is on the stream; its tick."""
+    def marking(self, *steps: Step) -> Routine:
+        """Calls that queue work on this stream, and those of the mark behind it: for `mark`."""
+        write = ("cuStreamWriteValue64", self.stream, self._words.address + 8 * self.index, A, 0)
+        return Routine(self._context, (*steps, write, ("cuEventRecord", B, self.stream)))
+
+    def mark(self, work: Routine | None = None) -> int:
+        """Queue a mark behind all that is on the stream, and behind this work; its tick."""
         with self._lock:
             tick = self._tick + 1
-            self._mark.run(tick, self._event(tick))
+            (work or self._mark).run(tick, self._event(tick))
             self._tick = tick
             return tick
 
