@@ -52,7 +52,9 @@ class Checker:
         self._blocks: dict[str, list[int]] = {}
         self._step = 0
         self.spoil = False
-        self.counts = dict.fromkeys(("sealed", "verified", "same_step", "of_others", "spoiled", "resumed"), 0)
+        self.counts = dict.fromkeys(
+            ("sealed", "verified", "same_step", "of_others", "spoiled", "resumed"), 0
+        )
         self._orders, self._side.orders = self._side.orders, self._note
         self._carry, self._rank.carry = self._rank.carry, self._before
         self._mark, self._rank.mark = self._rank.mark, self._after
@@ -88,7 +90,7 @@ class Checker:
                 self._blocks[name] += more[0]
             filled += self._filled(name, computed, tokens[name])
         orders = self._orders(output)
-        # What a step fills, others may find in that very step: there is nothing to compare yet.
+        # What a step fills, others may find in that very step: nothing to compare yet.
         self.counts["same_step"] += len(found) - len(kept := [b for b in found if b not in filled])
         self._verify[orders.step] = kept
         self._seal[orders.step] = filled

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 from tests.policies.test_queue import Allowed, ids
 from tiermem.bench.replay import Facts
 from tiermem.policies import load, names
-from tiermem.policies.base import Eviction
+from tiermem.policies.base import Eviction, Ids
 
 ONLINE = [name for name in names() if name != "belady"]
 CAPACITY = 24
@@ -124,3 +125,31 @@ def test_units_beyond_any_seen_so_far_are_taken_in(name: str) -> None:
     policy.removed(far, 4)
     policy.removed(ids(4_000_000), 5)
     assert not len(policy.victims(Allowed(), 5, 6))
+
+
+class Counting(Allowed):
+    """How often a policy asks which of some units may leave."""
+
+    asked = 0
+
+    def keep(self, units: Ids) -> npt.NDArray[np.bool_]:
+        self.asked += 1
+        return super().keep(units)
+
+
+@pytest.mark.parametrize("name", ONLINE)
+def test_a_long_row_of_units_that_may_not_leave_is_passed_in_few_looks(name: str) -> None:
+    n = 4096
+    policy = load(name, n)
+    for at in range(0, n, 16):
+        units = ids(*range(at + 15, at - 1, -1))
+        parents = np.where(units % 16, units - 1, -1).astype(np.int32)
+        policy.inserted(units, parents, units % 16, None, at)
+        policy.finished(units, Facts(at, None, "stop", 1), at)
+        policy.accessed(units, at + 1)  # so that much is known of how soon units are used again
+        policy.finished(units, Facts(at, None, "stop", 1), at + 1)
+    candidates = Counting(set(range(n - 64)))
+    answer = policy.victims(candidates, 2, n)
+    assert len(answer) == 2
+    assert answer.min() >= n - 64
+    assert candidates.asked <= 40

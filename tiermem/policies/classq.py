@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from tiermem.policies.base import Candidates, EvictionBase, Ids, Keys, RequestFacts
 from tiermem.policies.density import Densities, bucket_of
-from tiermem.policies.queue import Lineage, Queues, grown, joined
+from tiermem.policies.queue import Lineage, Queues, first_width, grown, joined
 from tiermem.policies.sessions import Sessions
 
 I64 = npt.NDArray[np.int64]
@@ -129,6 +129,7 @@ class ClassQueues(EvictionBase):
         density = self._density(queues, heads, now)
         stamps = self._queues.stamp[heads]
         after = [0] * len(queues)
+        width = first_width(n)
         found: list[Ids] = []
         while n > 0 and len(queues):
             low = np.flatnonzero(density == density.min())
@@ -136,13 +137,14 @@ class ClassQueues(EvictionBase):
             if density[at] == np.inf:
                 break
             queue = int(queues[at])
-            units, ranks, end = self._queues.read(queue, after[at], n + n // 4 + 8)
+            units, ranks, end = self._queues.read(queue, after[at], width)
             if not len(units):
                 density[at] = np.inf
                 continue
             allowed = np.flatnonzero(candidates.keep(units))
             if not len(allowed):
                 after[at] = end
+                width *= 2
                 continue
             earned = self._density(queue, units[allowed], now)
             # Units at the old end that earn as little as the head leave as one run.

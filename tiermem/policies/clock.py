@@ -7,7 +7,7 @@ from typing import ClassVar
 import numpy as np
 
 from tiermem.policies.base import Candidates, EvictionBase, Ids, Keys, Mask
-from tiermem.policies.queue import Queues, grown, joined
+from tiermem.policies.queue import Queues, first_width, grown, joined
 
 
 class Clock(EvictionBase):
@@ -34,11 +34,12 @@ class Clock(EvictionBase):
 
     def victims(self, candidates: Candidates, n: int, now: int) -> Ids:
         found: list[Ids] = []
-        after = 0
+        after, width = 0, first_width(n)
         while n > 0:
-            units, _, after = self._queue.read(0, after, n + n // 4 + 8)
+            units, _, after = self._queue.read(0, after, width)
             if not len(units):
                 break
+            width *= 2
             units = units[candidates.keep(units)]
             leaves = np.flatnonzero(~self._used[units])[:n]
             # The hand stops behind the last victim: what lies beyond keeps its bit and its place.

@@ -165,11 +165,12 @@ class Queues:
     def oldest(self, queue: int, candidates: Candidates, n: int) -> Ids:
         """Up to n units of one queue that may leave, oldest first; nothing changes."""
         found: list[Ids] = []
-        after = 0
+        after, width = 0, first_width(n)
         while n > 0:
-            units, _, after = self.read(queue, after, n + n // 4 + 8)
+            units, _, after = self.read(queue, after, width)
             if not len(units):
                 break
+            width *= 2
             units = units[candidates.keep(units)][:n]
             found.append(units)
             n -= len(units)
@@ -198,6 +199,15 @@ class Queues:
             room = max(2 * len(log.units), 3 * (log.tail + n))
             log.units, log.stamps = np.empty(room, np.int32), np.empty(room, np.int64)
         log.units[: log.tail], log.stamps[: log.tail] = units, stamps
+
+
+def first_width(n: int) -> int:
+    """How many units to read first for n victims.
+
+    Whoever may take none of them reads twice as many next: a long row of units that may not leave,
+    such as those on their way down already, then costs a few reads.
+    """
+    return n + n // 4 + 8
 
 
 def grown(column: npt.NDArray[Number], rows: int, fill: int = 0) -> npt.NDArray[Number]:

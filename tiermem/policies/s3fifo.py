@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from tiermem.policies.base import Candidates, EvictionBase, Ids, Keys
 from tiermem.policies.ghost import Names, Returning, Ring, named
-from tiermem.policies.queue import Queues, grown, joined
+from tiermem.policies.queue import Queues, first_width, grown, joined
 
 SMALL, MAIN = 0, 1
 CAP = 3
@@ -60,14 +60,16 @@ class S3FIFO(EvictionBase):
     def victims(self, candidates: Candidates, n: int, now: int) -> Ids:
         sizes = [self._queues.size(SMALL), self._queues.size(MAIN)]
         after, ended = [0, 0], [False, False]
+        width = first_width(n)
         found: list[Ids] = []
         while n > 0 and not all(ended):
             over = sizes[SMALL] - self._small + 1
             queue = SMALL if over > 0 or sizes[MAIN] == 0 or ended[MAIN] else MAIN
             queue = MAIN - queue if ended[queue] else queue
-            units, stamps, end = self._queues.read(queue, after[queue], n + n // 4 + 8)
+            units, stamps, end = self._queues.read(queue, after[queue], width)
             after[queue], ended[queue] = end, not len(units)
             allowed = np.flatnonzero(candidates.keep(units))
+            width = width if len(allowed) else 2 * width
             if queue == SMALL and not ended[MAIN]:
                 # The balance between the queues is looked at anew after `over` units.
                 allowed = self._cut(allowed, max(over, 1), stamps, after)

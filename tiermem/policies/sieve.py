@@ -7,7 +7,7 @@ from typing import ClassVar
 import numpy as np
 
 from tiermem.policies.base import Candidates, EvictionBase, Ids, Keys, Mask
-from tiermem.policies.queue import Queues, grown, joined
+from tiermem.policies.queue import Queues, first_width, grown, joined
 
 
 class Sieve(EvictionBase):
@@ -35,12 +35,13 @@ class Sieve(EvictionBase):
 
     def victims(self, candidates: Candidates, n: int, now: int) -> Ids:
         found: list[Ids] = []
-        wraps = 0
+        wraps, width = 0, first_width(n)
         while n > 0 and wraps <= 2:
-            units, stamps, end = self._queue.read(0, self._passed, n + n // 4 + 8)
+            units, stamps, end = self._queue.read(0, self._passed, width)
             if not len(units):
                 wraps, self._passed = wraps + 1, 0
                 continue
+            width *= 2
             allowed = candidates.keep(units)
             if wraps and found:
                 allowed &= ~np.isin(units, joined(found))
