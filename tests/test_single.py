@@ -28,6 +28,9 @@ class LongWay(Planner):
     def _load_one(self, rows: Rows, request: Request, order: bool, now: int) -> bool:
         return False
 
+    def _load_bare(self, rows: Rows, request: Request, order: bool) -> bool:
+        return False
+
     def _land_one(self, step: Copy, plan_id: int, now: int) -> bool:
         return False
 
@@ -60,6 +63,12 @@ class Taken(Planner):
             back, stolen = self.counts["taken_back"], self.counts["stolen"]
             which = "returned" if back > retired[0] else "stole" if stolen > retired[1] else "free"
             SHORT[which] = SHORT.get(which, 0) + 1
+        return taken
+
+    def _load_bare(self, rows: Rows, request: Request, order: bool) -> bool:
+        taken = super()._load_bare(rows, request, order)
+        if taken:
+            SHORT["bare"] = SHORT.get("bare", 0) + 1
         return taken
 
 
@@ -162,4 +171,4 @@ def test_one_page_goes_the_short_way_to_the_same_state(eager: bool, in_order: bo
             h.drain()
             h.planner.check()
         assert state(short) == state(long)
-    assert set(SHORT) == ({"free"} if eager else {"free", "returned", "stole"})
+    assert set(SHORT) == ({"free", "bare"} if eager else {"free", "returned", "stole", "bare"})

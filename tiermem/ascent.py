@@ -13,6 +13,7 @@ from tiermem.room import Room
 from tiermem.table import DIRTY, DOOMED, IS_FRAME, IS_RETIRED, ORDERED, STALE, Rows
 from tiermem.tier import (
     AT_GPU,
+    AT_HOST,
     AT_LOST,
     GPU,
     HOST,
@@ -69,10 +70,35 @@ class Ascent(Room):
                 rows = away if here.all() else away[here]
                 self._load(rows, place, request, ordered=order and place == HOST)
 
+    def _load_bare(self, rows: Rows, request: Request, order: bool) -> bool:
+        """`fault` of several pages with which nothing is: they rest in one tier below, no address
+        shows anything, and frames are there. False, with nothing done, where it is not so simple.
+
+        Half the questions of the general case (53 to 29 us for 64 pages, 2-core), all of them
+        between the end of one group's show and the start of the next's.
+        """
+        table, n = self.table, len(rows)
+        at = table.at[rows]
+        src = HOST if at[0] == AT_HOST else NVME
+        if self.gauge is not None or np.count_nonzero(at == int(src)) < n:
+            return False
+        if np.count_nonzero(table.to[rows]) or np.count_nonzero(table.shown[rows]):
+            return False
+        if np.count_nonzero(table.flags[rows] & DOOMED) or self._available(_NO_ROWS) < n:
+            return False
+        self._found_room()
+        ordered = order and src == HOST
+        self._load(rows, src, request, ordered)
+        self.counts["faulted"] += n
+        request.taken = True
+        if request.pins:
+            (table.pins if ordered else table.waiters)[rows] += 1
+        return True
+
     def _load(self, rows: Rows, src: Place, request: Request, ordered: bool) -> None:
         frames, steps = self._frames(rows)
         table = self.table
-        copy = Copy(src, GPU, rows, table.slot(src)[rows].copy(), frames, PASSED)
+        copy = Copy(src, GPU, rows, table.slot(src)[rows], frames, PASSED)
         # A page or two are shown by the calling thread, so their copy goes first; a group takes a
         # thread of the window's longer than its copy, so that goes second.
         show = Show(rows, frames)
@@ -109,9 +135,10 @@ class Ascent(Room):
             steps.append(hide)
             frames = np.concatenate([frames, stolen])
         pool.owner[frames] = rows
-        foreign = frames[pool.tenant[frames] != table.tenant[rows]]
-        pool.tenant[frames] = table.tenant[rows]
+        tenants = table.tenant[rows]
+        foreign = frames[pool.tenant[frames] != tenants]
         if len(foreign):
+            pool.tenant[frames] = tenants
             steps.append(Zero(foreign))
         return frames, steps
 

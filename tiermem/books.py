@@ -205,8 +205,11 @@ class Books:
         At least n where there are so many: units lose all their slots or none.
         """
         table, pool = self.table, self.pools[place]
-        owners = table.pages(table.heads(pool.owner[self._idle_kept(place, n)]))
-        slots = table.slot(place)[owners].copy()
+        slots = self._idle_kept(place, n)
+        owners = pool.owner[slots]
+        if table.max_unit_pages > 1:
+            owners = table.pages(table.heads(owners))
+            slots = table.slot(place)[owners]
         pool.reuse(slots)
         table.slot(place)[owners] = -1
         if place == AT_NVME:
@@ -218,7 +221,9 @@ class Books:
         pool = self.pools[place]
         slots = pool.oldest_kept(n)
         idle = self._is_idle(pool.owner[slots], place)
-        if idle.all() or n is None or n >= pool.kept:
+        if np.count_nonzero(idle) == len(slots):
+            return slots
+        if n is None or n >= pool.kept:
             return slots[idle]
         slots = pool.oldest_kept()
         return slots[self._is_idle(pool.owner[slots], place)][:n]
@@ -254,6 +259,9 @@ class Books:
         if never.all():
             return []
         return [self._begin([self._hide_unowned(rows[~never], frames[~never])])]
+
+    def _found_room(self) -> None:
+        """A request has the frames that it needs; for whoever counts how long one has not."""
 
     def _retire(self, rows: Rows) -> list[Plan]:
         """The frames of pages that left the GPU: kept and still shown, or hidden at once."""

@@ -46,15 +46,17 @@ class Fences:
     def join(self, ids: FenceIds, stream: int, tick: int) -> FenceIds:
         """uint32[n]: each fence, and the point `tick` on `stream` besides."""
         self._widen(stream + 1)
-        if len(ids) == 1:
-            fence = ids.item() if self._open[ids.item()] else 0
-            later = tick > self._passed.item(stream)
-            return np.array([self._joined(fence, stream, tick) if later else fence], np.uint32)
+        n, first = len(ids), int(ids[0]) if len(ids) else 0
+        if np.count_nonzero(ids == first) == n:
+            fence = first if self._open.item(first) else 0
+            if tick > self._passed.item(stream):
+                fence = self._joined(fence, stream, tick)
+            return np.full(n, fence, np.uint32)
         old = ids.copy()
         old[~self._open[ids]] = 0
         if tick <= self._passed[stream]:
             return old
-        if len(old) == 1 or (old == old[0]).all():
+        if (old == old[0]).all():
             return np.full(len(old), self._joined(int(old[0]), stream, tick), np.uint32)
         distinct, where = np.unique(old, return_inverse=True)
         joined = [self._joined(int(f), stream, tick) for f in distinct]

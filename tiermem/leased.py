@@ -16,10 +16,10 @@ import numpy as np
 
 from tiermem.errors import TierFull
 from tiermem.ledger_records import Report
-from tiermem.plan import Plan, Request, Step
+from tiermem.plan import Plan, Request
 from tiermem.planner import Planner
 from tiermem.table import Rows
-from tiermem.tier import AT_NONE, GPU, HOST, NVME, Place, Slots
+from tiermem.tier import AT_NONE, GPU, HOST, NVME, Place
 
 PATIENCE_MS = 2000
 """How long a request waits for slots that others owe us, or that are on their way."""
@@ -175,7 +175,9 @@ class LeasedPlanner(Planner):
 
     def _have_room(self, n: int, request: Request, now: int, spare_us: Rows = _NO_ROWS) -> bool:
         short = n - self._available(spare_us)
-        if short <= 0 or GPU in self.failed_tiers:
+        if short <= 0:
+            return super()._have_room(n, request, now, spare_us)
+        if GPU in self.failed_tiers:
             self._hungry_since = None
             return super()._have_room(n, request, now, spare_us)
         owed = short > self.lender.promised and self.lender.lend(short - self.lender.promised)
@@ -190,17 +192,8 @@ class LeasedPlanner(Planner):
             self._hungry_since = None
             raise TierFull(f"{error}; {self.lender.explain()}") from None
 
-    def _frame(self, row: int) -> tuple[Slots, list[Step]] | None:
-        found = super()._frame(row)
-        if found is not None:
-            self._hungry_since = None
-        return found
-
-    def _return_one(self, rows: Rows, src: Place, request: Request, now: int) -> bool:
-        returned = super()._return_one(rows, src, request, now)
-        if returned:
-            self._hungry_since = None
-        return returned
+    def _found_room(self) -> None:
+        self._hungry_since = None
 
     def _is_patient(self, now: int) -> bool:
         if self._hungry_since is None:

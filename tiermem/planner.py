@@ -125,9 +125,13 @@ class Planner(Ascent):
         others read in place), TierFull; then nothing is pinned.
         """
         table = self.table
-        if len(rows) == 1 and access != "fresh" and (touches is None or self.crossover is None):
+        if access != "fresh" and (touches is None or self.crossover is None):
             request = Request(rows, pins=pin)
-            if self._load_one(rows, request, order, now):
+            if len(rows) == 1:
+                taken = self._load_one(rows, request, order, now)
+            else:
+                taken = len(rows) > 1 and self._load_bare(rows, request, order)
+            if taken:
                 return request
         at, to = table.at[rows], table.to[rows]
         if not at.all() or (table.flags[rows] & DOOMED).any():
@@ -299,9 +303,11 @@ class Planner(Ascent):
     def _unpin(self, rows: Rows, tick: tuple[int, int] | None) -> None:
         table = self.table
         pinned = table.pins[rows] > 0
-        if not pinned.all():
+        if np.count_nonzero(pinned) == len(rows):
+            table.pins[rows] -= 1
+        else:
             table.waiters[rows[~pinned]] -= 1
-        table.pins[rows[pinned]] -= 1
+            table.pins[rows[pinned]] -= 1
         if tick is not None:
             if table.fences.crowded:
                 table.fences.sweep(table.fence)

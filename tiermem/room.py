@@ -28,6 +28,7 @@ class Room(Compaction):
         """
         have = self._available(spare_us)
         if have >= n:
+            self._found_room()
             return True
         if GPU in self.failed_tiers:
             raise TierFailed("gpu: the tier has failed; reopen the space")

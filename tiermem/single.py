@@ -86,6 +86,7 @@ class Single(InPlace):
         others = pool.kept - 1 if passed else 0
         if pool.free + others + self._allowed(GPU) < pool.capacity:
             return False
+        self._found_room()
         pool.reuse_one(table.slot(GPU).item(row))
         table.shown[row] = IS_FRAME
         self._arrive_one(rows, src, now)
@@ -164,6 +165,7 @@ class Single(InPlace):
             return None
         else:
             steps.append(self._steal_one(frame))
+        self._found_room()
         pool.owner[frame] = row
         frames = np.array([frame], np.int32)
         if pool.tenant.item(frame) != tenant:

@@ -46,6 +46,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_U64 = (1 << 64) - 1
+
 
 class Space:
     """Tiered memory on one device. Thread-safe; close it, or use it as a context manager."""
@@ -60,8 +62,7 @@ class Space:
         self.page_bytes = parts.device.page_bytes
         self._parts = parts
         self._regions: list[Region | Nobody] = []
-        self._bases = np.zeros(0, np.uint64)
-        self._firsts = np.zeros(0, np.int64)
+        self._row_0 = np.zeros(0, np.uint64)  # where row 0 would be, going by each region's first
         self._start_s = time.monotonic()
         self._closed = False
         self._metrics: Endpoint | None = None
@@ -189,8 +190,8 @@ class Space:
             self._regions.append(region)
             if isinstance(self._planner.admission, Budgeted):
                 self._planner.admission.weigh(self.page_bytes * self._planner.table.max_unit_pages)
-            self._bases = np.append(self._bases, np.uint64(address))
-            self._firsts = np.append(self._firsts, extent.first)
+            row_0 = (address - extent.first * self.page_bytes) & _U64
+            self._row_0 = np.append(self._row_0, np.uint64(row_0))
         return region
 
     def addresses(self, rows: Rows) -> Addresses:
@@ -198,11 +199,10 @@ class Space:
         if len(rows) == 1:
             row: int = rows.item()
             index = self._planner.table.region.item(row)
-            at = (row - self._firsts.item(index)) * self.page_bytes
-            return np.array([self._bases.item(index) + at], np.uint64)
-        region = self._planner.table.region[rows]
-        offset = (rows - self._firsts[region]).astype(np.uint64) * np.uint64(self.page_bytes)
-        addresses: Addresses = self._bases[region] + offset
+            at = self._row_0.item(index) + row * self.page_bytes
+            return np.array([at & _U64], np.uint64)
+        offsets = rows.astype(np.uint64) * np.uint64(self.page_bytes)
+        addresses: Addresses = self._row_0[self._planner.table.region[rows]] + offsets
         return addresses
 
     def find(self, keys: Keys, *, tenant: int = 0) -> npt.NDArray[np.uint8]:
@@ -498,8 +498,7 @@ class Space:
         if slab is None or not self.config.nvme.persist:
             return None
         self._regions.append(Nobody())
-        self._bases = np.append(self._bases, np.uint64(0))
-        self._firsts = np.append(self._firsts, 0)
+        self._row_0 = np.append(self._row_0, np.uint64(0))
         return Keeping(slab, self.pager, self._configured[Place.NVME], self.now())
 
     def _record(self) -> None:

@@ -13,6 +13,8 @@ from tiermem.gpu.streams import Gate
 from tiermem.native import ALL, CALL, Calls, Kind, Program, Ticket, function, group
 from tiermem.tier import Addresses, Mask
 
+_WORDS: Final = CALL.itemsize // 8  # of one call: the function, then its arguments, then the rest
+_ARG_0: Final = 1
 _PART: Final = 128  # rows filled at a time: NumPy keeps the interpreter lock below 500 elements
 
 Column = npt.NDArray[np.uint64]
@@ -27,41 +29,53 @@ class Face:
     descs: Column
 
 
-@dataclass(frozen=True, slots=True)
 class Template:
     """The calls that one page takes, and their undo rows: unmap the old, map the new.
 
-    Filling a copy a page costs a quarter of building the rows anew (120 to 30 us for 64 pages).
+    Filling a copy is a quarter of building the rows anew (120 to 30 us for 64 pages), and a third
+    of that where the last group was as large: its rows are kept.
     """
 
-    names: tuple[str, ...]
-    rows: bytes
-    undo: bytes
-    before: bytes  # once a group, one call: shut the gate; undone by opening it
-    after: bytes
+    def __init__(
+        self, names: tuple[str, ...], rows: Calls, undo: Calls, before: Calls, after: Calls
+    ) -> None:
+        """names: of the calls a page. before, after: once a group, a call each or none: shut the
+        gate, undone by opening it."""
+        self.names = names
+        self.before = len(before)
+        self._rows, self._undo = rows, undo
+        self._around = before, after
+        self._n = 0
+        self._made = (b"", b"")
 
     def program(self, addresses: Addresses, old: Face | None, new: Face | None) -> Program:
-        n, k = len(addresses), len(self.rows) // CALL.itemsize
-        # Bytes, because NumPy compares the fields of records that it joins, for 10 us each time.
-        calls = np.frombuffer(bytearray(self.before + self.rows * n + self.after), CALL)
-        nothing = bytes(len(self.after))
-        backwards = np.frombuffer(bytearray(self.after + self.undo * n + nothing), CALL)
-        middle = slice(
-            len(self.before) // CALL.itemsize, len(calls) - len(self.after) // CALL.itemsize
-        )
-        rows, undo = calls[middle].reshape(n, k), backwards[middle].reshape(n, k)
+        n, k = len(addresses), len(self.names)
+        if n != self._n:
+            self._n, self._made = n, self._make(n)
+        calls, backwards = (np.frombuffer(bytearray(made), np.uint64) for made in self._made)
+        middle = slice(self.before * _WORDS, (self.before + n * k) * _WORDS)
+        todo, undo = calls[middle].reshape(n, k, _WORDS), backwards[middle].reshape(n, k, _WORDS)
         for first in range(0, n, _PART):
             part = slice(first, first + _PART)
-            rows["entry"][part] = np.arange(first, min(first + _PART, n))[:, None]
-            todo, back = rows["args"][part], undo["args"][part]
-            todo[:, :, 0] = back[:, :, 0] = addresses[part, None]
+            now, back = todo[part], undo[part]
+            now[:, :, _ARG_0] = back[:, :, _ARG_0] = addresses[part, None]
             if old is not None:
-                back[:, 0, 2], back[:, 0, 3] = old.desc[part], old.descs[part]
-                back[:, 1, 3] = old.handles[part]
+                back[:, 0, _ARG_0 + 2], back[:, 0, _ARG_0 + 3] = old.desc[part], old.descs[part]
+                back[:, 1, _ARG_0 + 3] = old.handles[part]
             if new is not None:
-                todo[:, k - 2, 3] = new.handles[part]
-                todo[:, k - 1, 2], todo[:, k - 1, 3] = new.desc[part], new.descs[part]
-        return Program(calls, backwards)
+                now[:, k - 2, _ARG_0 + 3] = new.handles[part]
+                now[:, k - 1, _ARG_0 + 2] = new.desc[part]
+                now[:, k - 1, _ARG_0 + 3] = new.descs[part]
+        return Program(calls.view(CALL), backwards.view(CALL))
+
+    def _make(self, n: int) -> tuple[bytes, bytes]:
+        """The calls of a group of n and their undo rows, all but what the pages show."""
+        (before, after), k = self._around, len(self.names)
+        rows = np.tile(self._rows, n)
+        rows["entry"] = np.repeat(np.arange(n), k)
+        calls = np.concatenate([before, rows, after])
+        undo = np.concatenate([after, np.tile(self._undo, n), np.zeros_like(after)])
+        return calls.tobytes(), undo.tobytes()
 
 
 class Templates:
@@ -101,13 +115,7 @@ class Templates:
             rows += [shown, let]
             undo += [unmap, np.zeros_like(unmap)]
         before, after = self._gates() if new else (np.zeros(0, CALL), np.zeros(0, CALL))
-        return Template(
-            names,
-            np.concatenate(rows).tobytes(),
-            np.concatenate(undo).tobytes(),
-            before.tobytes(),
-            after.tobytes(),
-        )
+        return Template(names, np.concatenate(rows), np.concatenate(undo), before, after)
 
     def _gates(self) -> tuple[Calls, Calls]:
         """One call that shuts the gate and one that opens it."""
@@ -128,7 +136,7 @@ class Change:
         self._context = context
         self._ticket = ticket
         self._names = template.names
-        self._before = len(template.before) // CALL.itemsize
+        self._before = template.before
         self.tick = ticket.tick
 
     @property

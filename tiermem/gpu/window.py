@@ -5,8 +5,9 @@ Groups run in order on one thread of the window's own, without the interpreter l
 are shown by the calling thread when nothing is queued, because a hand-over would cost more than
 the 22 us a page that the driver asks (bench gpu_floor, H200, 2026-11).
 
-Page numbers and handles are Python lists here on purpose: NumPy gives the interpreter lock away in
-sorts and fancy indexing even of 64 elements, and beside a busy thread it comes back 5 ms later.
+Handles are in Python lists on purpose, and looked up with `map`: NumPy gives the interpreter lock
+away in sorts and fancy indexing even of 64 elements, and beside a busy thread it comes back 5 ms
+later. Arithmetic on so few keeps it.
 """
 
 from __future__ import annotations
@@ -76,6 +77,7 @@ class CudaWindow:
     def __init__(self, context: Context, frames: Arena, gate: Gate, *, guard: bool = False) -> None:
         self.context = context
         self.page_bytes = frames.slot_bytes
+        self._size = np.uint64(frames.slot_bytes)
         self._frames = frames
         self._ranges: list[_Range] = []
         self._lock = threading.Lock()
@@ -174,13 +176,17 @@ class CudaWindow:
                 with self._gate:
                     return self._show_now(addresses.tolist(), slots.tolist(), arena, in_place)
             where, pages = self._locate(addresses)
-            self._refuse([where.handles[page] for page in pages], addresses, "show something")
+            before = list(map(where.handles.__getitem__, pages))
+            if any(before):
+                self._refuse(before, addresses, "show something")
             numbers = slots.tolist()
             if min(numbers) < 0 or max(numbers) >= arena.slots:
                 raise DriverError(f"window: slots {min(numbers)}..{max(numbers)} of {arena.slots}")
-            handles = [arena.handles[slot] for slot in numbers]
-            self._refuse([not handle for handle in handles], slots, "have no memory behind them")
-            return self._change(where, pages, addresses, handles, in_place)
+            handles = list(map(arena.handles.__getitem__, numbers))
+            if not all(handles):
+                bad = [not handle for handle in handles]
+                self._refuse(bad, slots, "have no memory behind them")
+            return self._change(where, pages, addresses, before, handles, in_place)
 
     def hide(self, addresses: Addresses) -> Done:
         """Unmap the pages at these addresses, which all show something. All or nothing."""
@@ -188,19 +194,23 @@ class CudaWindow:
             if self._inline(len(addresses)):
                 return self._hide_now(addresses.tolist())
             where, pages = self._locate(addresses)
-            self._refuse([not where.handles[page] for page in pages], addresses, "show nothing")
-            return self._change(where, pages, addresses, None, False)
+            before = list(map(where.handles.__getitem__, pages))
+            if not all(before):
+                self._refuse([not handle for handle in before], addresses, "show nothing")
+            return self._change(where, pages, addresses, before, None, False)
 
     def _face(self, handles: list[int], in_place: list[int]) -> Face | None:
         """Handles with the access that each kind of memory gets; None where they show nothing."""
+        n, kind = len(handles), in_place[0]
         if not handles[0]:
-            return self._guards(len(handles))
-        at, count = zip(*self._access, strict=True)
-        return Face(
-            np.array(handles, np.uint64),
-            np.array([at[kind] for kind in in_place], np.uint64),
-            np.array([count[kind] for kind in in_place], np.uint64),
-        )
+            return self._guards(n)
+        at, count = self._access[kind]
+        if in_place.count(kind) == n:
+            descs = np.full(n, at, np.uint64), np.full(n, count, np.uint64)
+        else:
+            rows = np.array([self._access[kind] for kind in in_place], np.uint64)
+            descs = rows[:, 0], rows[:, 1]
+        return Face(np.array(handles, np.uint64), *descs)
 
     def _guards(self, n: int) -> Face | None:
         if self._guard is None:
@@ -210,12 +220,11 @@ class CudaWindow:
         return Face(handles, np.full(n, at, np.uint64), np.full(n, count, np.uint64))
 
     def _refuse(self, bad: list[int] | list[bool], items: Addresses | Slots, why: str) -> None:
-        if any(bad):
-            first = next(n for n, is_bad in enumerate(bad) if is_bad)
-            many = sum(1 for is_bad in bad if is_bad)
-            raise DriverError(
-                f"window: {many} of {len(items)} {why}, the first is {int(items[first]):#x}"
-            )
+        first = next(n for n, is_bad in enumerate(bad) if is_bad)
+        many = sum(1 for is_bad in bad if is_bad)
+        raise DriverError(
+            f"window: {many} of {len(items)} {why}, the first is {int(items[first]):#x}"
+        )
 
     def _refuse_closed(self) -> None:
         if self._closed:
@@ -239,23 +248,21 @@ class CudaWindow:
 
         An address that stands twice in a group is left to the driver, which refuses it.
         """
-        all_of_it = addresses.tolist()
-        where, _ = self._find(min(all_of_it))
-        if max(all_of_it) >= where.address + where.nbytes:
-            raise NotOurs(
-                f"window: {max(all_of_it):#x} is not in the reservation of {where.address:#x}"
-            )
-        offsets = [address - where.address for address in all_of_it]
-        size = self.page_bytes
-        self._refuse([offset % size for offset in offsets], addresses, "are not at a page's start")
-        pages = [offset // size for offset in offsets]
+        low, high = int(addresses.min()), int(addresses.max())
+        where, _ = self._find(low)
+        if high >= where.address + where.nbytes:
+            raise NotOurs(f"window: {high:#x} is not in the reservation of {where.address:#x}")
+        numbers, beyond = np.divmod(addresses - np.uint64(where.address), self._size)
+        if beyond.any():
+            self._refuse(beyond.tolist(), addresses, "are not at a page's start")
+        pages: list[int] = numbers.tolist()
         self._settle(where, pages)
         return where, pages
 
     def _settle(self, where: _Range, pages: Sequence[int]) -> None:
         """Wait for queued groups that change these pages; take back what failed groups did not."""
         if self._pending:
-            self._queue.wait(max(where.ticks[page] for page in pages))
+            self._queue.wait(max(map(where.ticks.__getitem__, pages)))
             self._reap()
 
     def _reap(self) -> None:
@@ -274,19 +281,21 @@ class CudaWindow:
         where: _Range,
         pages: list[int],
         addresses: Addresses,
+        before: list[int],
         handles: list[int] | None,
         in_place: bool,
     ) -> Change:
         """Queue the replacement of what pages show by `handles` (None: nothing); lock held."""
         after = handles or [0] * len(pages)
+        were = list(map(where.in_place.__getitem__, pages))
         kinds = [int(in_place)] * len(pages)
-        before = [where.handles[page] for page in pages], [where.in_place[page] for page in pages]
-        change = self._submit(addresses, self._face(*before), self._face(after, kinds))
-        self._pending.append(_Pending(change, where, pages, *before))
+        change = self._submit(addresses, self._face(before, were), self._face(after, kinds))
+        self._pending.append(_Pending(change, where, pages, before, were))
+        shown, kinds_of, ticks, tick = where.handles, where.in_place, where.ticks, change.tick
         for page, handle in zip(pages, after, strict=True):
-            where.handles[page] = handle
-            where.in_place[page] = in_place
-            where.ticks[page] = change.tick
+            shown[page] = handle
+            kinds_of[page] = in_place
+            ticks[page] = tick
         return change
 
     def _submit(self, addresses: Addresses, old: Face | None, new: Face | None) -> Change:
