@@ -10,9 +10,11 @@ import pytest
 
 from tests.harness import Harness
 from tiermem import Config, Gpu, Host, Nvme, Space
+from tiermem.books import Marks
+from tiermem.plan import Copy
 from tiermem.policies.admission import Budgeted, SecondTouch, admission
 from tiermem.policies.base import Admission
-from tiermem.tier import Place
+from tiermem.tier import Done, Place
 
 PAGE = 64 << 10
 
@@ -106,3 +108,49 @@ def test_a_space_admits_as_configured_and_may_be_told_otherwise(tmp_path: Path) 
         space.drain()
         assert space.statistics().counts["not_admitted"] == refused
         space.check()
+
+
+def make_room(harness: Harness) -> None:
+    """Turns of an engine in which everything ends but writes to the drive."""
+    for _ in range(6):
+        harness.carry(harness.planner.relieve(harness.now))
+        while quick := [done for done in harness.world.pending if done not in stores(harness)]:
+            harness.world.end(quick[0])
+            harness.settle_ready()
+
+
+def stores(harness: Harness) -> list[Done]:
+    return [
+        done
+        for flight in harness.flights.values()
+        for step, done in zip(flight.plan.steps, flight._dones, strict=True)
+        if isinstance(step, Copy) and step.dst == Place.NVME
+    ]
+
+
+@pytest.mark.parametrize("host", [0, 4])
+@pytest.mark.parametrize("backlog", [None, 2])
+def test_what_a_drive_that_is_behind_cannot_take_leaves_and_nobody_waits(
+    host: int, backlog: int | None
+) -> None:
+    harness = Harness(gpu=8, host=host, nvme=18, in_order=True, marks=Marks(0.5, 0.25))
+    planner = harness.planner
+    planner.backlog = backlog
+    came = 0
+    for unit in range(18):
+        make_room(harness)
+        assert backlog is None or len(stores(harness)) <= backlog
+        request = planner.allocate(np.array([unit], np.int32), harness.now)
+        harness.carry(request.plans)
+        if not request.taken:
+            break
+        harness.vacant.remove(unit)
+        harness.alive.add(unit)
+        came += 1
+    assert (came == 18) is (backlog is not None)
+    harness.drain()
+    planner.check()
+    gone = {reason for _, reason in harness.gone}
+    assert gone == ({"not-admitted"} if backlog else set())
+    assert (planner.counts["outpaced"] > 0) is (backlog is not None)
+    assert (harness.table.at[:18] == Place.NVME).any(), "the drive takes what it can"

@@ -82,13 +82,6 @@ class Backup(Attic):
         flying = self._storing()
         return most - flying if flying else max(most, unit if most else 0)
 
-    def _stores(self) -> list[Copy]:
-        steps = (step for opened in self._open.values() for step in opened.plan.steps)
-        return [step for step in steps if isinstance(step, Copy) and step.dst == NVME]
-
-    def _storing(self) -> int:
-        return sum(len(step.pages) for step in self._stores())
-
     def _room_for_spares(self, n: int, now: int, last: bool) -> tuple[list[Plan], int]:
         """(plans that make more room for later, how many slots may be taken now, up to n).
 

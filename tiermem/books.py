@@ -98,6 +98,7 @@ class Books:
         self.failed_tiers: set[Place] = set()
         self.limits: dict[Place, int] = {}
         self.admission: Admission | None = None  # who is asked before a write to NVMe
+        self.backlog: int | None = None  # pages on their way to NVMe, beyond which none are sent
         self.gauge: PrefetchGauge | None = None  # told what becomes of pages loaded ahead
         self.onlooker: Onlooker | None = None  # follows requests, for policies on trial
         self._admitted: set[int] = set()  # units that may be written and found no slot yet
@@ -353,6 +354,14 @@ class Books:
                     pages = self.table.pages(step.units)
                     leaving += int((self.table.at[pages] == int(place)).sum())
         return leaving + int((self.table.at[self._doomed] == place).sum())
+
+    def _stores(self) -> list[Copy]:
+        """Copies to the drive that are under way."""
+        steps = (step for opened in self._open.values() for step in opened.plan.steps)
+        return [step for step in steps if isinstance(step, Copy) and step.dst == NVME]
+
+    def _storing(self) -> int:
+        return sum(len(step.pages) for step in self._stores())
 
     def _mark(self, place: Place, which: Literal["high", "low"]) -> float:
         return float(getattr(self.marks[place], which) * self._allowed(place))

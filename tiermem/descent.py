@@ -162,8 +162,12 @@ class Descent(Books):
         refused = _NO_SLOTS
         if dst == AT_NVME and self.admission is not None:
             rows, refused = self._ask_admission(rows, now)
-            if not len(rows):
-                return [], rows, refused
+        if dst == AT_NVME and self.backlog is not None:
+            rows, late = self._cut(rows, max(0, self.backlog - self._storing()))
+            self.counts["outpaced"] += len(late)
+            refused = np.concatenate([refused, late])
+        if not len(rows):
+            return [], rows, refused
         plans, slots = self._lower_slots(dst, len(rows), now)
         rows, rest = self._cut(rows, len(slots))
         pool = self.pools[dst]

@@ -47,6 +47,7 @@ EVENTS = {
     "failed_copies": "pages whose copy failed; their bytes stayed where they were",
     "failed_reads": "pages that did not come back as written, or not at all",
     "lost": "pages whose only copy could not be read back; to be computed again",
+    "outpaced": "times that a page was kept from the drive, for it was behind",
     "not_admitted": "times that a page was kept from the drive, for nvme.admit said no",
     "dropped": "pages forgotten, for their last tier was full",
     "shelved": "pages left on the drive under their keys when their region closed",
