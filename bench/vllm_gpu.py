@@ -1,7 +1,7 @@
 """vLLM over tiermem on one GPU, beside vLLM as it is and vLLM's own offloading.
 
     python bench/vllm_gpu.py MODE --out DIR [--size 8b|tiny]      one engine, one JSON
-    python bench/vllm_gpu.py merge --out DIR                      table, verdicts, picture
+    python bench/vllm_gpu.py merge --out DIR                      table, bars, picture
 
 Modes, all with Llama-3.1-8B's shape and random weights, FLASH_ATTN and CUDA graphs:
   resident   vLLM alone, everything fits        small    vLLM alone, a quarter fits: it recomputes
@@ -30,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from bench.side_by_side import turn
 from bench.vllm_engines import SHAPES, machine, model, surroundings, turn_on
+from bench.vllm_report import merged
 
 MODES = ("resident", "fits", "small", "offload", "host", "nvme")
 BLOCK = 16
@@ -53,7 +54,7 @@ def main() -> None:
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     if args.mode == "merge":
-        print(json.dumps(merged(args.out), indent=1))
+        print(json.dumps(merged(args.out, [str(length) for length in LENGTHS]), indent=1))
         return
     file = args.out / f"vllm-{args.size}-{args.mode}.json"
     if file.exists():
@@ -119,7 +120,7 @@ def measure(
     }  # fmt: skip
     for length, count in LENGTHS.items():
         batch = prompts(length, count, seed=length)
-        cold = one_by_one(llm, batch)
+        cold = [one_by_one(llm, batch)]
         before = moved(llm)
         with Hooks(llm) as hooks:
             hot = [one_by_one(llm, batch) for _ in range(rounds)]
@@ -134,7 +135,8 @@ def measure(
             with_new = timed(lambda batch=batch: generate(llm, batch[:4], NEW))
             result["tokens"][length] = digest(generate(llm, batch, NEW))
         result["lengths"][length] = {
-            "cold_ttft_ms": summary(cold),
+            "cold_ttft_ms": summary(cold[0]),
+            "cold_rounds_ms": cold,
             "ttft_ms": summary([x for one in hot for x in one]),
             "ttft_rounds_ms": hot,
             "at_once_s": at_once,
@@ -277,34 +279,6 @@ def counts(llm: Any) -> dict[str, Any]:
 
 def digest(tokens: list[list[int]]) -> list[str]:
     return [hashlib.sha256(json.dumps(one).encode()).hexdigest()[:12] for one in tokens]
-
-
-def merged(out: Path) -> dict[str, Any]:
-    """All modes side by side, and the bars."""
-    found = {}
-    for file in sorted(out.glob("vllm-*-*.json")):
-        one = json.loads(file.read_text())
-        found[one["mode"]] = one
-    rows = {}
-    for length in map(str, LENGTHS):
-        rows[length] = {
-            mode: {
-                "cold_ttft_ms": one["lengths"][length]["cold_ttft_ms"]["median"],
-                "ttft_ms": one["lengths"][length]["ttft_ms"]["median"],
-                "ttft_p99_ms": one["lengths"][length]["ttft_ms"]["p99"],
-                "at_once_s": statistics.median(one["lengths"][length]["at_once_s"]),
-                "same_tokens": one["tokens"][length] == found["resident"]["tokens"][length]
-                if "resident" in found
-                else None,
-                "gb_per_s": {
-                    key: value[0] / value[1] / 1e9
-                    for key, value in one["lengths"][length]["moved"].items()
-                    if value[1]
-                },
-            }
-            for mode, one in found.items()
-        }
-    return {"schema": "tiermem.vllm_gpu.merged.v1", "rows": rows}
 
 
 if __name__ == "__main__":

@@ -69,10 +69,9 @@ OnGone = Callable[[Units, str], None]
 
 BATCH = 2048
 BACKLOG_BYTES = 512 << 20
-"""On their way to the drive at most, or a quarter of the tier above it. What must leave beyond that
-is dropped: an engine that computes faster than the drive writes would wait for it with each prompt,
-and for longer than the content takes to be computed again (docs/design.md). It is what a drive
-takes in the longest step."""
+"""On their way to the drive at most: what it takes during the longest step. What must leave beyond
+that is dropped: an engine that computes faster than the drive writes would wait for it with each
+prompt, and for longer than the content takes to be computed again (docs/design.md)."""
 """Pages on their way down at most that nobody waits for: two steps of a prefill at full speed."""
 PIECE = 256
 """Frames that get or give back memory in one step at most: 15 ms (2 MiB each, H200, FACTS)."""
@@ -183,9 +182,7 @@ class Director:
             in_order=True,
             batch=max(BATCH, unit_pages),
         )
-        above = self._capacity[HOST] or self._capacity[GPU]
-        most = min(BACKLOG_BYTES // self.page_bytes, above // 4)
-        self._planner.backlog = max(unit_pages, most)
+        self._planner.backlog = max(unit_pages, BACKLOG_BYTES // self.page_bytes)
         self._paces = Paces(frozenset.intersection(*(h.routes for h in hellos)), self.page_bytes)
         self._foresight = self._look_ahead()
         self._headroom = headroom
