@@ -13,7 +13,7 @@ import numpy as np
 
 from tiermem.attic import Attic
 from tiermem.descent import SPARE_SHARE
-from tiermem.plan import Copy, Plan
+from tiermem.plan import Plan
 from tiermem.table import DOOMED, LABELLED, STALE, Rows
 from tiermem.tier import AT_GPU, AT_HOST, GPU, HOST, NVME, Fence, Mask
 
