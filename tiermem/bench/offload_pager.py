@@ -95,7 +95,7 @@ def _scenes(run: Run, r: Rig, scenes: dict[Work, Scene]) -> None:
     for work, scene in scenes.items():
         run.told.begin(f"pager: {work}, {name} pages")
         with run.leaving_out(f"{work} {name}"):
-            _add(run, r.shape, work, run.take(scene(r)))
+            _add(run, r.shape, work, run.take(scene(r), run.settings.rounds))
     for work in BUSY_WORK if not run.settings.quick else ():
         if work not in scenes:
             continue

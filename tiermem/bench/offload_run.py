@@ -140,9 +140,9 @@ class Run:
         """What a thread of pure Python gets done here in a second, measured once."""
         return alone_per_s()
 
-    def take(self, laps: Laps) -> list[Lap]:
+    def take(self, laps: Laps, least: int = LEAST) -> list[Lap]:
         """As many rounds as are needed: see `take`."""
-        return take(laps, self._most)
+        return take(laps, self._most, least)
 
     def for_a_while(self, lap: Callable[[float], Lap]) -> list[Lap]:
         """Rounds of something that can be done for any number of seconds."""
@@ -264,12 +264,12 @@ class Run:
         return msgspec.structs.replace(found, gpus=tuple(names), cuda=driver.version_text)
 
 
-def take(laps: Laps, most: int) -> list[Lap]:
-    """A round of warm-up, then rounds until they agree, at least LEAST and at most `most`."""
+def take(laps: Laps, most: int, least: int = LEAST) -> list[Lap]:
+    """A round of warm-up, then rounds until they agree, at least `least` and at most `most`."""
     with closing(laps):
         next(laps)
         found: list[Lap] = []
-        while len(found) < min(LEAST, most) or (len(found) < most and not _steady(found)):
+        while len(found) < min(least, most) or (len(found) < most and not _steady(found)):
             found.append(next(laps))
     return found
 
