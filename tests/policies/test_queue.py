@@ -1,11 +1,13 @@
 """The log behind the policies, against a plain list."""
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tiermem.policies.base import Ids, Mask
-from tiermem.policies.queue import Lineage, Queues
+from tiermem.policies.queue import Lineage, Queues, joined
+from tiermem.policies.sessions import Sessions
 
 
 class Allowed:
@@ -92,3 +94,49 @@ def test_lineage_orders_by_depth_only_if_a_parent_stands_before_its_child() -> N
     assert lineage.children_first(ids(3, 2, 7, 1)).tolist() == [3, 2, 7, 1]
     assert lineage.children_first(ids(7, 3, 1)).tolist() == [7, 3, 1]
     assert lineage.children_first(ids(7, 2, 3)).tolist() == [3, 2, 7]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_units_one_by_one_go_the_same_way_as_together(seed: int) -> None:
+    """One unit takes a shorter way through each verb."""
+    rng = np.random.default_rng(seed)
+    one, all_ = Queues(3), Queues(3)
+    for _ in range(200):
+        units = rng.choice(40, rng.integers(1, 6), replace=False).astype(np.int32)
+        queue, verb = int(rng.integers(3)), rng.integers(4)
+        singles = [units[i : i + 1] for i in range(len(units))]
+        if verb == 0:
+            all_.remove(units)
+            for unit in singles:
+                one.remove(unit)
+        elif verb == 1:
+            parts = [one.known(unit) for unit in singles]
+            assert joined(parts).tolist() == all_.known(units).tolist()
+        else:
+            all_.append(queue, units)
+            for unit in singles:
+                one.append(queue, unit)
+        assert one.of.tolist() == all_.of.tolist()
+        for q in range(3):
+            assert one.size(q) == all_.size(q)
+            assert one.read(q, 0, 99)[0].tolist() == all_.read(q, 0, 99)[0].tolist()
+
+
+@pytest.mark.parametrize("keyed", [False, True])
+def test_sessions_know_units_that_came_one_by_one_as_those_that_came_together(keyed: bool) -> None:
+    rng = np.random.default_rng(1)
+    one, all_ = Sessions(), Sessions()
+    for turn in range(100):
+        units = rng.choice(30, rng.integers(2, 6), replace=False).astype(np.int32)
+        parents = rng.integers(-1, 3, len(units)).astype(np.int32)
+        depths = rng.integers(0, 3, len(units)).astype(np.int32)
+        keys = rng.integers(0, 3, len(units)).astype(np.uint64) if keyed else None
+        fresh = all_.enter(units, parents, depths, keys, 30)
+        for i in range(len(units)):
+            s = slice(i, i + 1)
+            key = None if keys is None else keys[s]
+            assert one.enter(units[s], parents[s], depths[s], key, 30).tolist() == [bool(fresh[i])]
+        if not turn % 5:
+            assert one.end(units, turn, turn) == all_.end(units, turn, turn)
+        for column in ("owner", "users", "turn"):
+            assert getattr(one, column).tolist() == getattr(all_, column).tolist()

@@ -68,7 +68,8 @@ class ClassQueues(EvictionBase):
         self._lineage.note(units, parents, depths, rows)
         self._last, self._class = grown(self._last, rows), grown(self._class, rows)
         fresh = self._sessions.enter(units, parents, depths, keys, rows)
-        self._class[units[fresh]] = RUNNING
+        if fresh.any():
+            self._class[units[fresh]] = RUNNING
         self._use(units, now)
 
     def accessed(self, units: Ids, now: int) -> None:
@@ -105,13 +106,16 @@ class ClassQueues(EvictionBase):
 
     def _use(self, units: Ids, now: int) -> None:
         classes = self._class[units]
-        again = classes != RUNNING
-        if again.any():
+        if np.count_nonzero(classes):  # some are not RUNNING
+            again = classes != RUNNING
             back = units[again]
             self._densities.hit(classes[again].astype(np.int64), now - self._last[back])
             self._class[back] = RUNNING
         self._densities.count(len(units))
-        self._last[units] = now
+        if len(units) == 1:
+            self._last[units.item()] = now
+        else:
+            self._last[units] = now
         self._filled[RUNNING] = True
         self._queues.append(RUNNING, units)
 

@@ -66,6 +66,9 @@ class Queues:
 
     def known(self, units: Ids) -> Ids:
         """The units that are in some queue, in the same order."""
+        if len(units) == 1:
+            unit = units.item()
+            return units if unit < len(self.of) and self.of.item(unit) >= 0 else units[:0]
         try:
             inside = self.of[units] >= 0
         except IndexError:
@@ -85,19 +88,19 @@ class Queues:
         if log.tail + n > len(log.units):
             self._make_room(queue, n)
         if n == 1:
-            self._append_one(log, queue, units[0])
+            self._append_one(log, queue, units.item())
         else:
             self._append_many(log, queue, units)
         log.swept += n
         if log.swept >= SWEEP:
             self._sweep(log)
 
-    def _append_one(self, log: _Log, queue: int, unit: np.int32) -> None:
+    def _append_one(self, log: _Log, queue: int, unit: int) -> None:
         self._last += 1
         log.units[log.tail] = unit
         log.stamps[log.tail] = self.stamp[unit] = self._last
         log.tail += 1
-        old = self.of[unit]
+        old = self.of.item(unit)
         if old != queue:
             if old >= 0:
                 self._logs[old].size -= 1
@@ -123,9 +126,9 @@ class Queues:
     def remove(self, units: Ids) -> None:
         """Take units out of whatever queue they are in; unknown ones are passed over."""
         if len(units) == 1:
-            unit = units[0]
-            if unit < len(self.of) and self.of[unit] >= 0:
-                self._logs[self.of[unit]].size -= 1
+            unit = units.item()
+            if unit < len(self.of) and (queue := self.of.item(unit)) >= 0:
+                self._logs[queue].size -= 1
                 self.of[unit] = -1
                 self.stamp[unit] = 0
             return
@@ -177,6 +180,9 @@ class Queues:
         return found[0] if len(found) == 1 else joined(found)
 
     def _leave(self, queues: npt.NDArray[np.int32]) -> None:
+        if len(queues) and queues[0] >= 0 and np.count_nonzero(queues == queues[0]) == len(queues):
+            self._logs[queues[0]].size -= len(queues)  # all of them are in one
+            return
         inside = queues[queues >= 0]
         for queue in np.flatnonzero(np.bincount(inside)) if len(inside) else ():
             self._logs[queue].size -= int(np.count_nonzero(inside == queue))

@@ -39,6 +39,8 @@ class Sessions:
             self.turn, self.ended = grown(self.turn, rows), grown(self.ended, rows)
             self.gap_s, self._key = grown(self.gap_s, rows), grown(self._key, rows)
             self._place = grown(self._place, rows, -1)
+        if len(units) == 1:
+            return self._enter_one(units, parents, depths, keys)
         # Without keys, a unit at another place in its chain is taken for other content.
         place = (parents.astype(np.int64) << 32) | depths
         fresh: Mask = self._place[units] != place
@@ -50,6 +52,19 @@ class Sessions:
         self.owner[new] = -1
         self.users[new] = 0
         return fresh
+
+    def _enter_one(self, units: Ids, parents: Ids, depths: Ids, keys: Keys | None) -> Mask:
+        """The same for one unit, a third of the time."""
+        unit, place = units.item(), (parents.item() << 32) | depths.item()
+        fresh = self._place.item(unit) != place
+        self._place[unit] = place
+        if keys is not None:
+            fresh = self._key.item(unit) != keys.item()
+            self._key[unit] = keys.item()
+        if fresh:
+            self.owner[unit] = -1
+            self.users[unit] = 0
+        return np.array([fresh])
 
     def end(self, units: Ids, session: int | None, now: int) -> tuple[int, float]:
         """A request ended; units deepest first. Its turn (1 = first) and mean gap in s, or -1.
