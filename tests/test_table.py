@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.harness import Harness
-from tiermem.table import DIRTY, DOOMED, ORDERED, STALE, PageTable, Shown
+from tiermem.table import DIRTY, DOOMED, ORDERED, STALE, PageTable, Shown, span
 from tiermem.tier import Place
 
 
@@ -153,3 +153,24 @@ def test_check_notices_pages_of_a_unit_that_differ() -> None:
     h.table.pins[1] = 1
     with pytest.raises(AssertionError, match="a unit's pages differ in pins"):
         h.planner.check()
+
+
+@pytest.mark.parametrize(
+    ("rows", "whole"),
+    [
+        ([3, 4, 5], True),
+        ([5, 4, 3], True),
+        ([2, 1, 0], True),
+        ([1, 0], True),
+        ([3, 5, 4], False),
+        ([3, 3, 5], False),
+        ([5, 3, 3], False),
+        ([3, 4, 6], False),
+        ([7], True),
+        ([], False),
+    ],
+)
+def test_rows_that_follow_one_another_are_a_slice(rows: list[int], whole: bool) -> None:
+    column, where = np.arange(9), span(np.array(rows, np.int32))
+    assert isinstance(where, slice) is whole
+    assert column[where].tolist() == rows

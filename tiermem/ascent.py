@@ -10,7 +10,7 @@ import numpy as np
 
 from tiermem.plan import Access, Copy, Hide, Outcome, Plan, Request, Show, Step, Zero
 from tiermem.room import Room
-from tiermem.table import DIRTY, DOOMED, IS_FRAME, IS_RETIRED, ORDERED, STALE, Rows
+from tiermem.table import DIRTY, DOOMED, IS_FRAME, IS_RETIRED, ORDERED, STALE, Rows, span
 from tiermem.tier import (
     AT_GPU,
     AT_HOST,
@@ -77,14 +77,14 @@ class Ascent(Room):
         Half the questions of the general case (53 to 29 us for 64 pages, 2-core), all of them
         between the end of one group's show and the start of the next's.
         """
-        table, n = self.table, len(rows)
-        at = table.at[rows]
+        table, n, where = self.table, len(rows), span(rows)
+        at = table.at[where]
         src = HOST if at[0] == AT_HOST else NVME
         if self.gauge is not None or np.count_nonzero(at == int(src)) < n:
             return False
-        if np.count_nonzero(table.to[rows]) or np.count_nonzero(table.shown[rows]):
+        if np.count_nonzero(table.to[where]) or np.count_nonzero(table.shown[where]):
             return False
-        if np.count_nonzero(table.flags[rows] & DOOMED) or self._available(_NO_ROWS) < n:
+        if np.count_nonzero(table.flags[where] & DOOMED) or self._available(_NO_ROWS) < n:
             return False
         self._found_room()
         ordered = order and src == HOST
@@ -92,7 +92,7 @@ class Ascent(Room):
         self.counts["faulted"] += n
         request.taken = True
         if request.pins:
-            (table.pins if ordered else table.waiters)[rows] += 1
+            (table.pins if ordered else table.waiters)[where] += 1
         return True
 
     def _load(self, rows: Rows, src: Place, request: Request, ordered: bool) -> None:
@@ -104,11 +104,12 @@ class Ascent(Room):
         show = Show(rows, frames)
         steps += [copy, show] if len(rows) <= _FEW else [show, copy]
         plan = self._begin(steps)
-        table.to[rows] = AT_GPU
-        table.move[rows] = plan.id
-        table.reads[rows] = 0
+        where = span(rows)
+        table.to[where] = AT_GPU
+        table.move[where] = plan.id
+        table.reads[where] = 0
         if ordered:
-            table.flags[rows] |= ORDERED
+            table.flags[where] |= ORDERED
         self._follow(plan, request)
 
     def _blank(self, rows: Rows, request: Request) -> None:
@@ -135,7 +136,7 @@ class Ascent(Room):
             steps.append(hide)
             frames = np.concatenate([frames, stolen])
         pool.owner[frames] = rows
-        tenants = table.tenant[rows]
+        tenants = table.tenant[span(rows)]
         foreign = frames[pool.tenant[frames] != tenants]
         if len(foreign):
             pool.tenant[frames] = tenants
@@ -164,8 +165,9 @@ class Ascent(Room):
         return rows
 
     def _reuse_frames(self, rows: Rows) -> None:
-        self.pools[GPU].reuse(self.table.slot(GPU)[rows])
-        self.table.shown[rows] = IS_FRAME
+        where = span(rows)
+        self.pools[GPU].reuse(self.table.slot(GPU)[where])
+        self.table.shown[where] = IS_FRAME
 
     def _join(self, rows: Rows, request: Request) -> None:
         """Wait for loads that others began."""
@@ -188,19 +190,21 @@ class Ascent(Room):
         if len(rows) == 1 and bad is None and self._land_one(step, plan_id, now):
             self.counts[_ARRIVED[step.src]] += 1
             return []
-        table.busy[rows] -= 1
-        live = table.move[rows] == plan_id
+        where = span(rows)
+        table.busy[where] -= 1
+        live = table.move[where] == plan_id
         good = live if bad is None else live & ~bad
-        all_good = bool(good.all())
-        alive = rows if all_good else rows[live]
+        all_good = np.count_nonzero(good) == len(rows)
+        alive = where if all_good else rows[live]
         landed = rows if all_good else rows[good]
+        here = where if all_good else landed
         table.to[alive] = 0
         table.move[alive] = 0
-        table.slot(GPU)[landed] = step.dst_slots if all_good else step.dst_slots[good]
-        table.shown[landed] = IS_FRAME
-        self.pools[step.src].keep(table.slot(step.src)[landed])
+        table.slot(GPU)[here] = step.dst_slots if all_good else step.dst_slots[good]
+        table.shown[here] = IS_FRAME
+        self.pools[step.src].keep(table.slot(step.src)[here])
         self._moved(landed, GPU, now)
-        table.pins[landed] += table.waiters[landed]
+        table.pins[here] += table.waiters[here]
         table.waiters[alive] = 0
         flags = table.flags[rows]
         if not all_good and ((flags & ORDERED != 0) & live & ~good).any():

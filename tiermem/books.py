@@ -29,6 +29,7 @@ from tiermem.table import (
     Extent,
     PageTable,
     Rows,
+    span,
 )
 from tiermem.tier import AT_GPU, AT_NVME, GPU, HOST, NVME, TIERS, Mask, Place, SlotPool, Slots
 
@@ -192,7 +193,7 @@ class Books:
         if len(rows) == 1:  # 0.2 us, and 0.9 as an array
             self.table.busy[rows.item()] += 1
         else:
-            self.table.busy[rows] += 1
+            self.table.busy[span(rows)] += 1
 
     def _follow(self, plan: Plan, request: Request) -> None:
         """A request's own plan, which it awaits."""
@@ -279,12 +280,13 @@ class Books:
     def _moved(self, rows: Rows, dst: Place, now: int) -> None:
         """These pages now rest in `dst` (their slot there is set): tell both policies."""
         table = self.table
-        at = table.at[rows]
+        where = span(rows)
+        at = table.at[where]
         for src in TIERS:
             here = at == int(src)
-            if here.any():
-                self._leave_tier(src, rows if here.all() else rows[here], now)
-        table.at[rows] = int(dst)
+            if n := np.count_nonzero(here):
+                self._leave_tier(src, rows if n == len(rows) else rows[here], now)
+        table.at[where] = int(dst)
         self._entered(dst, table.heads(rows), now)
 
     def _entered(self, place: Place, heads: Rows, now: int, keys: Keys | None = None) -> None:
@@ -316,7 +318,9 @@ class Books:
             self._unsaved.update(dict.fromkeys(table.heads(rows).tolist()))
 
     def _stamp_units(self, heads: Rows) -> None:
-        self.table.stamp[heads] = np.arange(self._stamp, self._stamp + len(heads), dtype=np.uint64)
+        self.table.stamp[span(heads)] = np.arange(
+            self._stamp, self._stamp + len(heads), dtype=np.uint64
+        )
         self._stamp += len(heads)
 
     def _cancel(self, rows: Rows) -> None:

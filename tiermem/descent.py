@@ -21,6 +21,7 @@ from tiermem.table import (
     LABELLED,
     STALE,
     Rows,
+    span,
 )
 from tiermem.tier import (
     AT_GPU,
@@ -383,14 +384,14 @@ class Descent(Books):
 
     def _vacate(self, rows: Rows) -> None:
         """Idle pages become NONE; a frame that is still shown is retired, empty."""
-        table = self.table
-        dirty = (table.flags[rows] & (DIRTY | STALE)) == DIRTY  # these have no copy below
-        for place in () if dirty.all() else (HOST, NVME):
+        table, n, where = self.table, len(rows), span(rows)
+        dirty = (table.flags[where] & (DIRTY | STALE)) == DIRTY  # these have no copy below
+        for place in () if np.count_nonzero(dirty) == n else (HOST, NVME):
             held = table.slot(place)[rows] >= 0
             if held.any():
                 self._release_slots(rows[held], place)
-        frame = table.shown[rows] == IS_FRAME
-        shown = rows if frame.all() else rows[frame]
+        frame = table.shown[where] == IS_FRAME
+        shown = where if np.count_nonzero(frame) == n else rows[frame]
         self.pools[GPU].keep(table.slot(GPU)[shown])
         table.shown[shown] = IS_RETIRED
         if self.admission is not None:
@@ -399,11 +400,11 @@ class Descent(Books):
             self._admitted.difference_update(heads.tolist())
         if self.gauge is not None:
             self.gauge.gone(rows)
-        table.at[rows] = AT_NONE
-        table.flags[rows] = 0
-        table.fence[rows] = 0
-        table.reads[rows] = 0
-        table.parent[rows] = -1
+        table.at[where] = AT_NONE
+        table.flags[where] = 0
+        table.fence[where] = 0
+        table.reads[where] = 0
+        table.parent[where] = -1
         self._reaped.append(rows)
 
     def _rests_idle(self, rows: Rows) -> bool:
@@ -411,10 +412,12 @@ class Descent(Books):
 
         Then nobody uses, awaits or moves them either: that pins a page, or makes it busy.
         """
-        table = self.table
-        if (table.at[rows] != AT_GPU).any() or (table.pins[rows] | table.busy[rows]).any():
+        table, where = self.table, span(rows)
+        if np.count_nonzero(table.at[where] != AT_GPU):
             return False
-        return table.fences.all_passed or bool(table.fences.is_passed(table.fence[rows]).all())
+        if np.count_nonzero(table.pins[where]) or np.count_nonzero(table.busy[where]):
+            return False
+        return table.fences.all_passed or bool(table.fences.is_passed(table.fence[where]).all())
 
     def _settle_hide(self, step: Hide, bad: Mask | None) -> None:
         if not self.in_order:

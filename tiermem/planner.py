@@ -29,6 +29,7 @@ from tiermem.table import (
     ORDERED,
     STALE,
     Rows,
+    span,
 )
 from tiermem.tier import (
     AT_GPU,
@@ -79,10 +80,11 @@ class Planner(Ascent):
             table.depth[rows] = 0 if depths is None else depths
             self.rankings[GPU].inserted(rows, keys, now)
             return request
-        if table.at[rows].any():
+        where = span(rows)
+        if np.count_nonzero(table.at[where]):
             raise NotOurs(f"{len(rows)} pages to allocate, not all of them vacant")
-        shown = table.shown[rows] == IS_RETIRED
-        ready = bool(shown.all())
+        shown = table.shown[where] == IS_RETIRED
+        ready = np.count_nonzero(shown) == len(rows)
         if not ready:
             if self._blocked(rows, request):
                 return request
@@ -93,11 +95,12 @@ class Planner(Ascent):
         table.depth[heads] = 0 if depths is None else depths
         self._stamp_units(heads)
         request.taken = True
-        table.gen[rows] += 1
+        table.gen[where] += 1
         back = rows if ready else rows[shown]
+        here = where if ready else back
         self._reuse_frames(back)
-        table.at[back] = AT_GPU
-        table.flags[back] = DIRTY
+        table.at[here] = AT_GPU
+        table.flags[here] = DIRTY
         self.rankings[GPU].inserted(heads, keys, now)
         if self.onlooker is not None:
             self.onlooker.named(heads, keys)
@@ -301,17 +304,17 @@ class Planner(Ascent):
             self._unpin(rows, tick)
 
     def _unpin(self, rows: Rows, tick: tuple[int, int] | None) -> None:
-        table = self.table
-        pinned = table.pins[rows] > 0
+        table, where = self.table, span(rows)
+        pinned = table.pins[where] > 0
         if np.count_nonzero(pinned) == len(rows):
-            table.pins[rows] -= 1
+            table.pins[where] -= 1
         else:
             table.waiters[rows[~pinned]] -= 1
             table.pins[rows[pinned]] -= 1
         if tick is not None:
             if table.fences.crowded:
                 table.fences.sweep(table.fence)
-            table.fence[rows] = table.fences.join(table.fence[rows], *tick)
+            table.fence[where] = table.fences.join(table.fence[where], *tick)
 
     def abandon(self, request: Request) -> None:
         """Give up a taken request, pinned or still waiting; what failed was never pinned."""
@@ -331,7 +334,7 @@ class Planner(Ascent):
         table = self.table
         if len(rows) == 1 and (plans := self._free_one(rows, now)) is not None:
             return plans
-        barred = (table.flags[rows] & DOOMED).any()
+        barred = np.count_nonzero(table.flags[span(rows)] & DOOMED)
         if not (barred or self.eager) and self._rests_idle(rows):
             self._leave_tier(GPU, rows, now)
             self._vacate(rows)

@@ -14,7 +14,7 @@ from types import MappingProxyType
 import numpy as np
 
 from tiermem.policies.base import Eviction, Keys, RequestFacts, Retaining
-from tiermem.table import PageTable, Rows
+from tiermem.table import PageTable, Rows, span
 from tiermem.tier import Mask, Place
 
 log = logging.getLogger(__name__)
@@ -122,7 +122,8 @@ class Ranking:
 
     def inserted(self, units: Rows, keys: Keys | None, now: int) -> None:
         self._flush()
-        parents, depths = self._table.parent[units], self._table.depth[units]
+        where = span(units)
+        parents, depths = self._table.parent[where].copy(), self._table.depth[where].copy()
         if self._record:
             self._write(
                 "inserted", units, now, parents=parents.tolist(), depths=depths.tolist(),

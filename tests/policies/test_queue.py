@@ -96,13 +96,22 @@ def test_lineage_orders_by_depth_only_if_a_parent_stands_before_its_child() -> N
     assert lineage.children_first(ids(7, 2, 3)).tolist() == [3, 2, 7]
 
 
+def some_units(rng: np.random.Generator) -> Ids:
+    """A few of 40 units, in half the cases one after the other, up or down."""
+    units = rng.choice(40, rng.integers(1, 6), replace=False).astype(np.int32)
+    if rng.random() < 0.5:
+        return units
+    row = np.arange(len(units), dtype=np.int32) + rng.integers(0, 35, dtype=np.int32)
+    return row if rng.random() < 0.5 else row[::-1].copy()
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_units_one_by_one_go_the_same_way_as_together(seed: int) -> None:
     """One unit takes a shorter way through each verb."""
     rng = np.random.default_rng(seed)
     one, all_ = Queues(3), Queues(3)
     for _ in range(200):
-        units = rng.choice(40, rng.integers(1, 6), replace=False).astype(np.int32)
+        units = some_units(rng)
         queue, verb = int(rng.integers(3)), rng.integers(4)
         singles = [units[i : i + 1] for i in range(len(units))]
         if verb == 0:
@@ -127,15 +136,15 @@ def test_sessions_know_units_that_came_one_by_one_as_those_that_came_together(ke
     rng = np.random.default_rng(1)
     one, all_ = Sessions(), Sessions()
     for turn in range(100):
-        units = rng.choice(30, rng.integers(2, 6), replace=False).astype(np.int32)
+        units = some_units(rng)
         parents = rng.integers(-1, 3, len(units)).astype(np.int32)
         depths = rng.integers(0, 3, len(units)).astype(np.int32)
         keys = rng.integers(0, 3, len(units)).astype(np.uint64) if keyed else None
-        fresh = all_.enter(units, parents, depths, keys, 30)
+        fresh = all_.enter(units, parents, depths, keys, 40)
         for i in range(len(units)):
             s = slice(i, i + 1)
             key = None if keys is None else keys[s]
-            assert one.enter(units[s], parents[s], depths[s], key, 30).tolist() == [bool(fresh[i])]
+            assert one.enter(units[s], parents[s], depths[s], key, 40).tolist() == [bool(fresh[i])]
         if not turn % 5:
             assert one.end(units, turn, turn) == all_.end(units, turn, turn)
         for column in ("owner", "users", "turn"):

@@ -177,7 +177,8 @@ class Lane:
             self._entries + entries > _QUEUED or self.line.passed(self._queued[0][0])
         ):
             tick, n = self._queued.popleft()
-            self.line.wait(tick)
+            if not self.line.passed(tick):
+                self.line.wait(tick)
             self._entries -= n
         if self.line.failure is not None:
             raise self.line.failure

@@ -19,6 +19,7 @@ from tiermem.policies.base import Candidates, EvictionBase, Ids, Keys, RequestFa
 from tiermem.policies.density import Densities, bucket_of
 from tiermem.policies.queue import Lineage, Queues, first_width, grown, joined
 from tiermem.policies.sessions import Sessions
+from tiermem.table import span
 
 I64 = npt.NDArray[np.int64]
 
@@ -105,17 +106,15 @@ class ClassQueues(EvictionBase):
         return self._lineage.children_first(answer)
 
     def _use(self, units: Ids, now: int) -> None:
-        classes = self._class[units]
+        where = span(units)
+        classes = self._class[where]
         if np.count_nonzero(classes):  # some are not RUNNING
             again = classes != RUNNING
             back = units[again]
             self._densities.hit(classes[again].astype(np.int64), now - self._last[back])
             self._class[back] = RUNNING
         self._densities.count(len(units))
-        if len(units) == 1:
-            self._last[units.item()] = now
-        else:
-            self._last[units] = now
+        self._last[where] = now
         self._filled[RUNNING] = True
         self._queues.append(RUNNING, units)
 

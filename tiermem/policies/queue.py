@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tiermem.policies.base import Candidates, Ids
+from tiermem.table import span
 
 Number = TypeVar("Number", bound=np.generic)
 Stamps = npt.NDArray[np.int64]
@@ -70,7 +71,7 @@ class Queues:
             unit = units.item()
             return units if unit < len(self.of) and self.of.item(unit) >= 0 else units[:0]
         try:
-            inside = self.of[units] >= 0
+            inside = self.of[units] >= 0  # not by a slice, which would end where the column does
         except IndexError:
             units = units[units < len(self.of)]
             inside = self.of[units] >= 0
@@ -109,19 +110,19 @@ class Queues:
 
     def _append_many(self, log: _Log, queue: int, units: Ids) -> None:
         n = len(units)
-        stamps = np.arange(self._last + 1, self._last + n + 1)
+        stamps, where = np.arange(self._last + 1, self._last + n + 1), span(units)
         self._last += n
         log.units[log.tail : log.tail + n] = units
         log.stamps[log.tail : log.tail + n] = stamps
         log.tail += n
-        self.stamp[units] = stamps
-        old = self.of[units]
+        self.stamp[where] = stamps
+        old = self.of[where]
         moved = old != queue
         if moved.any():
-            moved &= self.stamp[units] == stamps
+            moved &= self.stamp[where] == stamps
             self._leave(old[moved])
             log.size += int(np.count_nonzero(moved))
-            self.of[units] = queue
+            self.of[where] = queue
 
     def remove(self, units: Ids) -> None:
         """Take units out of whatever queue they are in; unknown ones are passed over."""
@@ -133,12 +134,12 @@ class Queues:
                 self.stamp[unit] = 0
             return
         units = self.known(units)
-        marks = np.arange(len(units))
-        self.stamp[units] = marks
-        once = self.stamp[units] == marks  # a unit named twice leaves once
-        self._leave(self.of[units if once.all() else units[once]])
-        self.of[units] = -1
-        self.stamp[units] = 0
+        marks, where = np.arange(len(units)), span(units)
+        self.stamp[where] = marks
+        once = self.stamp[where] == marks  # a unit named twice leaves once
+        self._leave(self.of[where if np.count_nonzero(once) == len(units) else units[once]])
+        self.of[where] = -1
+        self.stamp[where] = 0
 
     def read(self, queue: int, after: int, width: int) -> tuple[Ids, Stamps, int]:
         """Units of `queue` with stamps above `after`, oldest first: some of about `width`.
@@ -241,7 +242,8 @@ class Lineage:
         if len(units) == 1:
             self.parent[units.item()], self.depth[units.item()] = parents.item(), depths.item()
         else:
-            self.parent[units], self.depth[units] = parents, depths
+            where = span(units)
+            self.parent[where], self.depth[where] = parents, depths
 
     def children_first(self, units: Ids) -> Ids:
         """The same units; if a parent stands before its child, ordered by depth instead."""

@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from tiermem.policies.base import Ids, Keys, Mask
 from tiermem.policies.queue import grown
+from tiermem.table import span
 
 COMMON = 8
 """A block that so many sessions used does not tell whose request it is in."""
@@ -42,15 +43,16 @@ class Sessions:
         if len(units) == 1:
             return self._enter_one(units, parents, depths, keys)
         # Without keys, a unit at another place in its chain is taken for other content.
-        place = (parents.astype(np.int64) << 32) | depths
-        fresh: Mask = self._place[units] != place
-        self._place[units] = place
+        place, where = (parents.astype(np.int64) << 32) | depths, span(units)
+        fresh: Mask = self._place[where] != place
+        self._place[where] = place
         if keys is not None:
-            fresh = self._key[units] != keys
-            self._key[units] = keys
-        new = units[fresh]
-        self.owner[new] = -1
-        self.users[new] = 0
+            fresh = self._key[where] != keys
+            self._key[where] = keys
+        if fresh.any():
+            new = units[fresh]
+            self.owner[new] = -1
+            self.users[new] = 0
         return fresh
 
     def _enter_one(self, units: Ids, parents: Ids, depths: Ids, keys: Keys | None) -> Mask:
