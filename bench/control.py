@@ -12,8 +12,9 @@ with a row for each figure:
 Sections: `memory` (bytes allocated for tables of 1M pages),
 `planner` (settling, pinning, victims on a table of 1M rows), `use` (pages that rest on the GPU,
 through the public API), `fault` (one page of the host tier), `allocate` (pages whose addresses
-still show frames), `window` (showing and hiding groups of 64 pages on the CPU device, alone and
-beside a thread of pure Python).
+still show frames), `driverless` (the same on a CUDA device whose driver does nothing, and loads of
+groups of 64 pages: what Python takes of them; needs a C compiler), `window` (showing and hiding
+groups of 64 pages on the CPU device, alone and beside a thread of pure Python).
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ import time
 import tracemalloc
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -39,7 +40,7 @@ import numpy as np
 from tiermem.bench import paging
 from tiermem.bench.machine import machine
 from tiermem.bench.paging import BusyThread
-from tiermem.bench.rig import Shape, rig
+from tiermem.bench.rig import Hide, Shape, rig
 from tiermem.config import Config, Gpu, Host
 from tiermem.gpu.emulated import EmulatedDevice
 from tiermem.nvme.kept import Persist
@@ -57,6 +58,7 @@ SCHEMA = "tiermem.control.v1"
 MB = 1_000_000
 ROUTES = tuple((a, b) for a in TIERS for b in TIERS if a != b)
 GROUP = 64
+HIDES: tuple[Hide, ...] = ("eager", "lazy")
 
 
 @dataclass(frozen=True)
@@ -345,6 +347,29 @@ def allocate(pages: int) -> list[Row]:
     return found
 
 
+def driverless(pages: int) -> list[Row]:
+    """What the host does for a fault, a group and an allocation on CUDA, without the driver."""
+    from bench.driverless import DriverlessRig, group_us
+
+    found = []
+    for hide in HIDES:
+        with closing(DriverlessRig(1024, hide)) as r:
+            faults = [us for _ in range(3) for us in paging.fault_us(r, 600, stealing=False)]
+            name = "fault_1_free_frame" if hide == "eager" else "fault_1_own_frame"
+            found.append(row(name, "us", faults))
+            if hide == "lazy":
+                stolen = [us for _ in range(3) for us in paging.fault_us(r, 600, stealing=True)]
+                found.append(row("fault_1_stolen_frame", "us", stolen))
+            name = "load_64_free_frames" if hide == "eager" else "load_64_stolen_frames"
+            found.append(row(name, "us", group_us(r, 150, stealing=hide == "lazy")))
+            for n, rounds in ((1, 1500), (512, 150)):
+                allocates, frees = paging.allocate_us(r, n, rounds)
+                what = "to_show" if hide == "eager" else "shown"
+                found.append(row(f"allocate_{n}_{what}", "us", allocates))
+                found.append(row(f"free_{n}_{what}", "us", frees))
+    return found
+
+
 def window(
     pages: int,
     seconds: float = 0.5,
@@ -419,6 +444,7 @@ SECTIONS: dict[str, Callable[[int], list[Row]]] = {
     "use": use,
     "fault": fault,
     "allocate": allocate,
+    "driverless": driverless,
     "window": window,
 }
 

@@ -5,10 +5,15 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
+from contextlib import closing
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+
+from bench.driverless import DriverlessRig, group_us
+from tiermem.bench import paging
+from tiermem.bench.rig import Hide
 
 SCRIPT = Path(__file__).parents[2] / "bench" / "control.py"
 
@@ -46,6 +51,17 @@ def test_the_window_is_measured_alone_and_beside_a_busy_thread(control: ModuleTy
         assert rows[f"show_hide_{size}_beside"].median > 0
         assert rows[f"show_hide_{size}_rate_kept"].bar == 90.0
         assert rows[f"python_slower_{size}"].bar == 3.0
+
+
+def test_loads_are_measured_over_a_driver_that_does_nothing() -> None:
+    rigs: tuple[tuple[Hide, bool], ...] = (("eager", False), ("lazy", True))
+    for hide, stealing in rigs:
+        with closing(DriverlessRig(128, hide)) as r:
+            assert all(us > 0 for us in group_us(r, 3, stealing))
+            assert all(us > 0 for us in paging.fault_us(r, 20, stealing))
+            statistics = r.space.statistics()
+            assert statistics.counts.get("stolen", 0) >= (64 + 20 if stealing else 0)
+            r.space.check()
 
 
 def test_a_missed_bar_is_said_to_be_missed(control: ModuleType) -> None:

@@ -4,7 +4,8 @@
  * MAP_FIXED. It refuses what CUDA refuses (partial or double maps, unmapping nothing). Streams are
  * real queues, run by one thread, so copies end late and a missing fence shows as wrong bytes.
  * Faults are planted with fake_fail (the nth call fails), fake_limit (bytes), fake_lack and
- * fake_slow (each map takes so long).
+ * fake_slow (each map takes so long). While fake_idle is on nothing is mapped or copied, and all that is
+ * queued has ended: what is left of a bench's time is the caller's own.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -41,7 +42,7 @@ static int handles_n = 1, maps_n, retained;
 static mapping maps[MOST];
 static u64 offset_n, in_use, limit = 1ull << 40, ids = 1;
 static char lacking[64], failing[64];
-static int fail_in, fail_code, fail_ever, slow_us, denied;
+static int fail_in, fail_code, fail_ever, slow_us, denied, idle;
 static void (*digest)(u64, u64, u64, u64);      /* pages, their addresses, answers, pieces a page */
 static __thread u64 contexts[16];
 static __thread int depth;
@@ -56,6 +57,7 @@ void fake_fail(const char *name, int nth, int code)
 void fake_fail_always(const char *name, int code) { fake_fail(name, 0, code); fail_ever = 1; }
 void fake_deny(int attribute) { denied = attribute; }
 void fake_slow(int us) { slow_us = us; }
+void fake_idle(int on) { idle = on; }
 void fake_digest(void (*fn)(u64, u64, u64, u64)) { digest = fn; }
 void fake_limit(u64 bytes) { limit = bytes; }
 void fake_lack(const char *name) { snprintf(lacking, sizeof lacking, "%s", name); }
@@ -119,7 +121,7 @@ static void *work(void *arg)
         pthread_cond_broadcast(&change);
         if (!moved) {
             pthread_mutex_unlock(&lock);
-            usleep(100);
+            usleep(idle ? 100000 : 100);
             pthread_mutex_lock(&lock);
         }
     }
@@ -130,6 +132,10 @@ static int queue(u64 s, op o)
 {
     CURRENT;
     if (s >= (u64)streams_n || !streams[s].used) return INVALID;
+    if (idle) {
+        if (o.kind == WRITE || o.kind == RECORD) run(&o);
+        return OK;
+    }
     op *copy = malloc(sizeof o);
     *copy = o;
     copy->next = NULL;
@@ -243,6 +249,7 @@ static int overlaps(u64 address, u64 size)
 int cuMemMap(u64 address, u64 size, u64 offset, u64 n, u64 flags)
 {
     FAULT;
+    if (idle) return OK;
     if (slow_us) usleep(slow_us);
     if (flags || offset || address % PAGE || !n || n >= (u64)handles_n || !handles[n].held
         || size != handles[n].size)
@@ -259,6 +266,7 @@ int cuMemMap(u64 address, u64 size, u64 offset, u64 n, u64 flags)
 int cuMemSetAccess(u64 address, u64 size, const u32 *desc, u64 count)
 {
     FAULT;
+    if (idle) return OK;
     int code = OK;
     pthread_mutex_lock(&lock);
     for (u64 at = address; at < address + size && code == OK;) {
@@ -276,6 +284,7 @@ int cuMemSetAccess(u64 address, u64 size, const u32 *desc, u64 count)
 int cuMemUnmap(u64 address, u64 size)   /* one or more whole mappings, without a gap */
 {
     FAULT;
+    if (idle) return OK;
     int code = OK;
     u64 at = address;
     pthread_mutex_lock(&lock);

@@ -61,6 +61,11 @@ class StandIn:
         self.fail("", 0, 0)
         self.limit(1 << 40)
         self.slow(0)
+        self.idle(False)
+
+    def idle(self, on: bool) -> None:
+        """Let nothing be mapped or copied; to be changed while no device is open."""
+        self._lib.fake_idle(int(on))
 
     def driver(self) -> Driver:
         return Driver(library())

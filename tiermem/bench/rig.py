@@ -89,9 +89,12 @@ class Rig:
         )  # fmt: skip
         self.shape = shape
         self.hide = hide
-        self.space = Space.open(config)
+        self.space = self._open(config)
         self.wait_ready()
         self.stream = _stream(self.space)
+
+    def _open(self, config: Config) -> Space:
+        return Space.open(config)
 
     def region(self, name: str) -> Region:
         """A region of the working set's size."""
