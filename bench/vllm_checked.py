@@ -254,8 +254,8 @@ def engine(device: str, size: str, drive: Path | None) -> Any:
     toml += f"[host]\ncapacity = {everything if drive is None else everything // 4}\n"
     if drive is not None:
         toml += f'[nvme]\npath = "{drive.absolute()}"\ncapacity = {everything}\n'
-    (folder / "tiermem.toml").write_text(toml)
-    turn_on(folder / "tiermem.toml")
+    (folder / "checked.toml").write_text(toml)
+    turn_on(folder / "checked.toml")
     if device == "cpu":
         more |= {"kv_cache_memory_bytes": everything, "num_gpu_blocks_override": BLOCKS["all"]}
     from vllm import LLM

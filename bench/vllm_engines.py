@@ -30,8 +30,11 @@ ON_CPU = Shape(256, 512, 4, 4, 2, 64, 1024)
 
 
 def model(shape: Shape) -> Path:
-    """A folder with nothing but the config.json that vLLM makes random weights from."""
-    folder = Path(tempfile.mkdtemp())
+    """A folder with nothing but the config.json that vLLM makes random weights from.
+
+    The same for the same shape: what vLLM has compiled is found again by its path.
+    """
+    folder = Path(tempfile.gettempdir()) / ("tiermem-llama-" + "-".join(map(str, shape)))
     config = {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama",
         "hidden_size": shape.hidden, "intermediate_size": shape.inner,
@@ -41,7 +44,9 @@ def model(shape: Shape) -> Path:
         "rope_theta": 500000.0, "hidden_act": "silu", "bos_token_id": 1, "eos_token_id": 2,
         "tie_word_embeddings": False, "dtype": "bfloat16",
     }  # fmt: skip
-    (folder / "config.json").write_text(json.dumps(config))
+    folder.mkdir(exist_ok=True)
+    (new := folder / f"config.{os.getpid()}").write_text(json.dumps(config))
+    new.rename(folder / "config.json")
     return folder
 
 

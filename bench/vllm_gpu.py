@@ -87,7 +87,7 @@ def engine(mode: str, size: str, nvme_path: Path, block_size: int | None) -> Any
             kv_connector_extra_config={"cpu_bytes_to_use": 32 << 30},
         )
     if mode in ("fits", "host", "nvme"):
-        toml = folder / "tiermem.toml"
+        toml = folder / f"gpu-{mode}.toml"
         host = "4GiB" if mode == "nvme" else "32GiB"
         text = f'[gpu]\nbudget = {more["kv_cache_memory_bytes"]}\n[host]\ncapacity = "{host}"\n'
         if mode == "nvme":

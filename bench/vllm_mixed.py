@@ -77,8 +77,8 @@ def engine(given: argparse.Namespace, shape: Shape) -> Any:
         toml += f"capacity = {rest if given.mode == 'host' else room}\n"
         if given.mode == "nvme":
             toml += f'[nvme]\npath = "{given.drive.absolute()}"\ncapacity = {rest}\n'
-        (folder / "tiermem.toml").write_text(toml)
-        turn_on(folder / "tiermem.toml")
+        (folder / f"mixed-{given.mode}.toml").write_text(toml)
+        turn_on(folder / f"mixed-{given.mode}.toml")
         if given.device == "cpu":
             more |= {"num_gpu_blocks_override": given.below * given.gpu_blocks}
     else:
