@@ -139,7 +139,7 @@ def options(part: str, shape: dict[str, Any], work: Path) -> dict[str, Any]:
         given |= {
             "enable_hierarchical_cache": True, "hicache_write_policy": "write_through",
             "hicache_io_backend": "kernel", "hicache_mem_layout": "page_first",
-            "hicache_ratio": 8.0 if part == "hicache" else 1.25,
+            "hicache_ratio": 4.0 if part == "hicache" else 1.25,
         }  # fmt: skip
     if part == "file":
         given |= {
