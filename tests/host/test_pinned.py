@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -220,3 +222,10 @@ def test_large_slots_lie_on_huge_pages_where_the_kernel_can() -> None:
         if huge_bytes() == base:
             pytest.skip("this kernel gives no huge pages for shared memory (before 6.1, or full)")
         assert huge_bytes() == base + (8 << 20)
+
+
+def test_a_process_that_ends_while_its_pool_grows_ends_quietly() -> None:
+    code = "from tiermem.host.pinned import HostPool; pool = HostPool(1 << 20, 4096, threads=2)"
+    for _ in range(3):
+        ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert (ended.returncode, ended.stderr) == (0, "")

@@ -163,6 +163,7 @@ class HostPool:
         fd = -1 if shared else os.memfd_create("tiermem-host", os.MFD_CLOEXEC)
         self._mapping = _Mapping(fd)
         self._finalizer = weakref.finalize(self, self._mapping.release)
+        self._finalizer.atexit = False  # threads may still be populating; the kernel unmaps it
         self.resize(capacity)
 
     @property
