@@ -56,6 +56,11 @@ class LongWay(Planner):
 class Taken(Planner):
     """Counts how often each short way was taken."""
 
+    def _are_available(self, n: int, spare_us: Rows) -> bool:
+        answer = super()._are_available(n, spare_us)
+        assert answer is (self._available(spare_us) >= n)
+        return answer
+
     def _load_one(self, rows: Rows, request: Request, order: bool, now: int) -> bool:
         retired = self.counts["taken_back"], self.counts["stolen"]
         taken = super()._load_one(rows, request, order, now)

@@ -84,7 +84,7 @@ class Ascent(Room):
             return False
         if np.count_nonzero(table.to[where]) or np.count_nonzero(table.shown[where]):
             return False
-        if np.count_nonzero(table.flags[where] & DOOMED) or self._available(_NO_ROWS) < n:
+        if np.count_nonzero(table.flags[where] & DOOMED) or not self._are_available(n, _NO_ROWS):
             return False
         self._found_room()
         ordered = order and src == HOST

@@ -174,9 +174,10 @@ class LeasedPlanner(Planner):
         return super()._mark(place, which)
 
     def _have_room(self, n: int, request: Request, now: int, spare_us: Rows = _NO_ROWS) -> bool:
+        if self._are_available(n, spare_us):
+            self._found_room()
+            return True
         short = n - self._available(spare_us)
-        if short <= 0:
-            return super()._have_room(n, request, now, spare_us)
         if GPU in self.failed_tiers:
             self._hungry_since = None
             return super()._have_room(n, request, now, spare_us)
