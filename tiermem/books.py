@@ -213,7 +213,7 @@ class Books:
             owners = table.pages(table.heads(owners))
             slots = table.slot(place)[owners]
         pool.reuse(slots)
-        table.slot(place)[owners] = -1
+        table.slot(place)[span(owners)] = -1
         if place == AT_NVME:
             self._note_unsaved(owners)
         return owners, slots
@@ -237,13 +237,13 @@ class Books:
 
     def _hide(self, rows: Rows, frees: Slots) -> Hide:
         """These pages stop showing their frame, which is theirs no more."""
-        table = self.table
-        table.slot(GPU)[rows] = -1
+        table, where = self.table, span(rows)
+        table.slot(GPU)[where] = -1
         if self.in_order:
-            table.shown[rows] = IS_NOTHING
+            table.shown[where] = IS_NOTHING
         else:
-            table.shown[rows] = IS_HIDING
-            table.busy[rows] += 1
+            table.shown[where] = IS_HIDING
+            table.busy[where] += 1
         return Hide(rows, frees)
 
     def _hide_unowned(self, rows: Rows, frames: Slots) -> Hide:

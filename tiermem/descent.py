@@ -421,9 +421,9 @@ class Descent(Books):
 
     def _settle_hide(self, step: Hide, bad: Mask | None) -> None:
         if not self.in_order:
-            table = self.table
-            table.busy[step.pages] -= 1
-            table.shown[step.pages] = IS_NOTHING
+            table, where = self.table, span(step.pages)
+            table.busy[where] -= 1
+            table.shown[where] = IS_NOTHING
             self._release_stale(step.pages)
         if len(step.frees):
             self.pools[GPU].release(step.frees)
