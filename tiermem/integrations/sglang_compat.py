@@ -202,11 +202,11 @@ def _locked(tree: Any, node: Any) -> Iterator[None]:
         finally:
             tree.unlock(lock)
     else:
-        tree.inc_lock_ref(node)
+        receipt = tree.inc_lock_ref(node).to_dec_params()
         try:
             yield
         finally:
-            tree.dec_lock_ref(node)
+            tree.dec_lock_ref(node, receipt)
 
 
 def make_room(tree: Any, req: Any, tokens: int) -> None:
