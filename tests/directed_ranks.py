@@ -9,6 +9,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from random import Random
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -58,12 +59,14 @@ class Ranks:
         prefetch: Prefetch | None = None,
         scope: bytes | None = None,
         directed: bool = True,
+        admit: Literal["all", "second", "reuse"] = "all",
     ) -> None:
         """Sizes in units of `pieces` pages each, which lie in as many places of the range.
 
         queued: work runs on a stream of its rank, some time after its step. share: the one rank's
         memory is held under a lease. scope: content is shared with others of the same, out of the
-        host pool that they share. directed: False if whoever calls will set `director`.
+        host pool that they share. directed: False if whoever calls will set `director`. admit: what
+        may be written to the drive.
         """
         self.wake: Callable[[], None] = lambda: None
         self.random = Random(seed)
@@ -73,7 +76,7 @@ class Ranks:
         drive = Nvme()
         if path is not None:
             size = nvme * unit + (8 << 20)
-            drive = Nvme(path=path, capacity=size, persist=persist, high=1.0, low=1.0)
+            drive = Nvme(path=path, capacity=size, persist=persist, high=1.0, low=1.0, admit=admit)
         self.config = Config(
             gpu=Gpu(device="cpu", budget=budget * unit, page=page, high=1.0, low=1.0),
             host=Host(capacity=host * unit, high=1.0, low=1.0),

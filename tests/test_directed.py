@@ -17,7 +17,7 @@ from tiermem.directed.director import Director
 from tiermem.directed.orders import Report
 from tiermem.errors import ConfigError, TierFull
 from tiermem.plan import Outcome
-from tiermem.tier import AT_NVME, Place
+from tiermem.tier import AT_NVME, NVME, Place
 
 
 @pytest.fixture
@@ -126,6 +126,29 @@ def test_a_unit_in_use_twice_stays_until_it_is_left_twice(ranks: Ranks) -> None:
     ranks.director.make_room(6)
     ranks.settle()
     assert ranks.director.room() == 5
+
+
+def test_what_was_used_once_is_not_written_where_the_rule_wants_two_uses(tmp_path: Path) -> None:
+    ranks = Ranks(budget=4, host=2, nvme=16, path=tmp_path, admit="second")
+    ranks.settle()
+    for unit in range(1, 9):
+        ranks.ensure(1)
+        ranks.write(unit)
+        ranks.leave(unit)
+    ranks.settle()
+    assert ranks.director.residence()[NVME] == 0
+    again = list(ranks.model)[-3:]  # the GPU holds them all
+    ranks.bring(*again)
+    ranks.step(read=ids(*again))
+    ranks.leave(*again)
+    for unit in range(9, 17):
+        ranks.ensure(1)
+        ranks.write(unit)
+        ranks.leave(unit)
+    ranks.settle()
+    places, _ = ranks.director.chain(ids(*again))
+    assert (places == NVME).all(), "used twice, and pushed out by what was used once"
+    ranks.close()
 
 
 def test_unit_0_never_leaves(ranks: Ranks) -> None:

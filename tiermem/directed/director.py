@@ -341,9 +341,9 @@ class Director:
             self._issue(request.plans)
             if not request.taken:
                 return False
-            self._planner.touch(rows, now)
+            self._tell_used(new, now)
         self._users[units] += 1
-        self._worthless.difference_update(units.tolist())
+        self._note_wanted(units)
         return True
 
     def enter(
@@ -362,12 +362,13 @@ class Director:
         TierFull where `room` was not heeded.
         """
         first = self._users[units] == 0
+        all_first = bool(first.all())
         self._users[units] += 1
-        self._worthless.difference_update(units.tolist())
+        self._note_wanted(units)
         now = self.now()
-        if access == "write" and not first.all():
+        if access == "write" and not all_first:
             self._planner.wrote(self._pages(units[~first]))
-        new = units[first]
+        new = units if all_first else units[first]
         if not len(new):
             return
         rows = self._pages(new)
@@ -377,7 +378,8 @@ class Director:
             deep = np.zeros_like(nothing) if depths is None else depths
             self._renew(new, above[first], deep[first], now, keep=access == "write")
         self._require(self._planner.fault(rows, access, now, order=access != "fresh"))
-        self._planner.touch(rows, now)
+        if access != "fresh":
+            self._tell_used(new, now)
         if access != "read":
             self._writing = np.concatenate([self._writing, rows])
             self._note_written()
@@ -388,10 +390,12 @@ class Director:
         worthless: those of them whose content nobody will ask for.
         """
         self._users[units] -= 1
-        done = units[self._users[units] == 0]
+        unused = self._users[units] == 0
+        done = units if unused.all() else units[unused]
         lost = self._is_lost(done)
-        self._worthless.update(done[lost].tolist())
-        done = done[~lost]
+        if lost.any():
+            self._worthless.update(done[lost].tolist())
+            done = done[~lost]
         if not len(done):
             return
         rows = self._pages(done)
@@ -445,7 +449,7 @@ class Director:
         All are in use from now on, those that get nothing with frames to be computed into. name:
         of the request that is told back (`Orders.receives`) when all of it has come.
         """
-        self._worthless.difference_update(units.tolist())
+        self._note_wanted(units)
         found = self._adopt(units, keys, parents, depths)
         plans: tuple[int, ...] = ()
         if found.any():
@@ -453,7 +457,6 @@ class Director:
             self._issue(request.plans)
             if request.taken:
                 self._users[units[found]] += 1
-                self._planner.touch(request.rows, self.now())
                 plans = tuple(sorted(request.pending))
             else:
                 found[:] = False
@@ -707,6 +710,18 @@ class Director:
         if len(idle):
             self._issue(self._planner.free(self._pages(idle), self.now()))
             self._planner.take_reaped()
+
+    def _tell_used(self, units: Units, now: int) -> None:
+        """To the policy of the GPU only; `leave` tells of the whole use, in its last order, once
+        for each rule that counts uses. What is fresh has been told as inserted."""
+        heads = self._heads(units)
+        here = heads[self._planner.table.at[heads] == AT_GPU]
+        if len(here):
+            self._planner.rankings[GPU].accessed(here, now)
+
+    def _note_wanted(self, units: Units) -> None:
+        if self._worthless:
+            self._worthless.difference_update(units.tolist())
 
     def _free_worthless(self, now: int) -> None:
         if self._worthless:
