@@ -125,7 +125,7 @@ FAULTS: dict[str, tuple[str, Callable[..., object]]] = {
     "blocks taken since the last orders have frames": ("_note_taken", lambda side: None),
     "hits of a waiting request are not looked at": (
         "_is_held_back",
-        lambda side, request, prefix: False,
+        lambda side, request, prefix, hits: False,
     ),
     "what another waits for is here": ("_awaits_another", lambda side, prefix: False),
     "blocks of preempted requests stay in use": ("_leave_preempted", lambda side: None),

@@ -47,7 +47,7 @@ from tiermem.policies.recompute import I64, Places, RouteSpeed
 from tiermem.policies.retention import Retained
 from tiermem.pooling import Pooling
 from tiermem.sharing import Sharing
-from tiermem.table import PageTable, Rows
+from tiermem.table import DOOMED, PageTable, Rows
 from tiermem.tier import (
     AT_GPU,
     AT_HOST,
@@ -265,6 +265,9 @@ class Director:
         """Where these units are at this moment."""
         table = self._planner.table
         heads = self._heads(units)
+        if self._are_here(heads):
+            nowhere = np.zeros(len(units), np.bool_)
+            return Look(~nowhere, nowhere, nowhere, nowhere, nowhere)
         places, _ = self._planner.chain(heads)
         coming = table.to[heads] == AT_GPU
         here = (table.at[heads] == AT_GPU) & (places == AT_GPU)
@@ -275,6 +278,10 @@ class Director:
             (places == AT_NVME) & ~coming,
             coming,
         )
+
+    def _are_here(self, heads: Rows) -> bool:
+        table = self._planner.table
+        return bool((table.at[heads] == AT_GPU).all() and not (table.flags[heads] & DOOMED).any())
 
     def chain(self, units: Units) -> tuple[Places, I64]:
         """For each: uint8 where a load would begin (GPU: none), int64 the bytes that it copies."""

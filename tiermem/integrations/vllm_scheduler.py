@@ -26,7 +26,7 @@ import numpy as np
 
 from tiermem import units as sizes
 from tiermem.config import load
-from tiermem.directed.director import Director, Units
+from tiermem.directed.director import Director, Look, Units
 from tiermem.directed.orders import Hello, Orders, Report
 from tiermem.directed.turns import Turns
 from tiermem.directed.upkeep import Upkeep
@@ -40,6 +40,7 @@ from tiermem.integrations.vllm_sessions import AHEAD_S, Sessions
 from tiermem.integrations.vllm_worker import RANKS
 from tiermem.keyindex import Keys
 from tiermem.leases import NO_LEASES
+from tiermem.plan import Access
 from tiermem.policies.recompute import Places
 from tiermem.tier import AT_GPU
 
@@ -48,6 +49,8 @@ log = logging.getLogger(__name__)
 SMALL_BYTES = 32 << 20
 """A load of fewer bytes than this takes less than a step; running requests may wait for it."""
 NOWHERE: Places = np.empty(0, np.uint8)
+FIRST_TABLE = [0]
+"""The group of a model that has one."""
 PATIENCE_S = 10.0
 """How long a waiting request is held back for loads; after that its prefix is computed again."""
 
@@ -98,13 +101,11 @@ class New:
 class Match:
     """What was found of a waiting request: blocks in vLLM's prefix cache, and behind them.
 
-    hits: how many of each table; idle: those that nobody used; outside: on the drive, of an
-    earlier run, or with another engine; dear: more of these, which are computed sooner than they
-    would come.
+    hits: how many of each table; outside: on the drive, of an earlier run, or with another engine;
+    dear: more of these, which are computed sooner than they would come.
     """
 
     hits: int = 0
-    idle: frozenset[int] = frozenset()
     outside: int = 0
     dear: int = 0
 
@@ -131,7 +132,7 @@ class EngineSide:
         self._waiting: dict[str, Fetch] = {}
         self._queue_full = False
         self._matched: dict[str, Match] = {}
-        self._later: list[list[int]] = []
+        self._later: list[Units] = []
         self._worked = 0  # the last step in which a request ran
         self._computed: deque[tuple[int, int, str]] = deque()
         self._turns = Turns()
@@ -294,14 +295,17 @@ class EngineSide:
         if self._is_held_back(request, prefix, hits):
             self.counts["waited"] += 1
             return None, False
-        idle = frozenset(block.block_id for block in prefix if block.ref_cnt == 0)
         found = self._outside(request, hits)
         outside = self._worth(request, hits, found)
-        self._matched[name] = Match(hits, idle, outside, len(found) - outside)
+        self._matched[name] = Match(hits, outside, len(found) - outside)
         return outside * self._block_tokens, outside > 0
 
     def _prefix(self, hashes: Sequence[bytes], hits: int) -> list[Any] | None:
         """vLLM's blocks of a request that has found so many of each table; None: some are gone."""
+        if self._groups.is_plain:
+            look_up = self._pool.get_cached_block
+            each = [look_up(block_hash, FIRST_TABLE) for block_hash in hashes[:hits]]
+            return [blocks[0] for blocks in each] if all(each) else None
         found = []
         for i, group in self._groups.kept(hits):
             blocks = self._pool.get_cached_block(hashes[i], [group])
@@ -331,11 +335,14 @@ class EngineSide:
         new = max(0, self._groups.held(request.num_tokens) - len(prefix))
         self._note_taken()
         look = director.look(wanted)
-        need = int((look.shown | look.below | look.deep).sum()) + new + self._spent
+        need = self._frames_for(look) + new + self._spent
         if need > self._room:
             director.make_room(need)
             self._room = director.room()
             look = director.look(wanted)
+        if look.here.all():
+            self._credit = len(wanted) - int(director.in_use(wanted).sum())
+            return False
         if look.gone.any():
             self._evict(wanted[look.gone])
             return True  # vLLM looks again, and finds less
@@ -348,8 +355,14 @@ class EngineSide:
         self._credit = int((look.here & ~director.in_use(wanted)).sum())
         return False
 
+    def _frames_for(self, look: Look) -> int:
+        """Frames that a prefix takes which is not all on the GPU, or on its way."""
+        return 0 if look.here.all() else int((look.shown | look.below | look.deep).sum())
+
     def _awaits_another(self, prefix: list[Any]) -> bool:
         """Whether a part of a prefix is kept for another request that waits, and not here yet."""
+        if not self._waiting:
+            return False
         fetched = {block for fetch in self._waiting.values() for block in fetch.blocks}
         shared = [block.block_id for block in prefix if block.block_id in fetched]
         return bool(shared) and not self.director.look(self._units(shared)).here.all()
@@ -365,7 +378,7 @@ class EngineSide:
         free = director.budget - director.units_in_use() - promised - self._spent
         units = self._units(idle)[::-1]
         look = director.look(units)
-        frames = self._spent + int((look.shown | look.below | look.deep).sum())
+        frames = self._spent + self._frames_for(look)
         if self._queue_full or len(units) + new > free or frames > director.room():
             self._queue_full = True
             return
@@ -467,11 +480,11 @@ class EngineSide:
         self._note_taken()
         self._leave_given_back()
         tracked = self._tracked.get(request.request_id)
-        taken = len(match.idle) + sum(len(table) - match.hits for table in block_ids)
+        taken = sum(len(table) - match.hits for table in block_ids)
         if tracked is None:
-            tracked = self._track(request, [table[: match.hits] for table in block_ids])
+            tracked = self._track(request, [list(table[: match.hits]) for table in block_ids])
             self.counts["recomputed"] += match.dear > 0 or request.request_id in self._cut
-            self._enter_hits(tracked, match.idle)
+            taken += self._enter_hits(tracked)
             if external and match.outside:
                 end = match.hits + match.outside
                 self._adopt(tracked, list(block_ids[0][match.hits : end]))
@@ -489,9 +502,8 @@ class EngineSide:
         self._credit = 0
         self._room = self.director.room()
 
-    def _track(self, request: Any, found: list[Sequence[int]]) -> Tracked:
+    def _track(self, request: Any, tables: list[list[int]]) -> Tracked:
         """A request that holds what it has found, in each of its tables."""
-        tables = [list(table) for table in found]
         begins = [len(table) - sum(map(bool, table)) for table in tables]
         tracked = Tracked(request, hints_of(request), tables, begins)
         self._tracked[request.request_id] = tracked
@@ -508,33 +520,36 @@ class EngineSide:
             tracked = self._tracked.pop(request.request_id, None)
             if tracked is not None:
                 self._give_up(tracked)
-                self._leave(tracked)
-                units = self._chain(in_order(tracked.tables))[::-1]
+                units = self._each_once(self._leave(tracked))
                 self._sessions.end(request, tracked.hints, units, self.director, time.monotonic())
             self._told.is_due = self._stale = True
 
     def _give_up(self, tracked: Tracked) -> None:
         """Blocks that a request says nobody will want, and nobody else holds, are not kept."""
+        if tracked.hints.keep and not tracked.hints.closed:
+            return
         hits = len(in_order([table[: tracked.hits] for table in tracked.tables]))
         mine = self._sessions.given_up(tracked.hints, in_order(tracked.tables), hits)
         alone = {block for block in mine if self._pool.blocks[block].ref_cnt == 1}
         if alone:
             self._pool.evict_blocks(alone)
 
-    def _leave(self, tracked: Tracked) -> None:
-        """Blocks are no longer used by a request; those without a hash are worth nothing."""
+    def _leave(self, tracked: Tracked) -> Units:
+        """Blocks are no longer used by a request: their units, the deepest block's first."""
         self._label(tracked, *tracked.computed)
-        self._leave_blocks(in_order(tracked.tables)[::-1])
+        return self._leave_blocks(in_order(tracked.tables)[::-1])
 
-    def _leave_blocks(self, blocks: list[int]) -> None:
+    def _leave_blocks(self, blocks: list[int]) -> Units:
+        """Those without a hash are worth nothing."""
         units = self._units(blocks)
         if self.layout.blocks_per_unit > 1:
             for unit in units.tolist():  # blocks of one unit may be anybody's
                 self.director.leave(np.array([unit], np.int32))
-            return
+            return units
         pool = self._pool.blocks
         worthless = [b for b in blocks if pool[b].block_hash is None]
         self.director.leave(units, worthless=self._units(worthless))
+        return units
 
     def _leave_given_back(self) -> None:
         """Blocks that running requests hold no more, since nothing looks back at them.
@@ -644,18 +659,23 @@ class EngineSide:
             grown += self._add_new(self._tracked[name], new)
         self._enter_written(grown)
 
-    def _enter_hits(self, tracked: Tracked, idle: frozenset[int]) -> None:
-        """What a request has found is in use."""
+    def _enter_hits(self, tracked: Tracked) -> int:
+        """What a request has found is in use; how many of it nobody held before."""
         tracked.keyed = tracked.hits = len(tracked.blocks)
         hits = in_order(tracked.tables)
+        if not hits:
+            return 0
         self._sessions.used(tracked.hints, hits)
-        used = self.director.in_use(self._units(hits))
-        ready = [b for b, so in zip(hits, used.tolist(), strict=True) if so or b in idle]
-        later = [b for b, so in zip(hits, used.tolist(), strict=True) if not so and b not in idle]
-        if ready:
-            self._enter_units(ready[::-1], "read")
-        if later:
-            self._later.append(later[::-1])
+        pool = self._pool.blocks
+        alone = np.array([pool[block].ref_cnt == 1 for block in hits], np.bool_)
+        units = self._units(hits)
+        ready = alone | self.director.in_use(units)
+        if ready.all():
+            self._enter_units(units[::-1], "read")
+        else:
+            self._enter_units(units[ready][::-1], "read")
+            self._later.append(units[~ready][::-1])
+        return int(alone.sum())
 
     def _add_new(self, tracked: Tracked, tables: Sequence[Sequence[int]]) -> Iterator[New]:
         """Blocks that will be written, behind those that a request has in each table.
@@ -688,8 +708,8 @@ class EngineSide:
         depths = np.array([depth for new in several for depth in new.depths], np.int32)
         self.director.enter(units, "fresh", parents=parents, depths=depths)
 
-    def _enter_units(self, blocks: list[int], access: Any) -> None:
-        units = self._units(blocks)
+    def _enter_units(self, units: Units, access: Access) -> None:
+        """Units of blocks, so each as often as blocks of it are named."""
         if self.layout.blocks_per_unit == 1:
             self.director.enter(units, access)
             return
@@ -820,12 +840,12 @@ class EngineSide:
 
     def _units_kept(self, hashes: Sequence[bytes]) -> Units:
         """What holds a chain by now, the first block first."""
-        return self._chain([b.block_id for b in self._prefix(hashes, self._kept(hashes)) or ()])
+        kept = self._prefix(hashes, self._kept(hashes)) or ()
+        return self._each_once(self._units([block.block_id for block in kept][::-1]))[::-1]
 
-    def _chain(self, blocks: Sequence[int]) -> Units:
-        """The units of these blocks, each once; in their order where each is a unit."""
-        units = self._units(blocks)
-        return units if self.layout.blocks_per_unit == 1 else np.unique(units)
+    def _each_once(self, units: Units) -> Units:
+        """The units of blocks, the deepest first; in their order where each block is a unit."""
+        return units if self.layout.blocks_per_unit == 1 else np.unique(units)[::-1]
 
     def _units(self, blocks: Sequence[int] | np.ndarray) -> Units:
         return self.layout.units_of(blocks)
