@@ -27,6 +27,7 @@ from tiermem.integrations.layout import Layout
 from tiermem.leases import Leases
 from tiermem.native import Ticket
 from tiermem.nvme.kept import Persist
+from tiermem.nvme.superblock import HEADER_BYTES
 from tiermem.peers import Peers
 from tiermem.table import Rows
 
@@ -35,6 +36,17 @@ PAGE = 4096
 
 def ids(*units: int) -> Units:
     return np.array(units, np.int32)
+
+
+def spoil(folder: Path, share: float, random: Random) -> None:
+    """A share of the pages of all slabs under a folder hold other bytes than were written."""
+    for slab in folder.glob("*.slab"):
+        with slab.open("r+b") as file:
+            for at in range(HEADER_BYTES, slab.stat().st_size, PAGE):
+                file.seek(at)
+                if any(file.read(PAGE)) and random.random() < share:
+                    file.seek(at + 8)
+                    file.write(b"spoiled!")
 
 
 class Ranks:

@@ -11,7 +11,7 @@ from random import Random
 import numpy as np
 import pytest
 
-from tests.directed_ranks import Ranks, ids
+from tests.directed_ranks import PAGE, Ranks, ids, spoil
 from tests.waiting import LONG_S
 from tiermem.directed.director import Director
 from tiermem.directed.orders import Report
@@ -414,6 +414,61 @@ def test_places_are_counted(ranks: Ranks) -> None:
     ranks.write(1, 2)
     found = ranks.director.statistics()
     assert (found["gpu_used"], found["host_used"], found["in_use"]) == (3, 0, 3)
+
+
+def test_content_that_turns_out_spoiled_keeps_its_frames_though_the_limit_has_fallen(
+    tmp_path: Path,
+) -> None:
+    keys = np.arange(1, 7, dtype=np.uint64).reshape(3, 2)
+    first = Ranks(budget=6, host=8, nvme=12, path=tmp_path, persist=True)
+    first.write(1, 2, 3)
+    first.director.label(ids(1, 2, 3), keys)
+    first.leave(1, 2, 3)
+    first.settle()
+    first.step()
+    first.close()
+    spoil(tmp_path, 1.0, Random(0))
+    second = Ranks(budget=6, host=8, nvme=12, path=tmp_path, persist=True)
+    second.write(1, 2)
+    wanted = ids(11, 12, 13)
+    found = second.director.adopt(
+        wanted, keys, "request", parents=ids(-1, 11, 12), depths=ids(0, 1, 2)
+    )
+    assert found.all()
+    second.director.limit(3 * PAGE)  # what others use, and unit 0
+    assert told_back(second, "request") == wanted.tolist()
+    assert second.director.room() == 0
+    assert second.director.mend(wanted).all()
+    second.director.check()
+    assert not second.director.mend(wanted).any(), "said once"
+    second.assign(*wanted.tolist())
+    second.step(write=wanted, read=ids(1, 2))
+    second.step(read=wanted)
+    second.leave(11, 12, 13)
+    second.settle()
+    second.settle()  # the step before has passed
+    assert second.director.statistics()["gpu_used"] <= 3
+    second.close()
+
+
+def test_content_that_turns_out_spoiled_is_nothing_once_nobody_wants_it(tmp_path: Path) -> None:
+    keys = np.arange(1, 3, dtype=np.uint64).reshape(1, 2)
+    first = Ranks(budget=6, host=8, nvme=12, path=tmp_path, persist=True)
+    first.write(1)
+    first.director.label(ids(1), keys)
+    first.leave(1)
+    first.settle()
+    first.step()
+    first.close()
+    spoil(tmp_path, 1.0, Random(0))
+    second = Ranks(budget=6, host=8, nvme=12, path=tmp_path, persist=True)
+    assert second.director.adopt(ids(11), keys, "r", parents=ids(-1), depths=ids(0)).all()
+    assert told_back(second, "r") == [11]
+    second.leave(11)  # aborted
+    second.settle()
+    second.settle()  # the step before has passed
+    assert second.director.look(ids(11)).gone.all()
+    second.close()
 
 
 def test_content_that_cannot_be_had_is_told_back_and_computed_anew(tmp_path: Path) -> None:

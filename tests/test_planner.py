@@ -389,6 +389,21 @@ def test_a_renamed_unit_is_new_to_the_policy() -> None:
     assert [s.pages.tolist() for s in copies] == [[1]], "0 is the newest now"
 
 
+def test_a_unit_that_is_renamed_while_it_is_shown_blank_is_new_to_the_policy() -> None:
+    h = Harness(gpu=3, host=3, in_order=True)
+    written(h, 0)
+    request = h.planner.allocate(h.rows([2]), h.now)
+    written(h, 1)
+    assert at(h, 2) == LOST, "its show is under way, and the policy was told of it when planned"
+    h.planner.rename(h.rows([2]), h.rows([1]), np.array([5], np.int32), h.now)
+    h.carry(request.plans)
+    h.drain()
+    assert at(h, 2) == GPU
+    demoted = h.planner.make_room(2, h.now)
+    copies = [s for p in demoted for s in p.steps if isinstance(s, Copy)]
+    assert sorted(i for s in copies for i in s.pages.tolist()) == [0, 1], "2 is the newest now"
+
+
 def test_a_freed_page_is_vacant_at_once_if_idle_and_its_frame_is_used_again(eager: bool) -> None:
     h = Harness(gpu=1, host=0, nvme=0, eager=eager)
     written(h, 0)

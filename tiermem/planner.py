@@ -204,12 +204,14 @@ class Planner(Ascent):
     def rename(self, units: Rows, parents: Rows, depths: Rows, now: int) -> None:
         """These units get other content, at other places of their chains (`fault` fresh follows).
 
-        parents, depths: one a unit. The policy of the GPU hears of those there anew.
+        parents, depths: one a unit. The policy of the GPU hears anew of those that it knows: they
+        are there, or are being shown blank.
         """
         table = self.table
         table.parent[units] = parents
         table.depth[units] = depths
-        here = units[table.at[units] == AT_GPU]
+        at = table.at[units]
+        here = units[(at == AT_GPU) | ((at == AT_LOST) & (table.to[units] == AT_GPU))]
         self._leave_tier(GPU, here, now)
         self._entered(GPU, here, now)
         if self.onlooker is not None:

@@ -7,31 +7,29 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from random import Random
 from typing import Any
 
 import pytest
 
 pytest.importorskip("torch")
 
-from tests.directed_ranks import PAGE, Ranks
+from tests.directed_ranks import PAGE, Ranks, spoil
 from tests.integrations.vllm_machine import Machine
 from tests.waiting import until
 from tiermem import Share, peers
 from tiermem.errors import TierFull
 from tiermem.integrations import vllm_scheduler
 from tiermem.integrations.vllm_worker import RANKS
-from tiermem.nvme.superblock import HEADER_BYTES
 
 
-def serve(machine: Machine, steps: int, *, limits: bool = True) -> None:
-    """Random requests, aborts, and budgets (limits); then everything is served to its end."""
+def serve(machine: Machine, steps: int) -> None:
+    """Random requests, aborts, and budgets; then everything is served to its end."""
     for _ in range(steps):
-        serve_step(machine, limits=limits)
+        serve_step(machine)
     finish(machine)
 
 
-def serve_step(machine: Machine, *, limits: bool = True) -> None:
+def serve_step(machine: Machine) -> None:
     drawn = machine.random
     frames, unit = machine.frames, machine.ranks.layout.unit_bytes
     if len(machine.requests) < 8 and drawn.random() < 0.5:
@@ -41,7 +39,7 @@ def serve_step(machine: Machine, *, limits: bool = True) -> None:
         live = [*machine.running, *machine.waiting]
         if live:
             machine.abort(drawn.choice(live))
-    if drawn.random() < 0.05 and limits:
+    if drawn.random() < 0.05:
         machine.engine.limit(drawn.randint(frames // 2 + 1, frames) * unit)
     machine.step()
 
@@ -204,7 +202,8 @@ def test_content_of_an_earlier_run_that_was_spoiled_is_computed_again(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, spoiled: float, lag: int
 ) -> None:
     """spoiled: part of the slab's pages that hold other bytes than were written. Requests are
-    aborted meanwhile; blocks that nothing was computed into are not kept as content."""
+    aborted meanwhile, and the limit falls; blocks that nothing was computed into are not kept as
+    content."""
     seen: Counter[str] = Counter()
     for seed in range(4):
         path = tmp_path / str(seed)
@@ -215,8 +214,7 @@ def test_content_of_an_earlier_run_that_was_spoiled_is_computed_again(
             )  # fmt: skip
             monkeypatch.setattr(vllm_scheduler, "load", lambda ranks=ranks: ranks.config)
             machine = Machine(ranks, seed, lag=lag, whole=seed % 2 == 0)
-            # Open: a limit that falls while such content is awaited can leave it without frames.
-            serve(machine, 100, limits=False)
+            serve(machine, 100)
             ranks.settle()
             ranks.close()
             if run == 0:
@@ -224,16 +222,6 @@ def test_content_of_an_earlier_run_that_was_spoiled_is_computed_again(
         seen.update(machine.seen)
     assert seen["outside"] > 0, "nothing was on the drive, at any seed"
     assert seen["failed"] > 0
-
-
-def spoil(folder: Path, share: float, random: Random) -> None:
-    for slab in folder.glob("*.slab"):
-        with slab.open("r+b") as file:
-            for at in range(HEADER_BYTES, slab.stat().st_size, PAGE):
-                file.seek(at)
-                if any(file.read(PAGE)) and random.random() < share:
-                    file.seek(at + 8)
-                    file.write(b"spoiled!")
 
 
 @pytest.mark.parametrize("lag", [0, 1])

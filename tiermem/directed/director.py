@@ -190,8 +190,9 @@ class Director:
         self._set_marks()
         self._users = np.zeros(units, np.int32)
         self._worthless: set[int] = set()
+        self._adopted = np.zeros(units, np.bool_)  # in use, their content on its way from the drive
+        self._unread = np.zeros(units, np.bool_)  # of such, in frames without it
         self._writing: Rows = np.empty(0, np.int32)  # written in use, and on their way up
-        self._has_failures = False  # some step of a plan has failed: units in use may be lost
         self._plans: list[Plan] = []
         self._needs: list[int] = []
         self._receives: dict[str, Receive] = {}
@@ -236,15 +237,8 @@ class Director:
         return self._sharing.ceiling // self.page_bytes // self.unit_pages
 
     def room(self) -> int:
-        """Units that could get frames in the next orders, whatever happens.
-
-        Not those that units in use will need, whose content did not come (`mend`).
-        """
-        lost = 0
-        if self._has_failures:
-            used = np.flatnonzero(self._users).astype(np.int32)
-            lost = int(self._is_lost(used).sum())
-        return max(0, self._planner.ready() // self.unit_pages - lost)
+        """Units that could get frames in the next orders, whatever happens."""
+        return max(0, self._planner.ready() // self.unit_pages)
 
     def coming(self) -> int:
         """Pages whose frames are on their way to be had."""
@@ -405,6 +399,11 @@ class Director:
             done = done[~lost]
         if not len(done):
             return
+        unread = self._unread[done]
+        if unread.any():
+            self._worthless.update(done[unread].tolist())
+            self._unread[done] = False
+        self._adopted[done] = False
         rows = self._pages(done)
         self._planner.touch(rows, self.now())
         self._planner.unpin(rows, (0, self._step))
@@ -464,6 +463,7 @@ class Director:
             self._issue(request.plans)
             if request.taken:
                 self._users[units[found]] += 1
+                self._adopted[units[found]] = True
                 plans = tuple(sorted(request.pending))
             else:
                 found[:] = False
@@ -510,17 +510,11 @@ class Director:
         self._vacate(units[self._users[units] == 0])
 
     def mend(self, units: Units) -> Mask:
-        """Units in use whose content did not come: they are computed anew, in the next step.
-
-        bool[n]: which.
-        """
-        lost = self._is_lost(units)
-        if lost.any():
-            rows = self._pages(units[lost])
-            self._require(self._planner.fault(rows, "fresh", self.now()))
-            self._writing = np.concatenate([self._writing, rows])
-            self._note_written()
-        return lost
+        """Adopted units that are used from the next step on. bool[n]: those whose content did not
+        come; they have frames, and are computed anew."""
+        unread = self._unread[units]
+        self._adopted[units] = self._unread[units] = False
+        return unread
 
     def forget_content(self) -> None:
         """No content that has a key counts any more, here or on the drive."""
@@ -609,8 +603,9 @@ class Director:
             if len(heard) == self._ranks:
                 del self._outcomes[outcome.plan]
                 whole = merge(heard)
-                self._has_failures |= any(bad is not None for bad in whole.failed)
                 self._issue(planner.settle(whole, now))
+                if any(bad is not None for bad in whole.failed):
+                    self._mend(now)
         if not planner.is_idle():
             self._issue(planner.settle_idle())
         planner.take_reaped()
@@ -700,6 +695,27 @@ class Director:
                 self._pages(units[vacant]), now, parents=above[vacant], depths=depths[vacant]
             )
             self._require(request)
+
+    def _mend(self, now: int) -> None:
+        """Adopted units whose content did not come keep frames, to be computed into.
+
+        They have them in spite of a limit that has fallen meanwhile, as everything in use has:
+        those that the load was for are free at this moment.
+        """
+        units = np.flatnonzero(self._adopted & (self._users > 0)).astype(np.int32)
+        units = units[self._is_lost(units)]
+        if not len(units):
+            return
+        planner, rows = self._planner, self._pages(units)
+        limit = planner.limits.pop(GPU, None)
+        try:
+            self._require(planner.fault(rows, "fresh", now))
+        finally:
+            if limit is not None:
+                planner.limits[GPU] = limit
+        self._adopted[units], self._unread[units] = False, True
+        self._writing = np.concatenate([self._writing, rows])
+        self._note_written()
 
     def _note_written(self) -> None:
         """Pages that are written have no copies below, from the moment that they are up."""
