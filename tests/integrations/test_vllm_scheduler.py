@@ -303,6 +303,29 @@ def pooled(monkeypatch: pytest.MonkeyPatch, opened: ExitStack, seed: int, lag: i
     return machine
 
 
+def test_what_is_kept_for_one_who_waits_gives_way_to_one_before_it_that_needs_all(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """As when content of the one before has failed: it waits again, ahead of who came later."""
+    ranks = Ranks(ranks=1, units=60, budget=12, host=2, nvme=60, path=tmp_path, queued=True)
+    monkeypatch.setattr(vllm_scheduler, "load", lambda: ranks.config)
+    machine = Machine(ranks, 0)
+    machine.random.random = lambda: 1.0  # type: ignore[method-assign]  # nobody forks
+    for family in range(4):
+        machine.ask(family, machine.longest - 4, 2)
+        machine.drain()
+    ranks.settle()
+    machine.ask(0, 9, 2)
+    kept = machine.waiting[0]
+    machine.step()
+    assert machine.waiting, "its prefix is on the drive, and on its way"
+    machine.ask(9, machine.longest - 2, 2)
+    machine.waiting.rotate(1)
+    machine.drain()
+    assert kept.status.name == "FINISHED"
+    ranks.close()
+
+
 def test_blocks_that_vllm_frees_do_not_hide_those_that_it_took(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

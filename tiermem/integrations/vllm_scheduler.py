@@ -284,6 +284,7 @@ class EngineSide:
         """
         name = request.request_id
         self._begin_schedule()
+        self._matched.pop(name, None)
         stale = self._tracked.pop(name, None)
         if stale is not None:  # none of its content could be had: vLLM has freed all its blocks
             self._leave(stale)
@@ -622,9 +623,10 @@ class EngineSide:
 
     def _give_way(self) -> None:
         """Nobody runs, and nobody could be admitted: what is kept for those who wait is in the way
-        of one who holds blocks already, and needs more."""
+        of one who holds blocks already, and needs more, or of one before them who needs all."""
         blocks = [block for fetch in self._waiting.values() for block in fetch.blocks]
-        if self._tracked and not self.director.look(self._units(blocks)).coming.any():
+        refused = blocks and self._matched and not self.director.coming()
+        if (self._tracked or refused) and not self.director.look(self._units(blocks)).coming.any():
             for name in list(self._waiting):
                 self._end_fetch(name)
             self.director.make_room(self.director.budget)
