@@ -580,11 +580,14 @@ class EngineSide:
         One that was, and whose content has come from the drive since, has that status again, and
         tokens computed.
         """
-        for name, tracked in list(self._tracked.items()):
-            request = tracked.request
-            if request.status.name == "PREEMPTED" and not request.num_computed_tokens:
-                del self._tracked[name]
-                self._leave(tracked)
+        preempted = [
+            name
+            for name, tracked in self._tracked.items()
+            if not tracked.request.num_computed_tokens  # asked first: in every step, of everyone
+            and tracked.request.status.name == "PREEMPTED"
+        ]
+        for name in preempted:
+            self._leave(self._tracked.pop(name))
 
     def is_making_room(self) -> bool:
         """Whether waiting a step brings frames that are lacking now, without a preemption."""
