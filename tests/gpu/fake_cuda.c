@@ -398,8 +398,9 @@ int cuStreamWaitValue64(u64 s, u64 address, u64 value, u32 flags)   /* CU_STREAM
     FAULT;
     return flags != 1 ? INVALID : queue(s, (op){.kind = EQUAL, .a = address, .b = value});
 }
-int cuStreamIsCapturing(u64 s, int *out) { (void)s; *out = planted(__func__) != 0; return OK; }
-int cuStreamGetId(u64 s, u64 *out) { *out = streams[s].id; return OK; }
+static int captured;   /* what was last said of any stream */
+int cuStreamIsCapturing(u64 s, int *out) { (void)s; *out = captured = planted(__func__) != 0; return OK; }
+int cuStreamGetId(u64 s, u64 *out) { *out = streams[s].id; return captured ? 900 : OK; }
 
 int cuModuleLoadData(u64 *out, const char *ptx) { FAULT; *out = (u64)strdup(ptx); return OK; }
 int cuModuleUnload(u64 m) { free((void *)m); return OK; }

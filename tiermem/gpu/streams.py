@@ -242,9 +242,8 @@ class CudaStreams:
         self._lock = threading.Lock()
         self._asked = np.zeros(2, np.uint64)
         capturing, unique = (self._asked.ctypes.data + 8 * i for i in range(2))
-        self._ask = Routine(
-            context, (("cuStreamIsCapturing", A, capturing), ("cuStreamGetId", A, unique))
-        )
+        self._ask_capturing = Routine(context, (("cuStreamIsCapturing", A, capturing),))
+        self._ask_unique = Routine(context, (("cuStreamGetId", A, unique),))
 
     def tick(self, stream: int | None) -> tuple[int, int]:
         """Mark a point behind all that is queued on `stream` now; (stream index, tick).
@@ -257,13 +256,14 @@ class CudaStreams:
 
     def _line(self, stream: int) -> Timeline:
         with self._lock:
-            self._ask.run(stream)
-            capturing, unique = self._asked.tolist()
-        if capturing:
-            raise DriverError(
-                "tick: the stream is being captured into a CUDA graph; take the tick after the "
-                "capture, and after each replay"
-            )
+            self._ask_capturing.run(stream)
+            if self._asked.item(0):  # the driver refuses to name a stream that is
+                raise DriverError(
+                    "tick: the stream is being captured into a CUDA graph; take the tick after the "
+                    "capture, and after each replay"
+                )
+            self._ask_unique.run(stream)
+            unique = self._asked.item(1)
         # A handle may be used again for another stream; the id is not.
         line = self._by_id.get(unique)
         if line is None:
