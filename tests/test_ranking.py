@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
+from itertools import repeat
 
 import numpy as np
 import pytest
@@ -163,6 +164,18 @@ def test_a_policy_that_is_late_eight_times_in_a_row_is_replaced() -> None:
     assert ranking.name == "lru (fallback)"
     assert ranking.late == 15
     assert ranking.victims(1, 0).tolist() == [5]
+
+
+def test_who_is_asked_for_many_may_take_longer() -> None:
+    ranking = Ranking(
+        Place.GPU, Answering(lambda n: ids(0)), table(), clock=Clock(repeat(2 * LATE_S))
+    )
+    for _ in range(LATE_IN_A_ROW):
+        ranking.victims(400, 0)
+    assert (ranking.name, ranking.late) == ("answering", 0)
+    for _ in range(LATE_IN_A_ROW):
+        ranking.victims(40, 0)
+    assert ranking.name == "lru (fallback)"
 
 
 def test_facts_arrive_in_order_and_accesses_are_gathered() -> None:

@@ -114,8 +114,10 @@ class Descent(Books):
         clean = (table.flags[rest] & DIRTY) == 0
         spare = clean & (table.slot(NVME)[rest] >= 0)
         plans += self._step_down(rest[spare], GPU, NVME, now)
-        more, rest, refused = self._start(rest[~spare], GPU, NVME, now)
-        plans += more
+        rest, refused = rest[~spare], _NO_SLOTS
+        if self.backlog is None or not self._usable(HOST):  # else a frame waits for no drive
+            more, rest, refused = self._start(rest, GPU, NVME, now)
+            plans += more
         if self._usable(HOST):
             short = len(rest) + len(refused) - self._leaving(HOST)
             return plans + (self._push_down(HOST, short, now) if short > 0 else [])
