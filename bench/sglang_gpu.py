@@ -124,7 +124,7 @@ def options(part: str, shape: dict[str, Any], work: Path) -> dict[str, Any]:
         "sampling_backend": "pytorch", "grammar_backend": "none", "random_seed": 1,
         "page_size": shape["page_size"], "mem_fraction_static": 0.9, "context_length": 32768,
         "max_running_requests": 16, "chunked_prefill_size": 16384, "log_level": "warning",
-        "cuda_graph_max_bs_decode": 16,
+        "cuda_graph_max_bs_decode": 16, "disable_prefill_cuda_graph": True,  # minutes to capture
     }  # fmt: skip
     if not torch.cuda.is_available():
         given |= {
