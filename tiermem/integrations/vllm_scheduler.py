@@ -132,6 +132,7 @@ class EngineSide:
         self._waiting: dict[str, Fetch] = {}
         self._queue_full = False
         self._matched: dict[str, Match] = {}
+        self._new: list[New] = []  # of requests admitted to the step that is being put together
         self._later: list[Units] = []
         self._worked = 0  # the last step in which a request ran
         self._computed: deque[tuple[int, int, str]] = deque()
@@ -474,14 +475,15 @@ class EngineSide:
     def admit(self, request: Any, block_ids: tuple[Sequence[int], ...], external: int) -> None:
         """vLLM has given a waiting request these blocks; its step is being put together.
 
-        All are in use from now on, but for hits on blocks that a running request has got in this
-        very step: `orders` hears of those.
+        Those that hold content are in use from now on, but for hits on blocks that another request
+        has got in this very step. `orders` sees to these and to new ones, all at once; until then
+        new ones count as spent.
         """
         match = self._matched.pop(request.request_id, Match())
         self._note_taken()
         self._leave_given_back()
         tracked = self._tracked.get(request.request_id)
-        taken = sum(len(table) - match.hits for table in block_ids)
+        taken = 0
         if tracked is None:
             tracked = self._track(request, [list(table[: match.hits]) for table in block_ids])
             self.counts["recomputed"] += match.dear > 0 or request.request_id in self._cut
@@ -489,13 +491,13 @@ class EngineSide:
             if external and match.outside:
                 end = match.hits + match.outside
                 self._adopt(tracked, list(block_ids[0][match.hits : end]))
+                taken += match.outside
         else:  # its content from the drive has come, or has failed to
-            taken -= len(tracked.blocks)
             lost = self.director.mend(self._units(tracked.blocks))
             if lost.any():
                 tracked.keyed = min(tracked.keyed, int(np.flatnonzero(lost)[0]))
         more = [table[len(mine) :] for table, mine in zip(block_ids, tracked.tables, strict=True)]
-        self._enter_written(list(self._add_new(tracked, more)))
+        self._new += self._add_new(tracked, more)
         self._cut.discard(request.request_id)
         self._unread.discard(request.request_id)
         self._end_fetch(request.request_id)
@@ -537,6 +539,7 @@ class EngineSide:
 
     def _leave(self, tracked: Tracked) -> Units:
         """Blocks are no longer used by a request: their units, the deepest block's first."""
+        self._enter_new()
         self._label(tracked, *tracked.computed)
         return self._leave_blocks(in_order(tracked.tables)[::-1])
 
@@ -652,17 +655,16 @@ class EngineSide:
             self.director.settle(rank.report())
 
     def _grow_running(self, cached: Any) -> None:
-        """Blocks that running requests got in this step, with new content."""
+        """Blocks that requests got in this step, with new content: admitted ones, and these."""
         resumed = getattr(cached, "resumed_req_ids", None)
         if resumed is None:
             flags = cached.resumed_from_preemption
             resumed = {name for name, is_so in zip(cached.req_ids, flags, strict=True) if is_so}
-        grown: list[New] = []
         for name, new in zip(cached.req_ids, cached.new_block_ids, strict=True):
             if new is None or name in resumed:
                 continue
-            grown += self._add_new(self._tracked[name], new)
-        self._enter_written(grown)
+            self._new += self._add_new(self._tracked[name], new)
+        self._enter_new()
 
     def _enter_hits(self, tracked: Tracked) -> int:
         """What a request has found is in use; how many of it nobody held before."""
@@ -699,8 +701,9 @@ class EngineSide:
             depths = range(first + len(blocks) - 1, first - 1, -1)
             yield New(list(blocks[::-1]), chain[-2::-1], depths)
 
-    def _enter_written(self, several: Sequence[New]) -> None:
-        """New blocks of one request or several, in one go."""
+    def _enter_new(self) -> None:
+        """New blocks of all requests, in one go."""
+        several, self._new = self._new, []
         blocks = [block for new in several for block in new.blocks]
         if not blocks:
             return
