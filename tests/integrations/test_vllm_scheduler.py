@@ -17,9 +17,11 @@ from tests.directed_ranks import PAGE, Ranks, spoil
 from tests.integrations.vllm_machine import Machine
 from tests.waiting import until
 from tiermem import Share, peers
+from tiermem.directed.director import Director, Units
 from tiermem.errors import TierFull
 from tiermem.integrations import vllm_scheduler
 from tiermem.integrations.vllm_worker import RANKS
+from tiermem.plan import Access
 
 
 def serve(machine: Machine, steps: int) -> None:
@@ -357,4 +359,29 @@ def test_vllm_may_empty_its_prefix_cache(monkeypatch: pytest.MonkeyPatch, tmp_pa
     machine.ask(0, machine.longest // 2, 4)
     machine.drain()
     assert (machine.seen["hits"], machine.seen["outside"]) == (0, 0)
+    ranks.close()
+
+
+def test_new_blocks_of_all_that_a_step_admits_are_entered_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    entered: list[int] = []
+    enter = Director.enter
+
+    def counted(self: Director, units: Units, access: Access = "read", **more: Any) -> None:
+        if access == "fresh":
+            entered.append(len(units))
+        enter(self, units, access, **more)
+
+    monkeypatch.setattr(Director, "enter", counted)
+    ranks = Ranks(ranks=1, units=40, budget=20, host=14, queued=True)
+    monkeypatch.setattr(vllm_scheduler, "load", lambda: ranks.config)
+    machine = Machine(ranks, 0, lag=0)
+    for family in range(3):
+        machine.ask(family, 4, 3)
+    machine.step()
+    assert len(machine.running) == 3
+    assert len(entered) == 1
+    assert entered[0] >= 3
+    machine.drain()
     ranks.close()
