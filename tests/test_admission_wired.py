@@ -154,3 +154,15 @@ def test_what_a_drive_that_is_behind_cannot_take_leaves_and_nobody_waits(
     assert gone == ({"not-admitted"} if backlog else set())
     assert (planner.counts["outpaced"] > 0) is (backlog is not None)
     assert (harness.table.at[:18] == Place.NVME).any(), "the drive takes what it can"
+
+
+def test_units_that_host_memory_can_never_hold_go_straight_to_the_drive() -> None:
+    harness = Harness(gpu=8, host=1, nvme=12, regions=((12, 2, 0),), in_order=True)
+    harness.planner.marks[Place.GPU] = Marks(0.5, 0.25)
+    harness.planner.backlog = 4
+    for unit in range(0, 12, 2):
+        assert harness.allocate([unit])
+        harness.carry(harness.planner.relieve(harness.now))
+        harness.drain()
+    assert not harness.gone
+    assert (harness.table.at[:12] == Place.NVME).sum() >= 6

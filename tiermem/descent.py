@@ -115,7 +115,7 @@ class Descent(Books):
         spare = clean & (table.slot(NVME)[rest] >= 0)
         plans += self._step_down(rest[spare], GPU, NVME, now)
         rest, refused = rest[~spare], _NO_SLOTS
-        if self.backlog is None or not self._usable(HOST):  # else a frame waits for no drive
+        if self.backlog is None or not self._takes_any_unit(HOST):  # else frames wait for no drive
             more, rest, refused = self._start(rest, GPU, NVME, now)
             plans += more
         if self._usable(HOST):
@@ -154,6 +154,10 @@ class Descent(Books):
             and dst not in self.failed_tiers
             and (src, dst) in self.routes
         )
+
+    def _takes_any_unit(self, dst: Place) -> bool:
+        """Whether a unit of the GPU finds room in a tier, sooner or later."""
+        return self._usable(dst) and self._allowed(dst) >= self.table.max_unit_pages
 
     def _start(self, rows: Rows, src: Place, dst: Place, now: int) -> tuple[list[Plan], Rows, Rows]:
         """Begin to copy as many of these pages down as `dst` has slots for.
