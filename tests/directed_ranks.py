@@ -14,7 +14,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from tests.waiting import LONG_S
+from tests.waiting import LONG_S, until
 from tiermem import Config, Gpu, Host, Nvme, Share
 from tiermem.assemble import assemble
 from tiermem.config import Prefetch
@@ -120,6 +120,8 @@ class Ranks:
             self.streams.append(parts.device.new_stream() if queued else None)
             shape = (self.layout.nbytes // 8,)
             self.views.append(view(base, self.layout.nbytes, np.uint64, shape))
+        if share is None:  # growth has tests of its own; under load it takes a while
+            until(lambda: not any(rank._growing() for rank in self.ranks))
         self.gone: list[tuple[int, str]] = []
         self.model: dict[int, int] = {}
         self.next_value = 1
@@ -243,7 +245,8 @@ class Ranks:
 
     def ensure(self, units: int) -> None:
         """Until so many units could get frames at once."""
-        for _ in range(50):
+        deadline = time.monotonic() + LONG_S  # a host tier may have no memory yet
+        while time.monotonic() < deadline:
             if self.director.room() >= units:
                 return
             self.director.make_room(units)

@@ -188,8 +188,7 @@ def test_the_limit_moves_and_holds_on_every_rank() -> None:
     assert ranks.director.statistics()["gpu_used"] <= 4
     ranks.director.limit(8 * ranks.layout.unit_bytes)
     ranks.settle()
-    ranks.director.make_room(7)
-    ranks.settle()
+    ranks.ensure(7)
     assert ranks.director.room() == 7
     with pytest.raises(ConfigError, match="1 to 8 can be"):
         ranks.director.limit(9 * ranks.layout.unit_bytes)
@@ -238,7 +237,8 @@ def test_nothing_is_dropped_while_the_host_tier_has_no_memory_yet() -> None:
         director.make_room(6)
         assert gone == []
         for rank in range(2):
-            director.settle(Report(rank, 1, (), ranks.hellos[rank].ready, {}))
+            ready = {**hellos[rank].ready, Place.HOST: 8}
+            director.settle(Report(rank, 1, (), ready, {}))
         director.make_room(6)
         assert director.coming() == 5
         assert gone == []
