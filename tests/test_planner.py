@@ -807,6 +807,17 @@ def test_a_quarter_of_the_drive_stays_spares_as_long_as_pages_may_leave() -> Non
     h.check_idle()
 
 
+def test_what_a_tier_holds_is_not_dropped_for_its_marks_while_it_grows() -> None:
+    h = drive_of_spares(0)
+    h.planner.marks[NVME] = Marks(0.95, 0.90)
+    h.planner.growing = {NVME}  # a slab that was opened again, and is not ready beyond these slots
+    assert h.planner.relieve(h.now) == []
+    h.planner.growing = set()
+    h.carry(h.planner.relieve(h.now))
+    h.drain()
+    assert {reason for _, reason in h.gone} == {"evicted"}
+
+
 # ---------------------------------------------------------------- units, policies, purity
 
 
