@@ -498,12 +498,12 @@ class Planner(Ascent):
     def relieve(self, now: int) -> list[Plan]:
         """Plans that bring each tier below its marks and its limit, the lowest tier first.
 
-        Not a tier that grows by itself: its marks would be those of what there is of it so far.
+        Not a lower tier that grows by itself: its marks would be those of what there is so far.
         """
         plans = self._reap()
         for place in (NVME, HOST, GPU):
             pool = self.pools[place]
-            if place in self.growing:  # soon there is more room, and nothing had to leave for it
+            if place in self.growing and place != GPU:  # soon nothing has to leave
                 continue
             if not pool.capacity or pool.used <= (high := self._mark(place, "high")):
                 continue
