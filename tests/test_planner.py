@@ -818,6 +818,16 @@ def test_what_a_tier_holds_is_not_dropped_for_its_marks_while_it_grows() -> None
     assert {reason for _, reason in h.gone} == {"evicted"}
 
 
+def test_a_limit_holds_while_its_tier_grows() -> None:
+    h = drive_of_spares(0)
+    h.planner.growing = {NVME}
+    h.planner.limits[NVME] = 6
+    h.carry(h.planner.relieve(h.now))
+    h.drain()
+    assert h.pools[NVME].used <= 6
+    assert len(h.gone) == 2
+
+
 # ---------------------------------------------------------------- units, policies, purity
 
 

@@ -503,7 +503,8 @@ class Planner(Ascent):
         plans = self._reap()
         for place in (NVME, HOST, GPU):
             pool = self.pools[place]
-            if place in self.growing and place != GPU:  # soon nothing has to leave
+            grows = place in self.growing and place != GPU
+            if grows and pool.used <= self._allowed(place):  # soon nothing has to leave
                 continue
             if not pool.capacity or pool.used <= (high := self._mark(place, "high")):
                 continue
