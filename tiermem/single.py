@@ -186,17 +186,10 @@ class Single(InPlace):
 
     def _steal_one(self, frame: int) -> Hide:
         """`_steal` of one frame of a page of one."""
-        table, pool = self.table, self.pools[GPU]
-        row = pool.owner.item(frame)
+        pool = self.pools[GPU]
         pool.reuse_one(frame)
         self.counts["stolen"] += 1
-        table.slot(GPU)[row] = -1
-        if self.in_order:
-            table.shown[row] = IS_NOTHING
-        else:
-            table.shown[row] = IS_HIDING
-            table.busy[row] += 1
-        return Hide(np.array([row], np.int32), _NO_SLOTS)
+        return self._hide(pool.owner[frame : frame + 1].copy(), _NO_SLOTS)
 
     def _land_blank_one(self, step: Show, plan_id: int) -> bool:
         """`_settle_blank` of a page that was shown and is still wanted."""
