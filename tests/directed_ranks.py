@@ -114,7 +114,15 @@ class Ranks:
             peers = None
             if scope is not None and leases.pooling is not None:
                 peers = Peers.open(parts, leases.pooling, scope)
-            rank = Rank(number, parts, addresses, persist=persist, leases=leases, peers=peers)
+            rank = Rank(
+                number,
+                parts,
+                addresses,
+                persist=persist,
+                leases=leases,
+                peers=peers,
+                kernels_only=queued,
+            )
             self.ranks.append(rank)
             self.devices.append(parts.device)
             self.streams.append(parts.device.new_stream() if queued else None)

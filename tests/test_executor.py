@@ -108,14 +108,18 @@ def test_frames_are_zeroed_before_the_steps_that_follow_are_submitted() -> None:
     assert order == ["zeroed", "shown"]
 
 
-def test_a_stream_may_wait_for_loads_but_the_caller_waits_for_the_window() -> None:
+@pytest.mark.parametrize("kernels_only", [False, True])
+def test_a_stream_may_wait_for_loads_and_for_the_window_if_it_runs_kernels_only(
+    kernels_only: bool,
+) -> None:
     h = Harness()
     h.memories[Place.HOST].words[:] = 5
     plan = Plan(1, (copy(Place.HOST, Place.GPU, 2), Show(ids(2), ids(2))))
     flight = h.executor.start(plan)
-    assert flight.order(0)
-    assert 200 in h.window.shown
+    assert flight.order(0, kernels_only)
+    assert (200 in h.window.shown) is not kernels_only
     h.world.streams.advance(0, 5)
+    assert 200 in h.window.shown
     assert h.memories[Place.GPU].words[2].tolist() == [5, 5]
     assert flight.ready()
 

@@ -178,6 +178,30 @@ class PagerMachine(RuleBasedStateMachine):
         self.leave(seed)
 
     @rule(seed=SEEDS)
+    def read_behind_a_load(self, seed: int) -> None:
+        """A kernel is queued while its pages come, and may run before anything else ends."""
+        random, stream = Random(seed), seed % 2
+        for _ in range(3):  # the first attempts may find no frame
+            below = [unit for unit in self.units() if self.h.table.at[unit] == Place.HOST]
+            units = self.pick(random, below, 2)
+            if not units or not self._may_use(units, "read"):
+                return
+            try:
+                request = self.h.begin(units, "read", True)
+            except (PageLost, TierFull, TierFailed):
+                return
+            if request.taken:
+                self._take(work := Work(request, "read"), stream)
+                if work.stream is not None:
+                    self.held.remove(work)
+                    self.h.work(request, "read", stream)
+                    self.h.leave(request, stream)
+                    self.h.world.streams.advance(stream, random.choice((0, 1000)))
+                break
+            self.h.advance_for(request)
+        self._enter_ready()
+
+    @rule(seed=SEEDS)
     def pin_one_page(self, seed: int) -> None:
         """The short way to a page that rests on the GPU."""
         random = Random(seed)

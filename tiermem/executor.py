@@ -86,16 +86,22 @@ class Flight:
         until = time.monotonic() + timeout_s
         return all(done.wait(max(0.0, until - time.monotonic())) for done in self._dones)
 
-    def order(self, stream: int | None) -> bool:
-        """Make a stream wait for the copies and the caller for the rest; False if it cannot."""
+    def order(self, stream: int | None, kernels_only: bool) -> bool:
+        """Make a stream wait for the copies and the caller for the rest; False if it cannot.
+
+        kernels_only: as for `Region.use`; the stream waits for what pages show, too.
+        """
         rest: list[Done] = []
         for step, done in zip(self.plan.steps, self._dones, strict=True):
-            if not isinstance(step, Copy):
-                rest.append(done)
-            elif (order := getattr(done, "order", None)) is not None:
-                order(stream)  # an `Orderable`; asking for the protocol takes 10 us
-            else:
+            copies = isinstance(step, Copy)
+            # An `Orderable`; asking for the protocol takes 10 us.
+            order = getattr(done, "order", None) if copies or kernels_only else None
+            if order is not None:
+                order(stream)
+            elif copies:
                 return False
+            else:
+                rest.append(done)
         for done in rest:
             done.wait()
         return all(done.error is None for done in rest)

@@ -72,11 +72,12 @@ class Pager:
         access: Access,
         stream: int | None = None,
         touches: int | None = None,
+        kernels_only: bool = False,
     ) -> None:
         """Make pages resident and pin them: all or nothing; returns when they may be touched.
 
         With a stream and read access, the stream rather than the caller waits for host loads.
-        touches: as for `Planner.fault`.
+        touches: as for `Planner.fault`. kernels_only: as for `Region.use`.
         """
         order = stream is not None and access == "read"
         writes = access != "read"
@@ -98,7 +99,7 @@ class Pager:
                 start_s = start_s or time.perf_counter()
             taken = request.taken
             try:
-                if self._come(request, resident, writes, order, stream):
+                if self._come(request, resident, writes, order, stream, kernels_only):
                     break
             except BaseException:  # also Ctrl-C: what is on its way lands without its pins
                 with self.lock:
@@ -112,7 +113,13 @@ class Pager:
             self._wake_if_pressed()
 
     def _come(
-        self, request: Request, resident: bool, writes: bool, order: bool, stream: int | None
+        self,
+        request: Request,
+        resident: bool,
+        writes: bool,
+        order: bool,
+        stream: int | None,
+        kernels_only: bool,
     ) -> bool:
         """Carry a request out and wait for it; False: ask again, for it was not or badly served."""
         self._start()
@@ -123,7 +130,7 @@ class Pager:
             return False
         if order and len(request.rows) > 1:
             self.settle_ready()  # what came before, while these are being shown
-        if order and self._order(request, stream):
+        if order and self._order(request, stream, kernels_only):
             self._wake()  # nobody else will settle these loads
             return True
         self._await_all(request)
@@ -317,7 +324,7 @@ class Pager:
             flights[0].wait(_TICK_S)
         self.settle_ready()
 
-    def _order(self, request: Request, stream: int | None) -> bool:
+    def _order(self, request: Request, stream: int | None, kernels_only: bool) -> bool:
         """Let the stream wait for this request's own loads; False if any must be waited for."""
         with self.lock:
             own = {plan.id for plan in request.plans}
@@ -325,7 +332,7 @@ class Pager:
             ordered = self.planner.all_ordered(request)
         if not flights or not ordered or not request.pending <= own or None in flights:
             return False
-        if not all([f.order(stream) for f in flights if f is not None]):
+        if not all([f.order(stream, kernels_only) for f in flights if f is not None]):
             return False
         with self.lock:
             self.planner.run_ahead(request, self._now())

@@ -143,6 +143,7 @@ class Region:
         access: Access = "read",
         stream: int | None = None,
         touches: int = 1,
+        kernels_only: bool = False,
     ) -> Use:
         """A context in which these pages are on the GPU and stay there.
 
@@ -153,6 +154,9 @@ class Region:
         touches: how often this block will read each page. With host.read_in_place, pages to be
         read may stay in the host tier, where kernels read them at the same addresses, if that
         costs less (see `Space.reserve`); pages that are read so can not be written meanwhile.
+        kernels_only: nothing but kernels is queued on the stream in this block. Then the stream
+        waits until its pages are shown, too, and the caller for nothing; the driver refuses to
+        copy or to set memory (cuMemcpyAsync, cuMemsetAsync) that is not shown when it is asked.
         Raises TierFull, PageLost, PageInUse, NotOurs on entry; then nothing is pinned.
         """
         if touches < 1:
@@ -160,8 +164,8 @@ class Region:
         if access not in _ACCESS:
             raise ConfigError(f"access {access!r}: one of {', '.join(_ACCESS)}")
         if isinstance(pages, int) and self.unit_pages == 1 and 0 <= pages < self.pages:
-            return Use(self, None, pages + self._first, access, stream, touches)
-        return Use(self, self._rows(pages), -1, access, stream, touches)
+            return Use(self, None, pages + self._first, access, stream, touches, kernels_only)
+        return Use(self, self._rows(pages), -1, access, stream, touches, kernels_only)
 
     def pin(
         self,
@@ -169,13 +173,14 @@ class Region:
         access: Access = "read",
         stream: int | None = None,
         touches: int = 1,
+        kernels_only: bool = False,
     ) -> None:
         """What entering `use` does; each page is given back by one `unpin`, in any grouping."""
         if access not in _ACCESS:
             raise ConfigError(f"access {access!r}: one of {', '.join(_ACCESS)}")
         rows = self._rows(pages)
         if len(rows):
-            self._pager.use(rows, access, stream, self._counted(touches))
+            self._pager.use(rows, access, stream, self._counted(touches), kernels_only)
 
     def unpin(self, pages: Sequence[int] | Pages, stream: int | None = None) -> None:
         """Pages may leave once the work that is queued on the stream by now has ended."""
@@ -614,7 +619,7 @@ def _has_duplicates(rows: Rows) -> bool:
 class Use:
     """Pages that are pinned between entering and leaving. Not reentrant."""
 
-    __slots__ = ("_access", "_region", "_row", "_rows", "_stream", "_touches")
+    __slots__ = ("_access", "_kernels_only", "_region", "_row", "_rows", "_stream", "_touches")
 
     def __init__(
         self,
@@ -624,6 +629,7 @@ class Use:
         access: Access,
         stream: int | None,
         touches: int,
+        kernels_only: bool,
     ) -> None:
         self._region = region
         self._rows = rows
@@ -631,6 +637,7 @@ class Use:
         self._access: Access = access
         self._stream = stream
         self._touches = touches
+        self._kernels_only = kernels_only
 
     def __enter__(self) -> Use:
         region = self._region
@@ -642,7 +649,7 @@ class Use:
             self._rows = np.array([self._row], np.int32)
         if len(self._rows):
             touches = region._counted(self._touches)
-            region._pager.use(self._rows, self._access, self._stream, touches)
+            region._pager.use(self._rows, self._access, self._stream, touches, self._kernels_only)
         return self
 
     def __exit__(

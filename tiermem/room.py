@@ -26,11 +26,11 @@ class Room(Compaction):
 
         spare_us: pages of this request, which must not be evicted for it.
         """
+        if GPU in self.failed_tiers:
+            raise TierFailed("gpu: the tier has failed; reopen the space")
         if self._are_available(n, spare_us):
             self._found_room()
             return True
-        if GPU in self.failed_tiers:
-            raise TierFailed("gpu: the tier has failed; reopen the space")
         have = self._available(spare_us)
         self.table.pins[spare_us] += 1
         try:

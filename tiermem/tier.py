@@ -71,7 +71,7 @@ class Done(Protocol):
 
 @runtime_checkable
 class Orderable(Protocol):
-    """A Done whose work a stream can wait for without blocking the host (host-to-GPU loads)."""
+    """A Done whose work a stream can wait for without blocking the host (loads, shown pages)."""
 
     def order(self, stream: int | None) -> None:
         """Make `stream` wait for this work; returns at once."""

@@ -351,6 +351,28 @@ class DeviceContract:
         assert seen() == bytes([8]) * device.page_bytes
         finish(load)
 
+    def test_a_stream_can_wait_until_pages_are_shown_without_the_host(self, parts: Parts) -> None:
+        """Kernels that are queued before their page is shown find it, on any stream."""
+        device, engine = parts
+        start = device.reserve(32 * device.page_bytes)
+        frames = slots(*range(8))
+        for frame, alias in zip(frames, device.frames.addresses(frames), strict=True):
+            engine.fill(None, int(alias), 1 + int(frame), device.page_bytes)
+        finish(device.window.show(pages(device, start, *range(8)), frames))
+        for turn in range(1, 4):  # hidden and shown elsewhere, in one go
+            old = pages(device, start, *range(8 * turn - 8, 8 * turn))
+            new = pages(device, start, *range(8 * turn, 8 * turn + 8))
+            hidden, shown = device.window.hide(old), device.window.show(new, frames)
+            streams = (engine.stream(), engine.stream())
+            for stream in streams:
+                shown.order(stream)  # type: ignore[attr-defined]
+            seen = [engine.see(s, int(at), 64) for s in streams for at in (new[0], new[7])]
+            assert [read() for read in seen] == [bytes([value]) * 64 for value in (1, 8, 1, 8)]
+            finish(hidden)
+            finish(shown)
+        finish(device.window.hide(new))
+        device.release(start, 32 * device.page_bytes)
+
     def test_a_closed_route_ends_what_it_took_and_takes_no_more(self, parts: Parts) -> None:
         device, engine = parts
         host = engine.host(4)

@@ -26,7 +26,7 @@ enum { MOST = 65536 };
 static const u64 PAGE = 2 << 20;
 
 typedef struct op { int kind; u64 a, b, c; void *list; struct op *next; } op;
-enum { COPY, SET32, RECORD, AWAIT, WRITE, HOLD, EQUAL, GATHER, DIGEST };
+enum { COPY, SET32, RECORD, AWAIT, WRITE, HOLD, EQUAL, REACHED, GATHER, DIGEST };
 typedef struct { u64 id; op *first, *last; int busy, used; } stream;
 typedef struct { u64 recorded, fired; } event;
 typedef struct { u64 offset, size; int held, maps; } handle;
@@ -86,6 +86,7 @@ static int run(op *o)   /* 1 when it has ended; called without the lock */
     case RECORD: __atomic_store_n(&((event *)o->a)->fired, o->b, __ATOMIC_SEQ_CST); return 1;
     case AWAIT: return __atomic_load_n(&((event *)o->a)->fired, __ATOMIC_SEQ_CST) >= o->b;
     case EQUAL: return __atomic_load_n((u64 *)o->a, __ATOMIC_SEQ_CST) == o->b;
+    case REACHED: return (int64_t)(__atomic_load_n((u64 *)o->a, __ATOMIC_SEQ_CST) - o->b) >= 0;
     case DIGEST: {
         u64 *call = o->list;
         if (digest) digest(call[0], call[1], call[2], call[3]);
@@ -393,10 +394,10 @@ int cuStreamWriteValue64(u64 s, u64 address, u64 value, u32 flags)
     FAULT;
     return flags ? INVALID : queue(s, (op){.kind = WRITE, .a = address, .b = value});
 }
-int cuStreamWaitValue64(u64 s, u64 address, u64 value, u32 flags)   /* CU_STREAM_WAIT_VALUE_EQ */
+int cuStreamWaitValue64(u64 s, u64 address, u64 value, u32 flags)   /* CU_STREAM_WAIT_VALUE_GEQ, _EQ */
 {
     FAULT;
-    return flags != 1 ? INVALID : queue(s, (op){.kind = EQUAL, .a = address, .b = value});
+    return flags > 1 ? INVALID : queue(s, (op){.kind = flags ? EQUAL : REACHED, .a = address, .b = value});
 }
 static int captured;   /* what was last said of any stream */
 int cuStreamIsCapturing(u64 s, int *out) { (void)s; *out = captured = planted(__func__) != 0; return OK; }

@@ -317,6 +317,23 @@ def test_a_lost_device_ends_every_done_and_latches_the_route(fake: StandIn) -> N
         release()
 
 
+def test_a_kernel_queued_before_its_pages_are_shown_waits_for_the_window(fake: StandIn) -> None:
+    with opened(fake) as (device, engine):
+        start = device.reserve(8 * PAGE)
+        engine.fill(None, int(device.frames.addresses(slots(7))[0]), 6, PAGE)
+        fake.slow(20_000)
+        shown = device.window.show(pages(device, start, *range(8)), slots(*range(8)))
+        stream = engine.stream()
+        shown.order(stream)  # type: ignore[attr-defined]
+        seen = engine.see(stream, start + 7 * PAGE, 64)
+        tick = fence(device, stream)
+        assert not device.streams.wait(tick, 0.02)
+        assert not shown.ready()
+        assert seen() == bytes([6]) * 64
+        finish(shown)
+        shown.order(stream)  # type: ignore[attr-defined]  # nothing is left to wait for
+
+
 def test_pieces_below_the_measured_size_go_through_the_kernel_and_arrive(fake: StandIn) -> None:
     calibration = Calibration(page_bytes=PAGE, gather_below_down=64 << 10, gather_below_up=64 << 10)
     with opened(fake, calibration=calibration) as (device, engine):

@@ -90,7 +90,7 @@ def swap(r: Rig) -> Laps:
                 ahead = there[1][: AHEAD + 1] if not i else there[1][i + AHEAD : i + AHEAD + 1]
                 for leaving in ahead:
                     there[0].hint(leaving, "cold")
-                with here[0].use(pages, "read", r.stream):
+                with here[0].use(pages, "read", r.stream, kernels_only=True):
                     pass
             r.sync()
             yield watch.end(2 * r.shape.nbytes, lambda: r.ways(up=True, down=True))
@@ -208,7 +208,7 @@ def _use_all(r: Rig, region: Region, groups: Sequence[Pages], ahead: int) -> Lap
     for i, pages in enumerate(groups):
         for later in groups[i + ahead : i + ahead + 1] if ahead else ():
             region.hint(later, "soon")
-        with region.use(pages, "read", r.stream):
+        with region.use(pages, "read", r.stream, kernels_only=True):
             pass
     r.sync()
     nbytes = len(groups) * r.shape.group * r.shape.page_bytes

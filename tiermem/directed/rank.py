@@ -44,11 +44,13 @@ class Rank:
         persist: bool = False,
         leases: Leases = NO_LEASES,
         peers: Peers | None = None,
+        kernels_only: bool = False,
     ) -> None:
         """parts: which it will close. addresses: of page rows, in one reservation.
 
         persist: the slab of the parts is kept for the next start. leases: that the memory of the
         parts is held under, for the director; closed last. peers: with whom it shares content.
+        kernels_only: as for `Region.use`, of all that is queued in a step.
         """
         self.rank = rank
         self.leases = leases
@@ -56,6 +58,7 @@ class Rank:
         self.turns = Turns()
         self.page_bytes = parts.device.page_bytes
         self._persist = persist
+        self._kernels_only = kernels_only
         self._parts = parts
         self._device = parts.device
         self._addresses = addresses
@@ -306,7 +309,7 @@ class Rank:
         flight = self._flights.get(plan_id)
         if flight is None:
             return  # it has ended, and was reported
-        if stream is not None and flight.order(stream):
+        if stream is not None and flight.order(stream, self._kernels_only):
             return
         flight.wait()
         if flight.error is not None:

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tiermem.gpu.driver import Context, Driver
-from tiermem.gpu.streams import Gate
+from tiermem.gpu.streams import Gate, Signal
 from tiermem.native import ALL, CALL, Calls, Kind, Program, Ticket, function, group
 from tiermem.tier import Addresses, Mask
 
@@ -130,10 +130,12 @@ class Templates:
 class Change:
     """A group on its way: a `Done` whose error names the call and the page."""
 
-    __slots__ = ("_before", "_context", "_names", "_ticket", "tick")
+    __slots__ = ("_before", "_context", "_ended", "_names", "_ticket", "tick")
 
-    def __init__(self, context: Context, ticket: Ticket, template: Template) -> None:
+    def __init__(self, context: Context, ticket: Ticket, template: Template, ended: Signal) -> None:
+        """ended: counts the groups that have ended."""
         self._context = context
+        self._ended = ended
         self._ticket = ticket
         self._names = template.names
         self._before = template.before
@@ -158,3 +160,11 @@ class Change:
 
     def wait(self, timeout_s: float | None = None) -> bool:
         return self._ticket.wait(timeout_s)
+
+    def order(self, stream: int | None) -> None:
+        """Make `stream` wait until the group has ended.
+
+        If it fails, kernels behind it find no page there and the device is lost.
+        """
+        if not self.ready():
+            self._ended.order(stream, self.tick)

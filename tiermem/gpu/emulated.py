@@ -49,7 +49,7 @@ class EmulatedHostPages(EmulatedFrames):
         self._window = window
         window.attach(self.fd, slots)
 
-    def show(self, addresses: Addresses, slots: Slots) -> Ticket:
+    def show(self, addresses: Addresses, slots: Slots) -> Done:
         return self._window.show_in_place(addresses, slots)
 
 
@@ -81,8 +81,8 @@ class EmulatedDevice:
         self.name = name
         self.page_bytes = page_bytes
         self._frames = EmulatedFrames(page_bytes, frames, most)
-        self._window = EmulatedWindow(self._frames, guard=guard)
         self._streams = EmulatedStreams()
+        self._window = EmulatedWindow(self._frames, self._streams, guard=guard)
         self._zeroing = Zeroing(self._frames)
         self.frames: Memory = self._frames
         self.window: Window = self._window

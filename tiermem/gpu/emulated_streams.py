@@ -101,8 +101,8 @@ class EmulatedStreams:
             queue.close()
 
 
-class Copied:
-    """A group of copies: a `Done` that streams can wait for."""
+class Orderly:
+    """Copies, or changes of what pages show: a `Done` that streams can wait for."""
 
     __slots__ = ("_streams", "_ticket")
 
@@ -125,9 +125,9 @@ class Copied:
         return self._ticket.wait(timeout_s)
 
     def order(self, stream: int | None) -> None:
-        """Make `stream` wait for these copies; without one, the calling thread waits.
+        """Make `stream` wait for this work; without one, the calling thread waits.
 
-        If the copies end without success, nothing later on the stream runs.
+        If the work ends without success, nothing later on the stream runs.
         """
         if stream is None:
             self.wait()
@@ -153,7 +153,7 @@ class EmulatedRoute:
         name = "tm-gpu-to-host" if down else "tm-host-to-gpu"
         self._queue = Queue(name, patience_s=_PATIENCE_S)
 
-    def submit(self, src: Slots, dst: Slots, after: Fence) -> Copied:
+    def submit(self, src: Slots, dst: Slots, after: Fence) -> Orderly:
         frames, slots = (src, dst) if self._down else (dst, src)
         if len(src) != len(dst) or not len(src):
             raise DriverError(f"{self._queue.name}: {len(src)} sources, {len(dst)} destinations")
@@ -166,7 +166,7 @@ class EmulatedRoute:
         short = len(src) * self._frames.slot_bytes <= _SHORT_BYTES
         ticket = self._queue.submit(program, short=short)
         self._frames.in_flight.add(ticket, frames.copy())
-        return Copied(ticket, self._streams)
+        return Orderly(ticket, self._streams)
 
     def close(self) -> None:
         """Refuse new work; what was submitted goes on and ends. A second call does nothing."""

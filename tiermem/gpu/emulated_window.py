@@ -24,6 +24,7 @@ from tiermem import toolchain
 from tiermem.errors import Closed, DriverError, NotOurs, PageInUse
 from tiermem.gpu import mappings
 from tiermem.gpu.emulated_frames import EmulatedFrames, InFlight
+from tiermem.gpu.emulated_streams import EmulatedStreams, Orderly
 from tiermem.native import ALL, CALL, Calls, Failure, Kind, Program, Queue, Ticket, group, pointer
 from tiermem.native import address as _address
 from tiermem.tier import Addresses, Mask, Slots
@@ -94,8 +95,11 @@ class EmulatedWindow:
     ending the process; a write still ends it.
     """
 
-    def __init__(self, frames: EmulatedFrames, *, guard: bool = False) -> None:
+    def __init__(
+        self, frames: EmulatedFrames, streams: EmulatedStreams, *, guard: bool = False
+    ) -> None:
         self.frames = frames
+        self._streams = streams
         self.in_flight = InFlight()
         self._page_bytes = frames.slot_bytes
         self._absent = mappings.READ if guard else mappings.NO_ACCESS
@@ -146,7 +150,7 @@ class EmulatedWindow:
         self._ranges = sorted(ranges, key=lambda r: r.address)
         self._starts = [r.address for r in self._ranges]
 
-    def show(self, addresses: Addresses, frames: Slots) -> Ticket:
+    def show(self, addresses: Addresses, frames: Slots) -> Orderly:
         """Map frame frames[i] at addresses[i], whole and read-write. All or nothing."""
         if len(frames) != len(addresses):
             raise DriverError(f"window: {len(addresses)} addresses for {len(frames)} frames")
@@ -163,7 +167,7 @@ class EmulatedWindow:
                 raise DriverError("window: host pages are attached already")
             self._numbers[-2:] = fd, slots
 
-    def show_in_place(self, addresses: Addresses, slots: Slots) -> Ticket:
+    def show_in_place(self, addresses: Addresses, slots: Slots) -> Orderly:
         """Map pages of the attached file at page addresses, for reading. All or nothing."""
         if len(slots) and not 0 <= slots.min() <= slots.max() < int(self._numbers[-1]):
             raise DriverError(
@@ -171,7 +175,7 @@ class EmulatedWindow:
             )
         return self.show(addresses, slots + np.int32(self.frames.most))
 
-    def hide(self, addresses: Addresses) -> Ticket:
+    def hide(self, addresses: Addresses) -> Orderly:
         """Unmap the pages at these addresses, which all show something. All or nothing."""
         with self._lock:
             used = self.in_flight.using(addresses)
@@ -184,7 +188,7 @@ class EmulatedWindow:
             row[0, 4] = len(addresses)
             return self._submit(row, addresses, None)
 
-    def _submit(self, row: _Numbers, addresses: Addresses, slots: Slots | None) -> Ticket:
+    def _submit(self, row: _Numbers, addresses: Addresses, slots: Slots | None) -> Orderly:
         """The lock is held, so that the order of submission is the order of the calls."""
         n = len(addresses)
         where = self._range(addresses)
@@ -199,7 +203,7 @@ class EmulatedWindow:
             short = n * self._page_bytes <= _SHORT_BYTES
             ticket = self._queue.submit(program, explain, short=short)
         self._last = ticket.tick
-        return ticket
+        return Orderly(ticket, self._streams)
 
     def _range(self, addresses: Addresses) -> _Range:
         self._refuse_closed()

@@ -28,6 +28,7 @@ NON_BLOCKING: Final = 1
 _OPEN: Final = 0
 _SHUT: Final = 1
 _WAIT_EQUAL: Final = 1  # CU_STREAM_WAIT_VALUE_EQ
+_WAIT_REACHED: Final = 0  # CU_STREAM_WAIT_VALUE_GEQ
 
 
 class Words:
@@ -89,6 +90,26 @@ class Gate:
         """Let what is queued on `stream` from now on wait until the gate is open."""
         driver = self._words.context.driver
         driver.call("cuStreamWaitValue64", stream, self.address, _OPEN, _WAIT_EQUAL)
+
+
+class Signal:
+    """A count that our threads move and streams wait for, the host not.
+
+    One word of pinned host memory; `word` (uint64[1]) is for whoever counts, such as a `Queue`.
+    """
+
+    def __init__(self, words: Words) -> None:
+        index = words.take()
+        self.word = words.values[index : index + 1]
+        at = words.address + 8 * index
+        steps = (("cuStreamWaitValue64", A, at, B, _WAIT_REACHED),)
+        self._wait_for = Routine(words.context, steps)
+        self._lock = threading.Lock()
+
+    def order(self, stream: int | None, count: int) -> None:
+        """Make `stream` (None: the default stream) wait until the count is reached."""
+        with self._lock:
+            self._wait_for.run(stream or 0, count)
 
 
 class Timeline:

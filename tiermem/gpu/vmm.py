@@ -11,7 +11,7 @@ from tiermem.gpu.copy import CudaRoute, Lane
 from tiermem.gpu.digest import FrameDigest
 from tiermem.gpu.driver import Context, Driver, load
 from tiermem.gpu.frames import DEVICE, HOST_NUMA, Arena, Backing, CudaFrames
-from tiermem.gpu.streams import CudaStreams, Gate, Words
+from tiermem.gpu.streams import CudaStreams, Gate, Signal, Words
 from tiermem.gpu.window import CudaWindow
 from tiermem.tier import Addresses, Done, Memory, Place, Slots
 from tiermem.units import format_bytes
@@ -120,7 +120,8 @@ class CudaDevice:
             self._gate = Gate(self._words)
             self.streams = CudaStreams(context)
             self._fill = self._lane()
-            self.window = CudaWindow(context, self.frames.arena, self._gate, guard=guard)
+            ended = Signal(self._words)
+            self.window = CudaWindow(context, self.frames.arena, self._gate, ended, guard=guard)
         except BaseException:
             self.frames.close()
             raise

@@ -27,7 +27,7 @@ from tiermem.gpu.changes import Change, Face, Templates
 from tiermem.gpu.driver import RELAXED, Context, CudaError
 from tiermem.gpu.frames import Arena, access, reserve
 from tiermem.gpu.routine import A, B, C, D, Routine
-from tiermem.gpu.streams import Gate
+from tiermem.gpu.streams import Gate, Signal
 from tiermem.native import Kind, Program, Queue, group
 from tiermem.tier import Addresses, Done, Finished, Slots
 
@@ -74,7 +74,10 @@ class CudaWindow:
     doubles the cost of a steal, and `reserve` takes 25 us a page (FACTS, H200).
     """
 
-    def __init__(self, context: Context, frames: Arena, gate: Gate, *, guard: bool = False) -> None:
+    def __init__(
+        self, context: Context, frames: Arena, gate: Gate, ended: Signal, *, guard: bool = False
+    ) -> None:
+        """ended: is to count the groups that have ended; its word outlives the window."""
         self.context = context
         self.page_bytes = frames.slot_bytes
         self._size = np.uint64(frames.slot_bytes)
@@ -85,6 +88,7 @@ class CudaWindow:
         self._pending: deque[_Pending] = deque()
         self._last = 0
         self._gate = gate
+        self._ended = ended
         self._templates = Templates(context.driver, self.page_bytes, gate)
         driver = context.driver
         mode = np.array([RELAXED], np.uint32)
@@ -92,7 +96,7 @@ class CudaWindow:
         relax = driver.address("cuThreadExchangeStreamCaptureMode")
         relaxed = group(relax, Kind.STATUS, mode.ctypes.data)
         setup = Program(np.concatenate([current, relaxed]), keep=(mode,))
-        self._queue = Queue("tiermem-window", setup=setup)
+        self._queue = Queue("tiermem-window", setup=setup, word=ended.word)
         self._descs = (frames.backing.access, access(context.device, flags=_READ))
         # Of a frame, and of a page in place: where its descriptors are, and how many.
         self._access = [(desc.ctypes.data, len(desc) // 3) for desc in self._descs]
@@ -302,7 +306,7 @@ class CudaWindow:
         template = self._templates.get(old=old is not None, new=new is not None)
         ticket = self._queue.submit(template.program(addresses, old, new))
         self._last = ticket.tick
-        return Change(self.context, ticket, template)
+        return Change(self.context, ticket, template, self._ended)
 
     # -- a page or two, in the calling thread ----------------------------------------------------
 

@@ -43,7 +43,14 @@ class PagedRegion(Protocol):
 
     def allocate(self, n: int, *, pages: Pages, depths: Pages) -> Pages: ...
 
-    def pin(self, pages: Pages, access: Access = "read", stream: int | None = None) -> None: ...
+    def pin(
+        self,
+        pages: Pages,
+        access: Access = "read",
+        stream: int | None = None,
+        touches: int = 1,
+        kernels_only: bool = False,
+    ) -> None: ...
 
     def unpin(self, pages: Pages, stream: int | None = None) -> None: ...
 
@@ -217,13 +224,15 @@ class Residence:
         taken: list[Pages] = []
         fresh, accesses = self._accesses(lacking)
         try:
-            for access, pages in accesses.items():
-                if len(pages):
-                    self._region.pin(pages, access, stream)
-                    taken.append(pages)
+            # Loads last: the caller waits for the others, and would for what comes before them.
             if len(fresh):
                 self._allocate(fresh, needed)
                 self._region.pin(fresh, "write")
+                taken.append(fresh)
+            for access, pages in accesses.items():
+                if len(pages):
+                    self._region.pin(pages, access, stream, kernels_only=True)
+                    taken.append(pages)
         except BaseException:
             for pages in taken:
                 self._region.unpin(pages, stream)
@@ -249,9 +258,9 @@ class Residence:
         rewritten = np.isin(old, np.array(written, np.int32))
         has_bytes = ~np.isin(old, lost)
         return pages[~self._backed[pages]], {
-            "read": old[has_bytes & ~rewritten],
-            "write": old[has_bytes & rewritten],
             "fresh": lost,
+            "write": old[has_bytes & rewritten],
+            "read": old[has_bytes & ~rewritten],
         }
 
     def _allocate(self, fresh: Pages, lacking: list[_Held]) -> None:

@@ -16,6 +16,7 @@ from tiermem.errors import ConfigError
 log = logging.getLogger(__name__)
 
 CONNECTOR = "TiermemConnector"
+TOGETHER = "MultiConnector"  # vLLM's, of ours and another
 MODULE = "tiermem.integrations.vllm"
 OURS = {
     "kv_connector": CONNECTOR,
@@ -83,7 +84,7 @@ def with_ours(given: Any) -> Any:
         given = KVTransferConfig(**given)
     if given.kv_connector == CONNECTOR:
         return given
-    if given.kv_connector == "MultiConnector":
+    if given.kv_connector == TOGETHER:
         several = list(given.kv_connector_extra_config.get("connectors", ()))
         if any(one.get("kv_connector") == CONNECTOR for one in several):
             return given
@@ -97,7 +98,7 @@ def with_ours(given: Any) -> Any:
             }
         ]
     return KVTransferConfig(
-        kv_connector="MultiConnector",
+        kv_connector=TOGETHER,
         kv_role=given.kv_role,
         engine_id=given.engine_id,
         kv_connector_extra_config={"connectors": [OURS, *several]},

@@ -24,7 +24,7 @@ from tiermem.directed.rank import Rank
 from tiermem.errors import ConfigError
 from tiermem.gpu.tensor import tensor
 from tiermem.integrations.layout import Layout, Run, automatic_page, layout_of, runs_of
-from tiermem.integrations.vllm_config import CUDA_PAGE, divided
+from tiermem.integrations.vllm_config import CUDA_PAGE, TOGETHER, divided
 from tiermem.leases import Leases
 from tiermem.nvme.kept import Persist
 from tiermem.peers import Peers
@@ -130,6 +130,7 @@ class RankSide:
             persist=self._persist,
             leases=self._leases,
             peers=self._open_peers(),
+            kernels_only=self._vllm.kv_transfer_config.kv_connector != TOGETHER,
         )
         RANKS[self._engine_id] = self._rank
         self.hello: Hello = self._rank.start(self.layout.units * self.layout.unit_pages)
