@@ -219,6 +219,20 @@ class PagerContract:
             h.space.drain(LONG_S)
             h.space.check()
 
+    def test_kernels_are_queued_before_their_pages_have_come(self) -> None:
+        """Whoever promises kernels waits for nothing; the stream waits for loads and mappings."""
+        with self.held(frames=8) as h:
+            pages = [h.written(i + 1) for i in range(16)]
+            for turn in range(18):
+                first = 5 * (turn % 3)
+                group = pages[first : first + 6]
+                with h.region.use(group, "read", h.stream, kernels_only=True):
+                    reads = [h.engine.see(h.stream, h.address(page), BYTES) for page in group]
+                found = [read() for read in reads]
+                assert found == [bytes([first + i + 1]) * BYTES for i in range(6)]
+            h.space.drain(LONG_S)
+            h.space.check()
+
     def test_random_work_on_two_streams_finds_its_own_bytes(self) -> None:
         rng = np.random.default_rng(7)
         with self.held() as h:

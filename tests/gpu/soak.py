@@ -150,7 +150,8 @@ class Worker:
         return self.random.sample(pages, min(len(pages), self.random.randint(1, most)))
 
     def read(self, pages: list[int]) -> None:
-        with self.region.use(pages, "read", self.bytes.stream):
+        kernels_only = self.random.random() < 0.5
+        with self.region.use(pages, "read", self.bytes.stream, kernels_only=kernels_only):
             for page in pages:
                 if self.values[page] >= 0:
                     self.bytes.compare(page, self.values[page])
