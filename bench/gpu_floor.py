@@ -15,6 +15,7 @@ window    show and hide through CudaWindow, groups of 64, waited for one by one 
 routes    submit to end, groups of 64 and 256, several in flight, each way and both (GB/s)
 load      copy by alias and show together, groups of 64, into free and into stolen frames (GB/s)
 swap      the same into stolen frames while as much goes down (GB/s, both ways together)
+lonely    show and hide one page where nothing else is shown nearby, and beside pages that are (us)
 fault     one page: submit, show, wait (us, p50 and p99)
 busy      the same beside one thread of pure Python, and that thread's loss
 interpreter   how long the lock takes to come back beside that thread, by what gave it away
@@ -504,6 +505,37 @@ def fault_of(r: Rig, *, beside_down: bool = False) -> Figures:
     return {"p50_us": round(float(p50), 1), "p99_us": round(float(p99), 1), "n": len(times) - 20}
 
 
+def lonely() -> Figures:
+    """One page by the calling thread: in an empty range, and at some distance from a page.
+
+    A table of the driver's for pages of 2 MiB covers 512 MiB.
+    """
+    found: Figures = {}
+    one = np.zeros(1, np.int32)
+    for name, keeper in (("nothing", -1), ("next", 1), ("256MiB", 128), ("1GiB", 511)):
+        with rig(PAGE) as r:
+            show, hide = r.device.window.show, r.device.window.hide
+            if keeper >= 0:
+                end(show(r.at(keeper, 1), one + keeper))
+            shows: list[float] = []
+            hides: list[float] = []
+            for _ in range(100):
+                began = time.perf_counter()
+                end(show(r.at(0, 1), one))
+                shows.append((time.perf_counter() - began) * 1e6)
+                began = time.perf_counter()
+                end(hide(r.at(0, 1)))
+                hides.append((time.perf_counter() - began) * 1e6)
+            if keeper >= 0:
+                end(hide(r.at(keeper, 1)))
+        found[name] = {
+            "show_us": round(statistics.median(shows), 1),
+            "hide_us": round(statistics.median(hides), 1),
+            "n": len(shows),
+        }
+    return found
+
+
 def fault() -> Figures:
     with rig(PAGE) as r:
         return {"2MiB": fault_of(r), "2MiB_beside_down": fault_of(r, beside_down=True)}
@@ -730,6 +762,7 @@ SECTIONS: dict[str, Callable[[], Figures]] = {
     "routes": routes,
     "load": loads,
     "swap": swap,
+    "lonely": lonely,
     "fault": fault,
     "busy": busy,
     "interpreter": interpreter,
