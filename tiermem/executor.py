@@ -89,10 +89,13 @@ class Flight:
     def order(self, stream: int | None, kernels_only: bool) -> bool:
         """Make a stream wait for the copies and the caller for the rest; False if it cannot.
 
-        kernels_only: as for `Region.use`; the stream waits for what pages show, too.
+        kernels_only: as for `Region.use`; the stream waits until pages are shown, too. What hides
+        others has ended by then, well or not, and nobody waits for it.
         """
         rest: list[Done] = []
         for step, done in zip(self.plan.steps, self._dones, strict=True):
+            if kernels_only and isinstance(step, Hide):
+                continue
             copies = isinstance(step, Copy)
             # An `Orderable`; asking for the protocol takes 10 us.
             order = getattr(done, "order", None) if copies or kernels_only else None

@@ -524,6 +524,7 @@ class Planner(Ascent):
         failed_rows: set[int] = set()
         after: list[Plan] = []
         unshown = self._failed_shows(opened.plan, outcome)
+        spoiled, ordered = bool(len(unshown)), _NO_ROWS
         for step, gens, bad in zip(opened.plan.steps, opened.gens, outcome.failed, strict=True):
             match step:
                 case Drop():
@@ -535,6 +536,9 @@ class Planner(Ascent):
                     bad = self._whole_units(step.pages, bad)
                     if len(unshown):
                         bad = either(bad, np.isin(step.pages, unshown))
+                    if bad is not None:
+                        spoiled = True
+                        ordered = step.pages[bad & (self.table.flags[step.pages] & ORDERED != 0)]
                     after += self._land_up(step, opened.plan.id, bad, unshown, failed_rows, now)
                     self._note_failures(step, bad, outcome.error)
                 case Copy(src=Place.HOST, dst=Place.HOST):
@@ -555,8 +559,12 @@ class Planner(Ascent):
                     pass
         for request in self._watch.pop(outcome.plan, ()):
             request.pending.discard(outcome.plan)
+            if spoiled and request.ahead:
+                self.failed_tiers.add(GPU)  # a stream has gone on without them, freed since or not
             if failed_rows:
                 request.failed += sorted(failed_rows.intersection(request.rows.tolist()))
+                if request.taken and request.pins and not request.ahead:
+                    self.table.pins[np.intersect1d(ordered, request.rows)] -= 1
             self._touch_landed(request, now)
         return after + self._reap()
 

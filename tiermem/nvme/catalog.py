@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -179,8 +180,12 @@ class Catalog:
             log.warning("nvme persistence=off path=%s reason=%s", self._directory, error)
 
     def files_bytes(self) -> int:
-        """Bytes on disk of all index files."""
-        return sum(p.stat().st_blocks * 512 for p in files_of(self._directory, self._name))
+        """Bytes on disk of all index files; one that is renamed meanwhile counts for nothing."""
+        total = 0
+        for path in files_of(self._directory, self._name):
+            with suppress(FileNotFoundError):
+                total += path.stat().st_blocks * 512
+        return total
 
 
 def newest_of_each_key(records: Records) -> Records:
