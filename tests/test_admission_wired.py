@@ -114,9 +114,27 @@ def make_room(harness: Harness) -> None:
     """Turns of an engine in which everything ends but writes to the drive."""
     for _ in range(6):
         harness.carry(harness.planner.relieve(harness.now))
+        harness.settle_ready()
         while quick := [done for done in harness.world.pending if done not in stores(harness)]:
             harness.world.end(quick[0])
             harness.settle_ready()
+
+
+def ask_for(harness: Harness, frames: int) -> None:
+    """Turns of an engine that needs frames: half of the host leaves, half of the GPU follows."""
+    for _ in range(4):
+        harness.carry(harness.planner.make_room(frames, harness.now))
+        make_room(harness)
+
+
+def comes(harness: Harness, unit: int) -> bool:
+    """A new unit, if it can be had at once."""
+    request = harness.planner.allocate(np.array([unit], np.int32), harness.now)
+    harness.carry(request.plans)
+    if request.taken:
+        harness.vacant.remove(unit)
+        harness.alive.add(unit)
+    return request.taken
 
 
 def stores(harness: Harness) -> list[Done]:
@@ -140,12 +158,8 @@ def test_what_a_drive_that_is_behind_cannot_take_leaves_and_nobody_waits(
     for unit in range(18):
         make_room(harness)
         assert backlog is None or len(stores(harness)) <= backlog
-        request = planner.allocate(np.array([unit], np.int32), harness.now)
-        harness.carry(request.plans)
-        if not request.taken:
+        if not comes(harness, unit):
             break
-        harness.vacant.remove(unit)
-        harness.alive.add(unit)
         came += 1
     assert (came == 18) is (backlog is not None)
     harness.drain()
@@ -154,6 +168,22 @@ def test_what_a_drive_that_is_behind_cannot_take_leaves_and_nobody_waits(
     assert gone == ({"not-admitted"} if backlog else set())
     assert (planner.counts["outpaced"] > 0) is (backlog is not None)
     assert (harness.table.at[:18] == Place.NVME).any(), "the drive takes what it can"
+
+
+def test_frames_for_a_whole_prompt_wait_for_none_of_what_the_drive_has_to_write() -> None:
+    """What is on its way from the host to a drive that is behind is no room that comes soon."""
+    harness = Harness(gpu=8, host=8, nvme=32, regions=((32, 1, 0),), in_order=True)
+    planner = harness.planner
+    planner.backlog = 4
+    for unit in range(24):
+        ask_for(harness, 1)
+        assert comes(harness, unit)
+    assert planner._storing() == 4, "the drive is behind"
+    ask_for(harness, 8)
+    assert planner.ready() == 8
+    assert planner._storing() == 4
+    harness.drain()
+    planner.check()
 
 
 def test_units_that_host_memory_can_never_hold_go_straight_to_the_drive() -> None:

@@ -119,7 +119,12 @@ class Descent(Books):
             more, rest, refused = self._start(rest, GPU, NVME, now)
             plans += more
         if self._usable(HOST):
-            short = len(rest) + len(refused) - self._leaving(HOST)
+            short = len(rest) + len(refused)
+            if self.backlog is not None and self._usable(NVME, HOST):
+                # What leaves the host for the drive is no room that comes soon.
+                short += max(0, self.backlog - self._storing())
+            else:
+                short -= self._leaving(HOST)
             return plans + (self._push_down(HOST, short, now) if short > 0 else [])
         if may_drop:
             plans += self._drop(self._droppable(refused), now, "not-admitted")

@@ -322,7 +322,11 @@ class Director:
 
     def make_room(self, units: int) -> None:
         """Have `room` come to so many units: at once where their bytes are below, else later."""
-        self._issue(self._planner.make_room(units * self.unit_pages, self.now()))
+        for _ in range(2):  # what is dropped below leaves room for what goes there
+            plans = self._planner.make_room(units * self.unit_pages, self.now())
+            self._issue(plans)
+            if not any(isinstance(step, Drop) for plan in plans for step in plan.steps):
+                return
 
     def fetch(self, units: Units) -> bool:
         """Cached units (each once, deepest first) are in use, and on their way to the GPU.
