@@ -109,6 +109,7 @@ def run(scenario: Scenario, folder: Path, model: Path) -> Ended:
     env = {
         "TRITON_INTERPRET": "1",
         "SGLANG_USE_CPU_ENGINE": "0",
+        "SGLANG_ENABLE_ASYNC_ASSERT": "1",  # what its kernels on a GPU trap anyway, and more
         "SGLANG_CPU_OMP_THREADS_BIND": "|".join("0" * ranks),
         "HF_HUB_OFFLINE": "1",
         "XDG_RUNTIME_DIR": str(folder),

@@ -55,7 +55,7 @@ def make_mha_buffers(original: Callable[..., None], pool: Any) -> None:
     shape = (pool.head_num, pool.head_dim)
     parts = [engine.buffer(i, pool.store_dtype, shape) for i in range(2 * pool.layer_num)]
     pool.k_buffer, pool.v_buffer = parts[0::2], parts[1::2]
-    engine.blank_padding(parts[0])
+    _made(pool, engine, parts[0])
 
 
 def make_mla_buffers(original: Callable[..., None], pool: Any) -> None:
@@ -65,7 +65,7 @@ def make_mla_buffers(original: Callable[..., None], pool: Any) -> None:
     shape = (1, pool.kv_cache_dim)
     engine = _begin(pool, shape)
     pool.kv_buffer = [engine.buffer(i, pool.store_dtype, shape) for i in range(pool.layer_num)]
-    engine.blank_padding(pool.kv_buffer[0])
+    _made(pool, engine, pool.kv_buffer[0])
 
 
 def describe_none(original: Callable[..., list[Any]], pool: Any) -> list[Any]:
@@ -87,6 +87,13 @@ def _begin(pool: Any, row_shape: tuple[int, int]) -> Engine:
     engine = plan.open(pool.size // pool.page_size)
     state.begin(engine)
     return engine
+
+
+def _made(pool: Any, engine: Engine, first: Any) -> None:
+    """The pool's tensors are there. Its size is what its kernels hold token indices against: a
+    store beyond `size + page_size` is trapped on a GPU."""
+    engine.blank_padding(first)
+    pool.size = len(first) - pool.page_size
 
 
 def tell_size(result: Any, pool: Any) -> Any:
