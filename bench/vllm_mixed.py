@@ -10,14 +10,17 @@ Modes, all with the same room for KV on the GPU, a part of what the trace comes 
   host      tiermem, the rest in host memory        nvme   most of the rest on a drive
 Requests arrive at the trace's times, `--speed` times as fast, whether or not the engine keeps up;
 each of the trace's blocks of 512 tokens becomes `--tokens` tokens that follow from its id, and
-answers shrink in proportion. A mode whose JSON is there is not run again.
+answers shrink in proportion. With `--apart` the engine is in a process of its own, as under
+`vllm serve`; else its thread also makes the requests. A mode whose JSON is there is not run again.
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import hashlib
 import json
+import os
 import statistics
 import sys
 import time
@@ -66,7 +69,8 @@ def _tokens(block: int, n: int, vocabulary: int) -> np.ndarray:
     return np.random.default_rng(block).integers(3, vocabulary - 100, n)
 
 
-def engine(given: argparse.Namespace, shape: Shape) -> Any:
+def options(given: argparse.Namespace, shape: Shape) -> dict[str, Any]:
+    """The engine's arguments; what tiermem is to do goes into the environment."""
     more = surroundings(given.device)
     folder = model(shape)
     block = shape.block_bytes(given.block)
@@ -93,66 +97,122 @@ def engine(given: argparse.Namespace, shape: Shape) -> Any:
             "kv_connector": "OffloadingConnector", "kv_role": "kv_both",
             "kv_connector_extra_config": {"cpu_bytes_to_use": rest},
         }  # fmt: skip
-    from vllm import LLM
+    return {
+        "model": str(folder), "load_format": "dummy", "skip_tokenizer_init": True, "seed": 0,
+        "max_model_len": given.longest, "max_num_seqs": 64, "max_num_batched_tokens": 8192,
+        "block_size": given.block, "disable_log_stats": True, **more,
+    }  # fmt: skip
 
-    return LLM(
-        model=str(folder), load_format="dummy", skip_tokenizer_init=True, seed=0,
-        max_model_len=given.longest, max_num_seqs=64, max_num_batched_tokens=8192,
-        block_size=given.block, disable_log_stats=True, **more,
-    )  # fmt: skip
+
+def params_of(asked: Asked) -> Any:
+    from vllm import SamplingParams
+
+    return SamplingParams(temperature=0, max_tokens=asked.new, ignore_eos=True, detokenize=False)
+
+
+class Watch:
+    """When the tokens of each request came, and what they were."""
+
+    def __init__(self, load: list[Asked]) -> None:
+        self._load = load
+        self.start = time.perf_counter()
+        self._last: dict[str, float] = {}
+        self._ttft_ms: list[float] = []
+        self._gaps_ms: list[float] = []
+        self._answers: dict[str, list[int]] = {}
+        self._cached = 0
+
+    def saw(self, output: Any) -> None:
+        """One output of the engine, for the request whose number is its name."""
+        name, came = output.request_id, time.perf_counter()
+        if name in self._last:
+            self._gaps_ms.append((came - self._last[name]) * 1000)
+        else:
+            self._ttft_ms.append((came - self.start - self._load[int(name)].at_s) * 1000)
+            self._cached += output.num_cached_tokens or 0
+        self._last[name] = came
+        if output.finished:
+            self._answers[name] = list(output.outputs[0].token_ids)
+
+    def told(self) -> dict[str, Any]:
+        seconds = time.perf_counter() - self.start
+        load, answers = self._load, self._answers
+        asked_tokens = sum(len(asked.prompt) for asked in load)
+        return {
+            "requests": len(load),
+            "seconds": seconds,
+            "arrivals_s": load[-1].at_s,
+            "prompt_tokens": asked_tokens,
+            "cached_part": self._cached / asked_tokens,
+            "tokens_per_s": (asked_tokens + sum(asked.new for asked in load)) / seconds,
+            "ttft_ms": spread(self._ttft_ms),
+            "inter_token_ms": spread(self._gaps_ms),
+            "answers": [
+                hashlib.sha256(json.dumps(answers[str(i)]).encode()).hexdigest()[:12]
+                for i in range(len(load))
+            ],
+        }
 
 
 def serve(llm: Any, load: list[Asked]) -> dict[str, Any]:
     """Ask everything at its time, and note when each token came."""
-    from vllm import SamplingParams
-
     waiting = deque(enumerate(load))
-    due: dict[str, float] = {}
-    last: dict[str, float] = {}
-    ttft_ms: list[float] = []
-    gaps_ms: list[float] = []
-    answers: dict[str, list[int]] = {}
-    cached = 0
-    start = time.perf_counter()
+    watch = Watch(load)
     while waiting or llm.llm_engine.has_unfinished_requests():
-        now = time.perf_counter() - start
+        now = time.perf_counter() - watch.start
         while waiting and waiting[0][1].at_s <= now:
             number, asked = waiting.popleft()
-            params = SamplingParams(
-                temperature=0, max_tokens=asked.new, ignore_eos=True, detokenize=False
-            )
-            name = str(number)
-            due[name] = start + asked.at_s
-            llm.llm_engine.add_request(name, {"prompt_token_ids": asked.prompt}, params)
+            prompt = {"prompt_token_ids": asked.prompt}
+            llm.llm_engine.add_request(str(number), prompt, params_of(asked))
         if not llm.llm_engine.has_unfinished_requests():
             time.sleep(min(0.001, waiting[0][1].at_s - now))
             continue
         for output in llm.llm_engine.step():
-            name, came = output.request_id, time.perf_counter()
-            if name in last:
-                gaps_ms.append((came - last[name]) * 1000)
-            else:
-                ttft_ms.append((came - due[name]) * 1000)
-                cached += output.num_cached_tokens or 0
-            last[name] = came
-            if output.finished:
-                answers[name] = list(output.outputs[0].token_ids)
-    seconds = time.perf_counter() - start
-    asked_tokens = sum(len(asked.prompt) for asked in load)
-    return {
-        "requests": len(load),
-        "seconds": seconds,
-        "arrivals_s": load[-1].at_s,
-        "prompt_tokens": asked_tokens,
-        "cached_part": cached / asked_tokens,
-        "tokens_per_s": (asked_tokens + sum(asked.new for asked in load)) / seconds,
-        "ttft_ms": spread(ttft_ms),
-        "inter_token_ms": spread(gaps_ms),
-        "answers": [
-            hashlib.sha256(json.dumps(answers[str(i)]).encode()).hexdigest()[:12]
-            for i in range(len(load))
-        ],
-    }
+            watch.saw(output)
+    return watch.told()
+
+
+async def serve_apart(engine: Any, load: list[Asked]) -> dict[str, Any]:
+    """The same of an engine in another process, a task for each request."""
+    watch = Watch(load)
+
+    async def ask(number: int, asked: Asked) -> None:
+        await asyncio.sleep(max(0.0, watch.start + asked.at_s - time.perf_counter()))
+        prompt = {"prompt_token_ids": asked.prompt}
+        async for output in engine.generate(prompt, params_of(asked), str(number)):
+            watch.saw(output)
+
+    await asyncio.gather(*(ask(number, asked) for number, asked in enumerate(load)))
+    return watch.told()
+
+
+WARM_UP = [Asked(0.0, [5] * 600, 8), Asked(0.0, [7] * 90, 8)]
+
+
+def here(given: argparse.Namespace, shape: Shape, load: list[Asked]) -> dict[str, Any]:
+    more = options(given, shape)
+    from vllm import LLM
+
+    llm = LLM(**more)
+    with turn():
+        serve(llm, WARM_UP)
+        served = serve(llm, load)
+    return {**served, "counts": counts(llm) if connector(llm) else {}}
+
+
+async def apart(given: argparse.Namespace, shape: Shape, load: list[Asked]) -> dict[str, Any]:
+    more = options(given, shape)
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1"
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**more))
+    try:
+        with turn():
+            await serve_apart(engine, WARM_UP)
+            return await serve_apart(engine, load)
+    finally:
+        engine.shutdown()
 
 
 def spread(values: list[float]) -> dict[str, float]:
@@ -194,6 +254,7 @@ def main() -> None:
     parser.add_argument("--gpu-blocks", type=int, default=1024)
     parser.add_argument("--below", type=int, default=8, help="times that, for all that left it")
     parser.add_argument("--longest", type=int, default=16384)
+    parser.add_argument("--apart", action="store_true", help="the engine in a process of its own")
     parser.add_argument("--drive", type=Path, default=Path("kv-bench"))
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
@@ -208,14 +269,12 @@ def main() -> None:
         return
     shape = ON_CPU if given.device == "cpu" else SHAPES[given.size]
     load = load_of(given, shape)
-    llm = engine(given, shape)
-    with turn():
-        serve(llm, [Asked(0.0, [5] * 600, 8), Asked(0.0, [7] * 90, 8)])  # warm-up
-        served = serve(llm, load)
+    how_served = (given, shape, load)
+    served = asyncio.run(apart(*how_served)) if given.apart else here(*how_served)
     how = {key: value for key, value in vars(given).items() if isinstance(value, str | int | float)}
     result = {
         "schema": "tiermem.vllm_mixed.v1", "mode": given.mode, "machine": machine(), "given": how,
-        **served, "counts": counts(llm) if connector(llm) else {},
+        **served,
     }  # fmt: skip
     file.write_text(json.dumps(result, indent=1))
     print(json.dumps({k: v for k, v in result.items() if k != "answers"}, indent=1))

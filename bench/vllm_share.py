@@ -81,7 +81,7 @@ class Load:
 def load_of(device: str, size: str) -> Load:
     if device == "cpu":
         return Load(ON_CPU, 32, 384, 16, 600, 8, 8, 2048, "256MiB")
-    return Load(SHAPES[size], 16, 12288, 38, 4096, 3, 16, 8192, "22GiB")
+    return Load(SHAPES[size], 64, 3072, 38, 4096, 3, 16, 8192, "22GiB")
 
 
 # One engine ---------------------------------------------------------------------------------------
@@ -137,10 +137,9 @@ def engine(args: argparse.Namespace, name: str, load: Load) -> Any:
     more["kv_cache_memory_bytes"] = whole if part != "halves" else whole // 2
     if part == "tiermem":
         floor = (clients + 1) * load.burst_blocks // load.prompts * load.block_bytes
-        page = '"2MiB"' if device == "cuda" else '"auto"'
         toml = args.model / f"{name}.toml"
         toml.write_text(
-            f'[gpu]\nbudget = {whole}\npage = {page}\n[host]\ncapacity = "{load.host}"\n'
+            f'[gpu]\nbudget = {whole}\n[host]\ncapacity = "{load.host}"\n'
             f'[share]\ngroup = "{GROUP}"\nname = "{name}"\ntotal = {whole}\n'
             f"floor = {floor}\nidle_s = {IDLE_S[args.device]}\n"
             + (f'host = "{pool}"\n' if pool else "")
