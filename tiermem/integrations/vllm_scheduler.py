@@ -290,6 +290,10 @@ class EngineSide:
         if stale is not None:  # none of its content could be had: vLLM has freed all its blocks
             self._leave(stale)
             self._unread.add(name)
+        fetch = self._waiting.get(name)
+        if fetch is not None and fetch.blocks and self._awaits(request, fetch):
+            self.counts["waited"] += 1
+            return None, False
         hits = computed // self._block_tokens
         prefix = self._prefix(request.block_hashes, hits)
         if prefix is None:
@@ -326,9 +330,6 @@ class EngineSide:
 
     def _is_held_back(self, request: Any, prefix: list[Any], hits: int) -> bool:
         """Look where a prefix is, and do what brings it up; True: the request waits."""
-        fetch = self._waiting.get(request.request_id)
-        if fetch is not None and fetch.blocks and self._awaits(request, fetch):
-            return True
         director = self.director
         if self._awaits_another(prefix):
             return True
@@ -337,6 +338,9 @@ class EngineSide:
         new = max(0, self._groups.held(request.num_tokens) - len(prefix))
         self._note_taken()
         look = director.look(wanted)
+        if self._queue_full and not look.gone.any() and self._is_far(look):
+            self._waiting.setdefault(request.request_id, Fetch(time.monotonic()))
+            return True  # behind one for whom there is no room: nothing is begun for it
         need = self._frames_for(look) + new + self._spent
         if need > self._room:
             director.make_room(need)
@@ -348,14 +352,19 @@ class EngineSide:
         if look.gone.any():
             self._evict(wanted[look.gone])
             return True  # vLLM looks again, and finds less
-        away = int((look.below | look.deep | look.coming).sum())
-        if look.deep.any() or look.coming.any() or self._would_disturb(away):
+        if self._is_far(look):
             self._begin_fetch(request, prefix, hits, idle, new)
             return True
-        if away and self._leave_dear(request, prefix, hits):
+        if look.below.any() and self._leave_dear(request, prefix, hits):
             return True
         self._credit = int((look.here & ~director.in_use(wanted)).sum())
         return False
+
+    def _is_far(self, look: Look) -> bool:
+        """Whether a request has to wait for what was looked at before it is admitted."""
+        if look.deep.any() or look.coming.any():
+            return True
+        return self._would_disturb(int(look.below.sum()))
 
     def _frames_for(self, look: Look) -> int:
         """Frames that a prefix takes which is not all on the GPU, or on its way."""
