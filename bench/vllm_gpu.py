@@ -127,10 +127,12 @@ def measure(
         after = moved(llm)
         n = 16 if length == 4096 else count
         at_once = []
-        for i in range(rounds):
-            some = (batch * 2)[(i * n) % count :][:n]
-            with turn():
-                at_once.append(timed(lambda some=some: generate(llm, some, 1)))
+        with Hooks(llm) as busy:
+            for i in range(rounds):
+                some = (batch * 2)[(i * n) % count :][:n]
+                with turn():
+                    at_once.append(timed(lambda some=some: generate(llm, some, 1)))
+        last = moved(llm)
         with turn():
             with_new = timed(lambda batch=batch: generate(llm, batch[:4], NEW))
             result["tokens"][length] = digest(generate(llm, batch, NEW))
@@ -140,6 +142,8 @@ def measure(
             "ttft_ms": summary([x for one in hot for x in one]),
             "ttft_rounds_ms": hot,
             "at_once_s": at_once,
+            "at_once_hooks": busy.summary(rounds),
+            "at_once_moved": {key: [last[key][i] - after[key][i] for i in (0, 1)] for key in last},
             "hooks": hooks.summary(rounds * count),
             "four_with_new_s": with_new,
             "moved": {key: [after[key][i] - before[key][i] for i in (0, 1)] for key in after},
@@ -224,7 +228,7 @@ class Hooks:
         return timing
 
     def summary(self, requests: int) -> dict[str, dict[str, float]]:
-        """Milliseconds and calls a request."""
+        """Milliseconds and calls a request, or whatever else there were so many of."""
         return {
             name: {"calls": len(times) / requests, "ms": sum(times) / requests}
             for name, times in self._times.items()

@@ -36,7 +36,7 @@ import numpy as np
 
 from bench.side_by_side import turn
 from bench.vllm_engines import ON_CPU, SHAPES, Shape, machine, model, surroundings, turn_on
-from bench.vllm_gpu import GRAPHS, connector, counts
+from bench.vllm_gpu import GRAPHS, Hooks, connector, counts
 from tiermem.bench.traces import read
 
 MODES = ("stock", "stock2", "offload", "host", "nvme")
@@ -196,8 +196,10 @@ def here(given: argparse.Namespace, shape: Shape, load: list[Asked]) -> dict[str
     llm = LLM(**more)
     with turn():
         serve(llm, WARM_UP)
-        served = serve(llm, load)
-    return {**served, "counts": counts(llm) if connector(llm) else {}}
+        with Hooks(llm) as hooks:
+            served = serve(llm, load)
+    found = {"counts": counts(llm), "hooks": hooks.summary(len(load))} if connector(llm) else {}
+    return {**served, **found}
 
 
 async def apart(given: argparse.Namespace, shape: Shape, load: list[Asked]) -> dict[str, Any]:
