@@ -108,7 +108,10 @@ def test_more_running_than_the_budget_holds_are_preempted(
     options = {"max_num_seqs": 16}
     ended = serve(Scenario(LONG, {**VIRTUAL, **options}, toml(resident, 512)))
     assert ended.counted["resumed"] > 0
-    assert ended.tokens() == stock(Scenario(LONG, options)).tokens()
+    # vLLM 0.28 by itself gives one of the prompts another answer once it is preempted, or batched
+    # with others: so it is held against vLLM that has as many blocks.
+    pressed = {**options, "num_gpu_blocks_override": resident}
+    assert ended.tokens() == stock(Scenario(LONG, pressed)).tokens()
 
 
 def test_a_prefill_in_small_chunks_gives_the_same_tokens(serve: Serve, stock: Serve) -> None:
