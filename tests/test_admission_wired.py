@@ -186,6 +186,22 @@ def test_frames_for_a_whole_prompt_wait_for_none_of_what_the_drive_has_to_write(
     planner.check()
 
 
+def test_what_leaves_ahead_of_need_is_given_the_time_that_the_drive_takes() -> None:
+    harness = Harness(gpu=8, host=8, nvme=32, regions=((16, 1, 0),), in_order=True)
+    planner = harness.planner
+    planner.backlog = 4
+    for unit in range(16):
+        ask_for(harness, 1)
+        assert comes(harness, unit)
+    assert not harness.gone
+    planner.marks[Place.GPU] = Marks(0.5, 0.25)
+    make_room(harness)
+    assert planner._storing() == 4
+    assert len(harness.gone) == 2, "six should leave, and four can"
+    harness.drain()
+    planner.check()
+
+
 def test_units_that_host_memory_can_never_hold_go_straight_to_the_drive() -> None:
     harness = Harness(gpu=8, host=1, nvme=12, regions=((12, 2, 0),), in_order=True)
     harness.planner.marks[Place.GPU] = Marks(0.5, 0.25)

@@ -68,15 +68,18 @@ class Descent(Books):
         rows, frames = self._take_kept(GPU, excess)
         return [self._begin([self._hide_unowned(rows, frames)])] if len(rows) else []
 
-    def _push_down(self, place: Place, n: int, now: int) -> list[Plan]:
-        """Start n pages of a tier on their way down, as its policy ranks them."""
+    def _push_down(self, place: Place, n: int, now: int, *, awaited: bool = False) -> list[Plan]:
+        """Start n pages of a tier on their way down, as its policy ranks them.
+
+        awaited: somebody waits for their frames.
+        """
         plans: list[Plan] = []
         while n > 0:
             victims = self.rankings[place].victims(-(-n // self.table.max_unit_pages), now)
             if not len(victims):
                 break
             rows = self.table.pages(victims)
-            moved = self._leave(place, rows, now)
+            moved = self._leave(place, rows, now, awaited)
             plans += moved
             n -= len(rows)
             if not moved and self.table.movable(victims, place).any():
@@ -88,16 +91,18 @@ class Descent(Books):
         victims = self.rankings[place].victims(-(-n // self.table.max_unit_pages), now)
         return self._drop(self.table.pages(victims), now, "evicted")
 
-    def _leave(self, place: Place, rows: Rows, now: int) -> list[Plan]:
+    def _leave(self, place: Place, rows: Rows, now: int, awaited: bool) -> list[Plan]:
         match place:
             case Place.GPU:
-                return self._leave_gpu(rows, now, may_drop=True)
+                return self._leave_gpu(rows, now, may_drop=True, awaited=awaited)
             case Place.HOST:
                 return self._leave_host(rows, now)
             case _:
                 return self._drop(rows, now, "evicted")
 
-    def _leave_gpu(self, rows: Rows, now: int, may_drop: bool) -> list[Plan]:
+    def _leave_gpu(
+        self, rows: Rows, now: int, *, may_drop: bool, awaited: bool = False
+    ) -> list[Plan]:
         """To the host if it has room; straight to NVMe if not; dropped if nothing is below.
 
         A page that has a host spare steps down at once. Pages left over stay until the host has
@@ -120,7 +125,7 @@ class Descent(Books):
             plans += more
         if self._usable(HOST):
             short = len(rest) + len(refused)
-            if self.backlog is not None and self._usable(NVME, HOST):
+            if awaited and self.backlog is not None and self._usable(NVME, HOST):
                 # What leaves the host for the drive is no room that comes soon.
                 short += max(0, self.backlog - self._storing())
             else:

@@ -157,14 +157,14 @@ class LeasedPlanner(Planner):
         if short > self.lender.promised:
             self.lender.lend(short - self.lender.promised)
         short -= self.lender.promised
-        return self._push_down(GPU, short, now) if short > 0 else []
+        return self._push_down(GPU, short, now, awaited=True) if short > 0 else []
 
-    def _push_down(self, place: Place, n: int, now: int) -> list[Plan]:
+    def _push_down(self, place: Place, n: int, now: int, *, awaited: bool = False) -> list[Plan]:
         """Nothing leaves the host tier as long as it is about to get more slots."""
         if place == HOST and n > 0 and self.host.ask(n):
             self.growing.add(HOST)
             return []
-        return super()._push_down(place, n, now)
+        return super()._push_down(place, n, now, awaited=awaited)
 
     def _mark(self, place: Place, which: Literal["high", "low"]) -> float:
         """Nothing leaves in order to be ahead of need while more slots may be on their way, nor

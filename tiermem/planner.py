@@ -481,7 +481,7 @@ class Planner(Ascent):
     def make_room(self, n: int, now: int) -> list[Plan]:
         """Let `ready` come to n pages: clean ones step down at once, the others are copied down."""
         short = n - self.ready() - self._coming()
-        return self._push_down(GPU, short, now) if short > 0 else []
+        return self._push_down(GPU, short, now, awaited=True) if short > 0 else []
 
     def is_doomed(self, rows: Rows) -> Mask:
         return np.asarray((self.table.flags[rows] & DOOMED) != 0)

@@ -38,7 +38,7 @@ class Room(Compaction):
                 self._refuse(n)
             short = n - have - self._coming()
             if short > 0:
-                request.plans += self._push_down(GPU, short, now)
+                request.plans += self._push_down(GPU, short, now, awaited=True)
             if self._available(spare_us) >= n:
                 return not request.plans
             request.fence = self.table.fences.point(self.table.fence[self._fenced()])
