@@ -124,6 +124,14 @@ def test_a_stream_may_wait_for_loads_and_for_the_window_if_it_runs_kernels_only(
     assert flight.ready()
 
 
+def test_a_stream_is_not_made_to_wait_for_what_has_failed() -> None:
+    h = Harness()
+    h.window.failing = True
+    flight = h.executor.start(Plan(1, (copy(Place.HOST, Place.GPU, 2), Show(ids(2), ids(2)))))
+    h.world.finish_all()
+    assert not flight.order(0, kernels_only=True)
+
+
 def _executor(**given: object) -> Executor:
     h = Harness()
     parts: dict[str, object] = {

@@ -107,7 +107,7 @@ class Flight:
                 rest.append(done)
         for done in rest:
             done.wait()
-        return all(done.error is None for done in rest)
+        return self.error is None
 
     def wait_hidden(self) -> None:
         """Block until what it hides is hidden."""

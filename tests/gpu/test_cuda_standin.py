@@ -334,6 +334,34 @@ def test_a_kernel_queued_before_its_pages_are_shown_waits_for_the_window(fake: S
         shown.order(stream)  # type: ignore[attr-defined]  # nothing is left to wait for
 
 
+def test_no_kernel_reads_the_guard_page_for_one_that_could_not_be_shown(fake: StandIn) -> None:
+    """It would not fault there: so the caller waits, and knows before it queues anything."""
+    with opened(fake, guard=True) as (device, engine):
+        start = device.reserve(8 * PAGE)
+        fake.slow(5_000)
+        fake.fail("cuMemSetAccess", 8, 2)
+        shown = device.window.show(pages(device, start, *range(8)), slots(*range(8)))
+        shown.order(engine.stream())  # type: ignore[attr-defined]
+        assert shown.ready()
+        assert isinstance(shown.error, CudaError)
+
+
+def test_an_address_whose_hide_fails_is_not_shown_again_to_who_queues_kernels(
+    fake: StandIn,
+) -> None:
+    """It still shows the old frame, which may be another page's by now."""
+    with opened(fake) as (device, _):
+        start = device.reserve(4 * PAGE)
+        at = pages(device, start, *range(4))
+        finish(device.window.show(at, slots(*range(4))))
+        fake.fail("cuMemUnmap", 4, 1)
+        hidden = device.window.hide(at)
+        with pytest.raises(DriverError, match="4 of 4 show something"):
+            device.window.show(at, slots(4, 5, 6, 7))
+        assert isinstance(hidden.error, CudaError)
+        finish(device.window.hide(at))
+
+
 def test_pieces_below_the_measured_size_go_through_the_kernel_and_arrive(fake: StandIn) -> None:
     calibration = Calibration(page_bytes=PAGE, gather_below_down=64 << 10, gather_below_up=64 << 10)
     with opened(fake, calibration=calibration) as (device, engine):

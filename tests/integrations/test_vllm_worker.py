@@ -12,7 +12,13 @@ pytest.importorskip("torch")
 import torch
 
 from tiermem.integrations.layout import automatic_page
-from tiermem.integrations.vllm_worker import arrangement, sizes_of, strides_of
+from tiermem.integrations.vllm_config import CONNECTOR
+from tiermem.integrations.vllm_worker import (
+    arrangement,
+    queues_kernels_only,
+    sizes_of,
+    strides_of,
+)
 
 BLOCKS, LAYER, LAYERS = 512, 16384, 4
 """Bytes of a block in one layer, K and V."""
@@ -67,3 +73,11 @@ def test_content_is_the_same_only_where_values_lie_alike_in_a_block() -> None:
     assert one != arrangement(cache(100, torch.float16), 100)
     assert one != arrangement(cache(100, heads_first=True), 100), "the same shape, other strides"
     assert one != arrangement({"other": cache(100)["layer"]}, 100)
+
+
+@pytest.mark.parametrize(("connector", "alone"), [(CONNECTOR, True), ("MultiConnector", False)])
+def test_steps_queue_kernels_only_where_no_other_connector_copies(
+    connector: str, alone: bool
+) -> None:
+    transfer = SimpleNamespace(kv_connector=connector)
+    assert queues_kernels_only(SimpleNamespace(kv_transfer_config=transfer)) is alone

@@ -132,8 +132,10 @@ class Change:
 
     __slots__ = ("_before", "_context", "_ended", "_names", "_ticket", "tick")
 
-    def __init__(self, context: Context, ticket: Ticket, template: Template, ended: Signal) -> None:
-        """ended: counts the groups that have ended."""
+    def __init__(
+        self, context: Context, ticket: Ticket, template: Template, ended: Signal | None
+    ) -> None:
+        """ended: counts the groups that have ended; None where no stream may go by that."""
         self._context = context
         self._ended = ended
         self._ticket = ticket
@@ -162,9 +164,11 @@ class Change:
         return self._ticket.wait(timeout_s)
 
     def order(self, stream: int | None) -> None:
-        """Make `stream` wait until the group has ended.
+        """Make `stream` wait until the group has ended; without a count the caller waits.
 
         If it fails, kernels behind it find no page there and the device is lost.
         """
-        if not self.ready():
+        if self._ended is None:
+            self.wait()
+        elif not self.ready():
             self._ended.order(stream, self.tick)

@@ -88,7 +88,8 @@ class CudaWindow:
         self._pending: deque[_Pending] = deque()
         self._last = 0
         self._gate = gate
-        self._ended = ended
+        # Behind a failed group kernels would read the guard page, and nobody would know in time.
+        self._ended = None if guard else ended
         self._templates = Templates(context.driver, self.page_bytes, gate)
         driver = context.driver
         mode = np.array([RELAXED], np.uint32)

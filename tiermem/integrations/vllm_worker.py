@@ -130,7 +130,7 @@ class RankSide:
             persist=self._persist,
             leases=self._leases,
             peers=self._open_peers(),
-            kernels_only=self._vllm.kv_transfer_config.kv_connector != TOGETHER,
+            kernels_only=queues_kernels_only(self._vllm),
         )
         RANKS[self._engine_id] = self._rank
         self.hello: Hello = self._rank.start(self.layout.units * self.layout.unit_pages)
@@ -340,6 +340,11 @@ def left_for_cache(vllm_config: Any, device: torch.device) -> int:
             f"gpu_memory_utilization={share}; raise it, or set gpu.budget"
         )
     return left
+
+
+def queues_kernels_only(vllm_config: Any) -> bool:
+    """False where another connector may copy blocks that are not shown yet: the driver refuses."""
+    return bool(vllm_config.kv_transfer_config.kv_connector != TOGETHER)
 
 
 def rank_name(vllm_config: Any) -> str:
