@@ -520,12 +520,8 @@ def lonely() -> Figures:
             shows: list[float] = []
             hides: list[float] = []
             for _ in range(100):
-                began = time.perf_counter()
-                end(show(r.at(0, 1), one))
-                shows.append((time.perf_counter() - began) * 1e6)
-                began = time.perf_counter()
-                end(hide(r.at(0, 1)))
-                hides.append((time.perf_counter() - began) * 1e6)
+                shows.append(seconds(lambda show=show, r=r: end(show(r.at(0, 1), one))) * 1e6)
+                hides.append(seconds(lambda hide=hide, r=r: end(hide(r.at(0, 1)))) * 1e6)
             if keeper >= 0:
                 end(hide(r.at(keeper, 1)))
         found[name] = {

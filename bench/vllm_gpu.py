@@ -143,10 +143,10 @@ def measure(
             "ttft_rounds_ms": hot,
             "at_once_s": at_once,
             "at_once_hooks": busy.summary(rounds),
-            "at_once_moved": {key: [last[key][i] - after[key][i] for i in (0, 1)] for key in last},
+            "at_once_moved": between(after, last),
             "hooks": hooks.summary(rounds * count),
             "four_with_new_s": with_new,
-            "moved": {key: [after[key][i] - before[key][i] for i in (0, 1)] for key in after},
+            "moved": between(before, after),
         }
         print(mode, length, json.dumps(result["lengths"][length]), flush=True)
     result["counts"] = counts(llm)
@@ -274,6 +274,11 @@ def moved(llm: Any) -> dict[str, list[float]]:
             name = f"{src.name}-{dst.name}".lower()
             result[name] = [count.pages * float(rank.page_bytes), count.busy_s]
     return result
+
+
+def between(then: dict[str, list[float]], now: dict[str, list[float]]) -> dict[str, list[float]]:
+    """Of two answers of `moved`, what the later one has more."""
+    return {key: [b - a for a, b in zip(then[key], now[key], strict=True)] for key in now}
 
 
 def counts(llm: Any) -> dict[str, Any]:

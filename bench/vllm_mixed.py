@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import hashlib
 import json
 import os
 import statistics
@@ -36,7 +35,7 @@ import numpy as np
 
 from bench.side_by_side import turn
 from bench.vllm_engines import ON_CPU, SHAPES, Shape, machine, model, surroundings, turn_on
-from bench.vllm_gpu import GRAPHS, Hooks, connector, counts
+from bench.vllm_gpu import GRAPHS, Hooks, connector, counts, digest
 from tiermem.bench.traces import read
 
 MODES = ("stock", "stock2", "offload", "host", "nvme")
@@ -147,10 +146,7 @@ class Watch:
             "tokens_per_s": (asked_tokens + sum(asked.new for asked in load)) / seconds,
             "ttft_ms": spread(self._ttft_ms),
             "inter_token_ms": spread(self._gaps_ms),
-            "answers": [
-                hashlib.sha256(json.dumps(answers[str(i)]).encode()).hexdigest()[:12]
-                for i in range(len(load))
-            ],
+            "answers": digest([answers[str(i)] for i in range(len(load))]),
         }
 
 
@@ -271,8 +267,7 @@ def main() -> None:
         return
     shape = ON_CPU if given.device == "cpu" else SHAPES[given.size]
     load = load_of(given, shape)
-    how_served = (given, shape, load)
-    served = asyncio.run(apart(*how_served)) if given.apart else here(*how_served)
+    served = asyncio.run(apart(given, shape, load)) if given.apart else here(given, shape, load)
     how = {key: value for key, value in vars(given).items() if isinstance(value, str | int | float)}
     result = {
         "schema": "tiermem.vllm_mixed.v1", "mode": given.mode, "machine": machine(), "given": how,

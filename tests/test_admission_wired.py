@@ -170,14 +170,20 @@ def test_what_a_drive_that_is_behind_cannot_take_leaves_and_nobody_waits(
     assert (harness.table.at[:18] == Place.NVME).any(), "the drive takes what it can"
 
 
-def test_frames_for_a_whole_prompt_wait_for_none_of_what_the_drive_has_to_write() -> None:
-    """What is on its way from the host to a drive that is behind is no room that comes soon."""
+def filled(units: int) -> Harness:
+    """So many units one after another, with a drive that ends no write and takes four at most."""
     harness = Harness(gpu=8, host=8, nvme=32, regions=((32, 1, 0),), in_order=True)
-    planner = harness.planner
-    planner.backlog = 4
-    for unit in range(24):
+    harness.planner.backlog = 4
+    for unit in range(units):
         ask_for(harness, 1)
         assert comes(harness, unit)
+    return harness
+
+
+def test_frames_for_a_whole_prompt_wait_for_none_of_what_the_drive_has_to_write() -> None:
+    """What is on its way from the host to a drive that is behind is no room that comes soon."""
+    harness = filled(units=24)
+    planner = harness.planner
     assert planner._storing() == 4, "the drive is behind"
     ask_for(harness, 8)
     assert planner.ready() == 8
@@ -187,12 +193,8 @@ def test_frames_for_a_whole_prompt_wait_for_none_of_what_the_drive_has_to_write(
 
 
 def test_what_leaves_ahead_of_need_is_given_the_time_that_the_drive_takes() -> None:
-    harness = Harness(gpu=8, host=8, nvme=32, regions=((16, 1, 0),), in_order=True)
+    harness = filled(units=16)
     planner = harness.planner
-    planner.backlog = 4
-    for unit in range(16):
-        ask_for(harness, 1)
-        assert comes(harness, unit)
     assert not harness.gone
     planner.marks[Place.GPU] = Marks(0.5, 0.25)
     make_room(harness)

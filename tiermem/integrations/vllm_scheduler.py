@@ -338,11 +338,9 @@ class EngineSide:
         new = max(0, self._groups.held(request.num_tokens) - len(prefix))
         self._note_taken()
         look = director.look(wanted)
-        if self._queue_full and not look.gone.any() and self._is_far(look):
-            self._waiting.setdefault(request.request_id, Fetch(time.monotonic()))
-            return True  # behind one for whom there is no room: nothing is begun for it
         need = self._frames_for(look) + new + self._spent
-        if need > self._room:
+        # Behind one for whom there is no room, none is made for one who has to wait anyway.
+        if need > self._room and not (self._queue_full and self._is_far(look)):
             director.make_room(need)
             self._room = director.room()
             look = director.look(wanted)
@@ -385,12 +383,14 @@ class EngineSide:
         fit beside all who run; in the order of the queue."""
         director = self.director
         fetch = self._waiting.setdefault(request.request_id, Fetch(time.monotonic()))
+        if self._queue_full:
+            return
         promised = sum(other.new for other in self._waiting.values() if other is not fetch)
         free = director.budget - director.units_in_use() - promised - self._spent
         units = self._units(idle)[::-1]
         look = director.look(units)
         frames = self._spent + self._frames_for(look)
-        if self._queue_full or len(units) + new > free or frames > director.room():
+        if len(units) + new > free or frames > director.room():
             self._queue_full = True
             return
         if self._leave_dear(request, prefix, hits):
