@@ -7,8 +7,9 @@ import pytest
 
 from tests.harness import ALL_ROUTES, Harness
 from tiermem.errors import NotOurs, PageInUse, PageLost, TierFailed, TierFull
+from tiermem.leased import LeasedPlanner
 from tiermem.plan import Copy, Drop, Hide, Plan, Show, Zero
-from tiermem.planner import Access, Marks, Request
+from tiermem.planner import Access, Marks, Planner, Request
 from tiermem.policies.base import Candidates, EvictionBase, Ids, Keys
 from tiermem.table import DIRTY, DOOMED, STALE, Shown
 from tiermem.tier import Place
@@ -723,6 +724,49 @@ def test_above_the_high_mark_units_leave_until_the_low_mark_oldest_first() -> No
     h.drain()
     assert [at(h, r) for r in range(9)] == [HOST] * 4 + [GPU] * 5
     h.check_idle()
+
+
+@pytest.mark.parametrize("allowed", [None, 4], ids=["all-frames", "a-limit"])
+def test_headroom_lowers_the_marks_of_the_gpu_by_half_of_what_is_allowed_at_most(
+    allowed: int | None,
+) -> None:
+    h = Harness(gpu=10, host=10, nvme=0, marks=Marks(0.9, 0.8))
+    h.planner.headroom = 4
+    if allowed is not None:
+        h.planner.limits[GPU] = allowed
+    written(h, *range(10 if allowed is None else 4))
+    h.carry(h.planner.relieve(h.now))
+    h.drain()
+    assert h.pools[GPU].used == (6 if allowed is None else 2)
+    assert not h.planner.is_pressed()
+    assert h.pools[HOST].used == (4 if allowed is None else 2), "the host has marks of its own"
+    h.check_idle()
+
+
+def test_one_page_within_the_headroom_is_pressure() -> None:
+    h = Harness(gpu=10, host=10, nvme=0)
+    h.planner.headroom = 4
+    written(h, *range(6))
+    assert not h.planner.is_pressed()
+    written(h, 6)
+    assert h.planner.is_pressed()
+
+
+@pytest.mark.parametrize("headroom", [0, 3, 8])
+def test_what_a_lender_is_asked_for_is_the_least_that_keeps_the_marks(headroom: int) -> None:
+    h = Harness(gpu=40, host=0, nvme=0, marks=Marks(0.8, 0.5), planner=LeasedPlanner)
+    planner = h.planner
+    assert isinstance(planner, LeasedPlanner)
+    planner.headroom = headroom
+
+    def keeps(used: int, slots: int) -> bool:
+        planner.limits[GPU] = slots
+        return used <= Planner._mark(planner, GPU, "high")
+
+    for used in range(1, 30):
+        least = next(slots for slots in range(1, 41) if keeps(used, slots))
+        assert least <= planner.beneath_mark(used) <= least + 1, "half of an odd number of slots"
+        assert keeps(used, planner.beneath_mark(used))
 
 
 def test_a_lower_limit_moves_pages_down_and_holds_for_every_later_use() -> None:

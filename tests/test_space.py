@@ -135,6 +135,26 @@ def test_marks_keep_frames_free_ahead_of_need(tmp_path: Path) -> None:
         space.check()
 
 
+def test_a_headroom_below_nothing_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="headroom -1"):
+        Space.open(config(tmp_path), headroom=-1)
+
+
+def test_headroom_keeps_frames_free_whatever_the_marks(tmp_path: Path) -> None:
+    with Space.open(config(tmp_path, gpu=10), headroom=4) as space:
+        region = space.reserve(20 * PAGE)
+        pages = filled(region, 9)
+        ahead = threading.Event()
+        for _ in range(1000):
+            space.drain()
+            if space.statistics().tier(Place.GPU).used <= 6:
+                break
+            ahead.wait(0.01)  # the mover's turn
+        assert space.statistics().tier(Place.GPU).used == 6
+        verify(region, pages)
+        space.check()
+
+
 # ---------------------------------------------------------------- statistics and the log
 
 

@@ -92,6 +92,7 @@ class Books:
         self.rankings = dict(rankings)
         self.routes = set(routes)
         self.marks = {p: Marks(1.0, 1.0) for p in pools} | dict(marks or {})
+        self.headroom = 0  # frames that stay free ahead of need, whatever the marks; half at most
         self.eager = eager
         self.in_order = in_order
         self.batch = batch
@@ -368,7 +369,9 @@ class Books:
         return sum(len(step.pages) for step in self._stores())
 
     def _mark(self, place: Place, which: Literal["high", "low"]) -> float:
-        return float(getattr(self.marks[place], which) * self._allowed(place))
+        allowed = self._allowed(place)
+        mark = float(getattr(self.marks[place], which) * allowed)
+        return min(mark, allowed - min(self.headroom, allowed // 2)) if place == GPU else mark
 
     def _allowed(self, place: Place) -> int:
         """Slots that may be used: those that there are, up to the limit."""

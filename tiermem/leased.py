@@ -112,7 +112,8 @@ class LeasedPlanner(Planner):
 
     def beneath_mark(self, used: int) -> int:
         """Slots of which so many used ones are no more than the high mark allows."""
-        return math.ceil(used / self.marks[GPU].high)
+        free = min(self.headroom, used)  # as many again at most: it is half of what there is
+        return max(math.ceil(used / self.marks[GPU].high), used + free)
 
     def report(self, page_bytes: int) -> Report:
         """How this space does, for the others to see; a pass over all frames."""

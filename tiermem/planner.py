@@ -493,7 +493,8 @@ class Planner(Ascent):
         for place, pool in self.pools.items():  # as any() of a generator it takes 1.5 us, not 0.7
             if pool.used > self.marks[place].high * pool.capacity:
                 return True
-        return False
+        gpu = self.pools[GPU]
+        return gpu.used > gpu.capacity - min(self.headroom, gpu.capacity // 2)
 
     def relieve(self, now: int) -> list[Plan]:
         """Plans that bring each tier below its marks and its limit, the lowest tier first.

@@ -52,10 +52,12 @@ _U64 = (1 << 64) - 1
 class Space:
     """Tiered memory on one device. Thread-safe; close it, or use it as a context manager."""
 
-    def __init__(self, config: Config, parts: Parts, leases: Leases = NO_LEASES) -> None:
+    def __init__(
+        self, config: Config, parts: Parts, leases: Leases = NO_LEASES, headroom: int = 0
+    ) -> None:
         """Compose a space of given parts, which it will close. Most callers use `Space.open`.
 
-        leases: that its GPU and host memory are held under; closed last.
+        leases: that its GPU and host memory are held under; closed last. headroom: as for `open`.
         """
         self.config = config
         self.device = parts.device
@@ -83,6 +85,7 @@ class Space:
             marks=evicting.marks(config),
             eager=config.gpu.hide == "eager",
         )
+        self._planner.headroom = headroom
         self._executor = Executor(
             window=parts.device.window,
             routes=parts.routes,
@@ -122,9 +125,12 @@ class Space:
         *,
         rank: str = RANK,
         fingerprint: Mapping[str, str] = MappingProxyType({}),
+        headroom: int = 0,
     ) -> Space:
         """Open the device and tiers of a configuration (default: what `tiermem.load` finds).
 
+        headroom: pages that should find frames at once, ahead of need: what one step may ask for.
+        The marks of the GPU are lowered for it, by half of the budget at most.
         For nvme.persist: rank names the slab, one for each process of a path; fingerprint says
         what the bytes mean (model, revision, layout, dtype, ...), and a slab made for another is
         refused. Content keys must tell apart whatever it does not.
@@ -133,6 +139,8 @@ class Space:
         from tiermem.config import load
         from tiermem.nvme.kept import Persist
 
+        if headroom < 0:
+            raise ConfigError(f"headroom {headroom}: a number of pages, 0 or more")
         config = load() if config is None else config
         with ExitStack() as opened:
             leases = Leases.open(config)
@@ -140,7 +148,7 @@ class Space:
             persist = Persist(rank, fingerprint)
             parts = assemble(config, leases.first_gpu, persist, leases.pooling)
             opened.callback(parts.close)
-            space = cls(config, parts, leases)
+            space = cls(config, parts, leases, headroom)
             opened.pop_all()
         for line in config.describe():
             log.info("config %s", line)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -38,11 +39,12 @@ def pages_of(*numbers: int) -> Pages:
 def open_engine(tmp_path: Path) -> Iterator[Open]:
     made: list[Engine] = []
 
-    def one(*, persist: bool = True, fingerprint: str = "a") -> Engine:
+    def one(*, persist: bool = True, fingerprint: str = "a", step_tokens: int = 0) -> Engine:
         base = config(tmp_path, SIZES.gpu, SIZES.host, SIZES.nvme)
         nvme = msgspec.structs.replace(base.nvme, persist=persist)
         given = msgspec.structs.replace(base, nvme=nvme, evict=Evict(gpu="lru", host="lru"))
-        engine = Engine(given, LAYOUT, SIZES, Identity("rank0", {"weights": fingerprint}), PAGES)
+        identity = Identity("rank0", {"weights": fingerprint})
+        engine = Engine(given, LAYOUT, SIZES, identity, PAGES, step_tokens)
         made.append(engine)
         return engine
 
@@ -243,6 +245,19 @@ def test_a_budget_that_changed_is_taken_over_in_the_same_round_by_all(open_engin
         engine.look()
     assert asked == [5, 5]
     assert engine.gates.resident_tokens() == 3 * 16
+
+
+def test_frames_for_two_steps_are_free_once_nobody_uses_them(open_engine: Open) -> None:
+    engine = open_engine(step_tokens=32)
+    compute(engine, "long", pages_of(1, 2, 3, 4, 5, 6, 7), TOKENS)
+    ahead = threading.Event()
+    for _ in range(1000):
+        engine.space.drain()
+        if engine.space.statistics().tier(Place.GPU).used <= 4:
+            break
+        ahead.wait(0.01)  # the mover's turn
+    assert engine.space.statistics().tier(Place.GPU).used == 4
+    assert reads(engine, pages_of(1, 2, 3, 4, 5, 6, 7), TOKENS)
 
 
 # ---------------------------------------------------------------- sizes

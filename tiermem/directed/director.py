@@ -27,7 +27,6 @@ import numpy.typing as npt
 
 from tiermem import evicting
 from tiermem.attic import Stored
-from tiermem.books import Marks
 from tiermem.config import Config
 from tiermem.directed.orders import NO_SLOTS, Hello, Moved, Orders, Receive, Report
 from tiermem.directed.paces import Ends, Paces
@@ -179,15 +178,14 @@ class Director:
             {place: SlotPool(place, self._ready[place]) for place in TIERS},
             evicting.rankings(config, self._capacity, table, self._log),
             routes=frozenset.intersection(*(h.routes for h in hellos)),
+            marks=evicting.marks(config),
             in_order=True,
             batch=max(BATCH, unit_pages),
         )
         self._planner.backlog = max(unit_pages, BACKLOG_BYTES // self.page_bytes)
         self._paces = Paces(frozenset.intersection(*(h.routes for h in hellos)), self.page_bytes)
         self._foresight = self._look_ahead()
-        self._headroom = headroom
-        self._marked = 0  # frames that the marks are made for
-        self._set_marks()
+        self._planner.headroom = headroom * unit_pages
         self._users = np.zeros(units, np.int32)
         self._worthless: set[int] = set()
         self._adopted = np.zeros(units, np.bool_)  # in use, their content on its way from the drive
@@ -554,7 +552,6 @@ class Director:
         if self._peers is not None:
             for units in self._peers.turn(planner):
                 self.leave(units, worthless=units)
-        self._set_marks()
         self._issue(planner.relieve(now))
         if planner.attic is not None:
             self._issue(planner.back_up(now))
@@ -819,17 +816,6 @@ class Director:
         ahead = Foresight(self._planner, quality, self.page_bytes, self.speeds)
         ahead.run(policy, budget, self.now())
         return ahead
-
-    def _set_marks(self) -> None:
-        """The configured marks, lowered so that the headroom is free."""
-        frames = max(1, self._planner.allowed())
-        if frames == self._marked:
-            return
-        self._marked = frames
-        most = 1.0 - min(self._headroom * self.unit_pages, frames // 2) / frames
-        marks = evicting.marks(self._config)
-        marks[GPU] = Marks(min(marks[GPU].high, most), min(marks[GPU].low, most))
-        self._planner.marks = marks
 
     def _obey_limit(self) -> None:
         """Free frames above the limit are parked, and parked ones below it get memory again."""

@@ -72,9 +72,18 @@ class Engine:
     """Opens the space, which lives as long as the process."""
 
     def __init__(
-        self, config: Config, layout: PageMajor, sizes: Sizes, identity: Identity, pages: int
+        self,
+        config: Config,
+        layout: PageMajor,
+        sizes: Sizes,
+        identity: Identity,
+        pages: int,
+        step_tokens: int = 0,
     ) -> None:
-        """pages: of SGLang's pool, without the padding; at most sizes.virtual."""
+        """pages: of SGLang's pool, without the padding; at most sizes.virtual.
+
+        step_tokens: new ones in a step at most; frames for those of two are kept free.
+        """
         self.layout = layout
         self.stream: int | None = None
         self.agree: Agree = alone
@@ -82,6 +91,7 @@ class Engine:
             opened(config, sizes, layout.page_bytes),
             rank=identity.rank,
             fingerprint=identity.fingerprint,
+            headroom=2 * -(-step_tokens // layout.page_size),
         )
         self._persists = config.nvme.enabled and config.nvme.persist
         self._may_lose = config.nvme.enabled

@@ -58,6 +58,7 @@ class Plan:
     layout: PageMajor
     sizes: Sizes
     identity: Identity
+    step_tokens: int
 
     @classmethod
     def of(cls, configurator: Any, stock_bytes: int) -> Plan:
@@ -71,7 +72,7 @@ class Plan:
         config = rank_config(load(), layout.page_bytes, device, ranks, compat.tp_rank())
         identity = _identity(configurator, layout)
         sizes = plan(config, layout.page_bytes, stock_bytes, _agreement())
-        return cls(config, layout, sizes, identity)
+        return cls(config, layout, sizes, identity, _step_tokens(args))
 
     @property
     def pool_bytes(self) -> int:
@@ -92,7 +93,13 @@ class Plan:
             )
 
     def open(self, pages: int) -> Engine:
-        return Engine(self.config, self.layout, self.sizes, self.identity, pages)
+        return Engine(self.config, self.layout, self.sizes, self.identity, pages, self.step_tokens)
+
+
+def _step_tokens(args: Any) -> int:
+    """Tokens that SGLang computes in one step at most."""
+    chunk = args.chunked_prefill_size
+    return int(chunk if chunk and chunk > 0 else args.max_prefill_tokens)
 
 
 def _layout(configurator: Any, granule: int) -> PageMajor:
