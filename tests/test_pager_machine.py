@@ -18,7 +18,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from tests.harness import Harness
 from tiermem.books import Crossover
 from tiermem.errors import PageInUse, PageLost, TierFailed, TierFull
-from tiermem.planner import Access, Marks, Request
+from tiermem.leased import CLEAN_BYTES, CLEAN_EVERY_MS, LeasedPlanner
+from tiermem.planner import Access, Marks, Planner, Request
 from tiermem.table import DOOMED, Shown
 from tiermem.tier import Place
 
@@ -63,6 +64,7 @@ class PagerMachine(RuleBasedStateMachine):
         filled=st.integers(2, 12),
         in_order=st.booleans(),
         crossover=st.sampled_from([Crossover(3, 6), None, Crossover(0, 2), Crossover(9, 9)]),
+        leased=st.booleans(),
     )
     def start(
         self,
@@ -73,12 +75,13 @@ class PagerMachine(RuleBasedStateMachine):
         filled: int,
         in_order: bool,
         crossover: Crossover | None,
+        leased: bool,
     ) -> None:
         gpu, host, nvme, unit = shape
         self.h = Harness(
             gpu=gpu, host=host, nvme=nvme, regions=((12, unit, 0), (6, unit, 1)),
             eager=eager, marks=marks, seed=seed, attic=self.attic, in_order=in_order,
-            crossover=crossover,
+            crossover=crossover, planner=LeasedPlanner if leased else Planner,
         )  # fmt: skip
         self.gpu_units = gpu // unit
         self.waiting: list[Work] = []
@@ -265,6 +268,14 @@ class PagerMachine(RuleBasedStateMachine):
     def mover(self) -> None:
         self.h.observe()
         self.h.carry(self.h.planner.relieve(self.h.now))
+
+    @rule(pages=st.integers(1, 4))
+    def clean(self, pages: int) -> None:
+        """Under a lease idle pages are copied to the host and stay where they are."""
+        if isinstance(self.h.planner, LeasedPlanner):
+            self.h.now += CLEAN_EVERY_MS
+            self.h.observe()
+            self.h.carry(self.h.planner.clean(CLEAN_BYTES // pages, self.h.now))
 
     @rule(seed=SEEDS)
     def prefetch(self, seed: int) -> None:

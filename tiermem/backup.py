@@ -55,7 +55,7 @@ class Backup(Attic):
 
     def unsaved(self, rows: range) -> tuple[int, int]:
         """(units among these rows with content above the drive only, those of them being saved)."""
-        saving = [step.pages for step in self._stores() if step.stays]
+        saving = [step.pages for step in self._copies(NVME) if step.stays]
         flying = _among(self.table.heads(np.concatenate([*saving, _NO_ROWS])), rows)
         waiting = _among(np.fromiter(self._unsaved, np.int32), rows)
         under_way = int((self.table.slot(NVME)[flying] < 0).sum())

@@ -360,13 +360,13 @@ class Books:
                     leaving += int((self.table.at[pages] == int(place)).sum())
         return leaving + int((self.table.at[self._doomed] == place).sum())
 
-    def _stores(self) -> list[Copy]:
-        """Copies to the drive that are under way."""
+    def _copies(self, dst: Place) -> list[Copy]:
+        """Copies to a tier that are under way."""
         steps = (step for opened in self._open.values() for step in opened.plan.steps)
-        return [step for step in steps if isinstance(step, Copy) and step.dst == NVME]
+        return [step for step in steps if isinstance(step, Copy) and step.dst == dst]
 
     def _storing(self) -> int:
-        return sum(len(step.pages) for step in self._stores())
+        return sum(len(step.pages) for step in self._copies(NVME))
 
     def _mark(self, place: Place, which: Literal["high", "low"]) -> float:
         allowed = self._allowed(place)

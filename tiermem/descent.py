@@ -296,7 +296,7 @@ class Descent(Books):
         self._release_stale(rows)
         self.counts[f"{step.src.name}_{dst.name}".lower()] += len(landed)
         if step.stays:
-            self.counts["backed_up"] += len(spares)
+            self.counts["backed_up" if dst == AT_NVME else "cleaned"] += len(spares)
         else:
             self.counts["late_spares"] += len(spares)
         if dst == AT_NVME:

@@ -18,11 +18,14 @@ from tiermem.errors import TierFull
 from tiermem.ledger_records import Report
 from tiermem.plan import Plan, Request
 from tiermem.planner import Planner
-from tiermem.table import Rows
-from tiermem.tier import AT_NONE, GPU, HOST, NVME, Place
+from tiermem.table import DIRTY, Rows
+from tiermem.tier import AT_GPU, AT_NONE, GPU, HOST, NVME, Place
 
 PATIENCE_MS = 2000
 """How long a request waits for slots that others owe us, or that are on their way."""
+CLEAN_BYTES = 256 << 20
+"""On their way to the host ahead of need at most: 5 ms of the link."""
+CLEAN_EVERY_MS = 5
 
 _NO_ROWS = np.empty(0, np.int32)
 
@@ -97,6 +100,8 @@ class LeasedPlanner(Planner):
     host: HostLender = NoHostLender()
     _hungry_since: int | None = None
     _told = 1 << 31  # frames in use when the lender was last told
+    _cleaned = 0  # the clock when everything idle had a copy below
+    _clean_at = 0
 
     def demand(self) -> Demand:
         """How full the GPU is now."""
@@ -139,6 +144,35 @@ class LeasedPlanner(Planner):
         recent = table.stamp[table.unit[: table.rows]] >= np.uint64(clock)
         recent |= table.pins[: table.rows] > 0
         return int((recent & (table.at[: table.rows] != AT_NONE)).sum())
+
+    def clean(self, page_bytes: int, now: int) -> list[Plan]:
+        """Begin to copy idle pages to free slots of the host, where they have no copy: their
+        frames can be given away at once then, whoever wants them. They stay where they are.
+
+        The longest unused come first; what must leave comes before all of them.
+        """
+        host, table = self.pools[HOST], self.table
+        if now < self._clean_at or self._stamp == self._cleaned:
+            return []
+        if not self._usable(HOST) or GPU in self.failed_tiers:
+            return []
+        self._clean_at = now + CLEAN_EVERY_MS
+        under_way = sum(len(step.pages) for step in self._copies(HOST) if step.src == GPU)
+        n = min(max(table.max_unit_pages, CLEAN_BYTES // page_bytes) - under_way, host.free)
+        if n <= 0:
+            return []
+        heads = self.pools[GPU].owner
+        heads = heads[heads >= 0]
+        heads = heads[(table.unit[heads] == heads) & (table.at[heads] == AT_GPU)]
+        heads = heads[((table.flags[heads] & DIRTY) != 0) & (table.slot(HOST)[heads] < 0)]
+        idle = table.movable(heads, GPU) & table.fences.is_passed(table.fence[heads])
+        oldest_first = heads[idle][np.argsort(table.stamp[heads[idle]])]
+        rows, rest = self._cut(table.pages(oldest_first), n)
+        if idle.all() and not len(rest):
+            self._cleaned = self._stamp  # nothing to do until something is used
+        if not len(rows):
+            return []
+        return [self._copy_down(rows, GPU, HOST, host.take_free(len(rows)), stays=True)]
 
     def clock(self) -> int:
         """Grows with every use of a unit."""

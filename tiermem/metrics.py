@@ -43,6 +43,7 @@ EVENTS = {
     "stepped_down": "clean pages that left without a copy, for a lower tier had one",
     "late_spares": "pages wanted again while they left: what had been copied stays as a spare",
     "backed_up": "labelled pages copied to the drive ahead of need; they stayed where they were",
+    "cleaned": "idle pages copied to host memory ahead of need; they stayed on the GPU",
     "host_host": "pages moved within host memory, which became smaller",
     "failed_copies": "pages whose copy failed; their bytes stayed where they were",
     "failed_reads": "pages that did not come back as written, or not at all",

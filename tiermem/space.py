@@ -497,8 +497,11 @@ class Space:
         return speeds
 
     def _upkeep(self) -> list[Plan]:
-        now = self.now()
-        return self._planner.relieve(now) + self._planner.back_up(now)
+        planner, now = self._planner, self.now()
+        plans = planner.relieve(now) + planner.back_up(now)
+        if isinstance(planner, LeasedPlanner):
+            plans += planner.clean(self.page_bytes, now)
+        return plans
 
     def _open_keeping(self) -> Keeping | None:
         """With nvme.persist, what the drive holds is the attic's, the first range of the table."""

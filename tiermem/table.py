@@ -19,6 +19,7 @@ One row a page, numpy columns, no I/O and no lock. Only `planner.py` writes it.
    HOST or NVME, frame retired ── _take_back ─▶ GPU, no transfer (such a page is not staged)
    LOST, being shown blank ── fault(read) ─▶ the same, awaited: in order, its writer goes first
    GPU or HOST, labelled ── back_up ─▶ the same place, with a spare on NVMe if `gen` is the same
+   GPU, idle and dirty, under a lease ── clean ─▶ GPU, with a spare in the host if `gen` is the same
    HOST, slot beyond the tier's end ── confine ─▶ HOST, another slot once copied (_land_within)
    HOST, failed load, spare on NVMe ── _read_failed ─▶ NVME
    HOST ── _show_in_place ─▶ HOST→HOST ── _land_in_place ─▶ HOST, read at its address (IN_PLACE);
@@ -32,8 +33,8 @@ NOTHING ─ _show_in_place ▶ IN_PLACE ─ _hide ▶ HIDING.
 Where plans are carried out in order, a hide takes effect when it is planned: HIDING is skipped.
 
 A page is claimed while `move` names an open plan; a cancelled transfer lets go of the claim and
-lives on only in `busy`, until it settles; a copy by `back_up` or `confine` never claims. Pages of
-one unit are always in the same state.
+lives on only in `busy`, until it settles; a copy by `back_up`, `clean` or `confine` never claims.
+Pages of one unit are always in the same state.
 """
 
 from __future__ import annotations

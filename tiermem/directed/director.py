@@ -555,6 +555,8 @@ class Director:
         self._issue(planner.relieve(now))
         if planner.attic is not None:
             self._issue(planner.back_up(now))
+        if isinstance(planner, LeasedPlanner):
+            self._issue(planner.clean(self.page_bytes, now))
         if self._foresight is not None:
             self._issue(self._foresight.turn(now))
         self._obey_limit()
