@@ -16,7 +16,7 @@ routes    submit to end, groups of 64 and 256, several in flight, each way and b
 load      copy by alias and show together, groups of 64, into free and into stolen frames (GB/s)
 swap      the same into stolen frames while as much goes down (GB/s, both ways together)
 lonely    show and hide one page where nothing else is shown nearby, and beside pages that are (us)
-fault     one page: submit, show, wait (us, p50 and p99)
+fault     one page: submit, show, wait (us, p50 and p99), in either order, and with pauses between
 busy      the same beside one thread of pure Python, and that thread's loss
 interpreter   how long the lock takes to come back beside that thread, by what gave it away
 gemm      a bf16 matrix product alone and beside swapping (ms, median; needs torch)
@@ -484,25 +484,43 @@ def swap() -> Figures:
     return found
 
 
-def fault_of(r: Rig, *, beside_down: bool = False) -> Figures:
-    """One page loaded and shown, kernel-ready; on request while copies down keep the link busy."""
-    times: list[float] = []
-    rest = r.frames[400:]
-    for n in range(400):
-        if beside_down and n % 50 == 0:
+def fault_of(
+    r: Rig, *, beside_down: bool = False, show_first: bool = False, pause_s: float = 0.0
+) -> Figures:
+    """One page loaded and shown, kernel-ready, and what its three parts take (us, medians).
+
+    beside_down: while copies down keep the link busy. The copy goes through the frame's alias, so
+    either may be first. pause_s: between two faults, in which processor and driver go to sleep.
+    """
+    times: list[tuple[float, ...]] = []
+    n = min(400, r.n * 3 // 4)
+    rest = r.frames[n:]
+    for i in range(n):
+        if beside_down and i % 50 == 0:
             stores = [r.down.submit(rest, rest, PASSED) for _ in range(8)]
-        one, at = r.frames[n : n + 1], r.at(n, 1)
-        began = time.perf_counter()
-        copy = r.up.submit(one, one, PASSED)
-        shown = r.device.window.show(at, one)
-        shown.wait()
-        copy.wait()
-        times.append((time.perf_counter() - began) * 1e6)
-        if beside_down and n % 50 == 49:
+        if pause_s:
+            time.sleep(pause_s)
+        one, at = r.frames[i : i + 1], r.at(i, 1)
+        parts = [
+            lambda one=one: r.up.submit(one, one, PASSED),
+            lambda at=at, one=one: r.device.window.show(at, one),
+        ]
+        marks = [time.perf_counter()]
+        dones = []
+        for part in reversed(parts) if show_first else parts:
+            dones.append(part())
+            marks.append(time.perf_counter())
+        end(*dones)
+        marks.append(time.perf_counter())
+        times.append((*np.diff(marks), marks[-1] - marks[0]))
+        if beside_down and i % 50 == 49:
             end(*stores)
-    end(r.device.window.hide(r.at(0, len(times))))
-    p50, p99 = np.percentile(times[20:], [50, 99])
-    return {"p50_us": round(float(p50), 1), "p99_us": round(float(p99), 1), "n": len(times) - 20}
+    end(r.device.window.hide(r.at(0, n)))
+    us = np.array(times[20:]) * 1e6
+    p50, p99 = np.percentile(us[:, 3], [50, 99])
+    names = ("show", "copy", "wait") if show_first else ("copy", "show", "wait")
+    parts_us = dict(zip(names, np.median(us[:, :3], axis=0).round(1).tolist(), strict=True))
+    return {"p50_us": round(p50, 1), "p99_us": round(p99, 1), "n": len(us), "parts_us": parts_us}
 
 
 def lonely() -> Figures:
@@ -533,8 +551,16 @@ def lonely() -> Figures:
 
 
 def fault() -> Figures:
-    with rig(PAGE) as r:
-        return {"2MiB": fault_of(r), "2MiB_beside_down": fault_of(r, beside_down=True)}
+    found: Figures = {}
+    for page in (PAGE, 4 * PAGE):
+        name = f"{page >> 20}MiB"
+        with rig(page) as r:
+            for first in (False, True):
+                order = "_show_first" if first else ""
+                found[name + order] = fault_of(r, show_first=first)
+                found[f"{name}{order}_paused"] = fault_of(r, show_first=first, pause_s=0.002)
+            found[f"{name}_beside_down"] = fault_of(r, beside_down=True)
+    return found
 
 
 class Busy:
