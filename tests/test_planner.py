@@ -743,6 +743,19 @@ def test_headroom_lowers_the_marks_of_the_gpu_by_half_of_what_is_allowed_at_most
     h.check_idle()
 
 
+def test_what_is_loaded_ahead_may_use_the_headroom() -> None:
+    h = Harness(gpu=10, host=10, nvme=0, marks=Marks(0.9, 0.8))
+    written(h, *range(9))
+    demote(h, *range(6))
+    h.drain()
+    h.planner.headroom = 5
+    assert h.planner.room_ahead() == 6
+    h.carry(h.planner.prefetch(h.rows(list(range(6))), h.now))
+    h.drain()
+    assert h.pools[GPU].used == 9
+    h.check_idle()
+
+
 def test_one_page_within_the_headroom_is_pressure() -> None:
     h = Harness(gpu=10, host=10, nvme=0)
     h.planner.headroom = 4
@@ -761,7 +774,7 @@ def test_what_a_lender_is_asked_for_is_the_least_that_keeps_the_marks(headroom: 
 
     def keeps(used: int, slots: int) -> bool:
         planner.limits[GPU] = slots
-        return used <= Planner._mark(planner, GPU, "high")
+        return used <= Planner._target(planner, GPU, "high")
 
     for used in range(1, 30):
         least = next(slots for slots in range(1, 41) if keeps(used, slots))

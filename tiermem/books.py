@@ -92,7 +92,7 @@ class Books:
         self.rankings = dict(rankings)
         self.routes = set(routes)
         self.marks = {p: Marks(1.0, 1.0) for p in pools} | dict(marks or {})
-        self.headroom = 0  # frames that stay free ahead of need, whatever the marks; half at most
+        self.headroom = 0  # frames to be free ahead of need whatever the marks; half at most
         self.eager = eager
         self.in_order = in_order
         self.batch = batch
@@ -369,8 +369,11 @@ class Books:
         return sum(len(step.pages) for step in self._copies(NVME))
 
     def _mark(self, place: Place, which: Literal["high", "low"]) -> float:
-        allowed = self._allowed(place)
-        mark = float(getattr(self.marks[place], which) * allowed)
+        return float(getattr(self.marks[place], which) * self._allowed(place))
+
+    def _target(self, place: Place, which: Literal["high", "low"]) -> float:
+        """The mark above which pages leave ahead of need; the headroom is free below it."""
+        mark, allowed = self._mark(place, which), self._allowed(place)
         return min(mark, allowed - min(self.headroom, allowed // 2)) if place == GPU else mark
 
     def _allowed(self, place: Place) -> int:

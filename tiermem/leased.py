@@ -202,11 +202,17 @@ class LeasedPlanner(Planner):
         return super()._push_down(place, n, now, awaited=awaited)
 
     def _mark(self, place: Place, which: Literal["high", "low"]) -> float:
-        """Nothing leaves in order to be ahead of need while more slots may be on their way, nor
-        before the lender was told that so many are in use."""
-        if place == GPU and (self.lender.expects or self.pools[GPU].used > self._told):
+        if place == GPU and self._hopes():
             return float(self._allowed(GPU))
         return super()._mark(place, which)
+
+    def _target(self, place: Place, which: Literal["high", "low"]) -> float:
+        return self._mark(place, which) if self._hopes() else super()._target(place, which)
+
+    def _hopes(self) -> bool:
+        """Nothing leaves in order to be ahead of need while more slots may be on their way, nor
+        before the lender was told that so many are in use."""
+        return self.lender.expects or self.pools[GPU].used > self._told
 
     def _have_room(self, n: int, request: Request, now: int, spare_us: Rows = _NO_ROWS) -> bool:
         if self._are_available(n, spare_us):

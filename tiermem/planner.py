@@ -507,11 +507,11 @@ class Planner(Ascent):
             grows = place in self.growing and place != GPU
             if grows and pool.used <= self._allowed(place):  # soon nothing has to leave
                 continue
-            if not pool.capacity or pool.used <= (high := self._mark(place, "high")):
+            if not pool.capacity or pool.used <= (high := self._target(place, "high")):
                 continue
             excess = pool.used - self._leaving(place)
             if excess > high:
-                n = excess - int(self._mark(place, "low"))
+                n = excess - int(self._target(place, "low"))
                 n = min(n, self.batch - self._leaving(place))
                 plans += self._push_down(place, n, now)
         return plans + self._give_back()
