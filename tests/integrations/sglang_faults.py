@@ -82,6 +82,11 @@ def two_are_worth_it() -> None:
     Engine._worth = lambda self, pages: min(len(pages), 2)  # type: ignore[method-assign]
 
 
+def all_are_worth_it() -> None:
+    """No load is declined, however slow this machine's drive is beside its processors."""
+    Engine._worth = lambda self, pages: len(pages)  # type: ignore[method-assign]
+
+
 def _before_step(do: Callable[[Any, Any], None]) -> None:
     step: Step = sglang_hooks.step
 
@@ -92,7 +97,5 @@ def _before_step(do: Callable[[Any, Any], None]) -> None:
     sglang_hooks.step = both
 
 
-FAULTS = {
-    each.__name__: each
-    for each in (without_residency, spoil_running, abort_a_chunk, two_are_worth_it)
-}
+_ALL = (without_residency, spoil_running, abort_a_chunk, two_are_worth_it, all_are_worth_it)
+FAULTS = {each.__name__: each for each in _ALL}

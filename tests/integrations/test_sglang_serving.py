@@ -20,6 +20,7 @@ THREE = [(1, 200), (2, 300), (3, 150)]
 OTHERS = [(4, 200), (5, 300), (6, 150)]
 ROUNDS = [Round(THREE), Round(OTHERS), Round(THREE), Round(OTHERS)]
 PLAIN = {"max_total_tokens": 4096}
+ALL_LOADS = {"FAULT": "all_are_worth_it"}
 
 Serve = Callable[[Scenario], Ended]
 
@@ -78,7 +79,8 @@ def test_two_ranks_give_the_same_tokens(
 ) -> None:
     options = {"tp_size": 2}
     lower = toml(24, 20, nvme(tmp_path / "slab", 200)) if drive else toml(24, 162)
-    ended = serve(Scenario(ROUNDS, options, lower))  # each rank has half of a page's bytes
+    # Each rank has half of a page's bytes.
+    ended = serve(Scenario(ROUNDS, options, lower, env=ALL_LOADS))
     assert ended.outputs() == plain(Scenario(ROUNDS, {**PLAIN, **options})).outputs()
     assert ended.cached(3) == [192, 288, 144]
     up = [[ended.moved(tier, "gpu", rank) for tier in ("host", "nvme")] for rank in range(2)]
@@ -91,7 +93,8 @@ def test_pages_come_back_from_a_drive(
     serve: Serve, plain: Serve, tmp_path: Path, host: int
 ) -> None:
     rounds = [*ROUNDS, Round([(7, 400), (8, 300)]), Round(THREE)]
-    ended = serve(Scenario(rounds, {}, toml(48, host, nvme(tmp_path / "slab", 200))))
+    kept = toml(48, host, nvme(tmp_path / "slab", 200))
+    ended = serve(Scenario(rounds, {}, kept, env=ALL_LOADS))
     assert ended.outputs() == plain(Scenario(rounds, PLAIN)).outputs()
     assert ended.cached(5) == [192, 288, 144]
     assert ended.moved("nvme", "gpu") + ended.moved("nvme", "host") > 0
