@@ -18,6 +18,8 @@ Pages are read back afterwards and must be as they were written. The output is
 {"schema": "tiermem.handover.v1", "machine": {...}, "pages": [one object a page size]}; seconds,
 bytes and GB/s (1e9). `serial_s` of the floor is the sum of its three parts for the bytes moved,
 `piped_s` the largest of them: parts that overlap can be faster than the first, not than the second.
+`calls_s` leaves the copy out: a donor that has been idle has copies of its pages in host memory
+already, as many as fit there (`copied_meanwhile` says how many had none).
 """
 
 from __future__ import annotations
@@ -148,9 +150,13 @@ def floor(device: str, page: int) -> Answer:
 
 
 def least(base: Answer, pages: int) -> Answer:
-    """What so many pages take at the floor, part after part and all at once."""
+    """What so many pages take at the floor: part after part, all at once, the driver calls alone."""
     parts = [base["donor_us"], base["copy_us"], base["newcomer_us"]]
-    return {"serial_s": sum(parts) * pages / 1e6, "piped_s": max(parts) * pages / 1e6}
+    return {
+        "serial_s": sum(parts) * pages / 1e6,
+        "piped_s": max(parts) * pages / 1e6,
+        "calls_s": (base["donor_us"] + base["newcomer_us"]) * pages / 1e6,
+    }
 
 
 def handover(ledger: Ledger, donor: Child, newcomer: Child, page: int, base: Answer) -> Answer:
@@ -187,6 +193,8 @@ def handover(ledger: Ledger, donor: Child, newcomer: Child, page: int, base: Ans
         "floor": floors,
         "of_serial_floor": floors["serial_s"] / (end - t0),
         "of_piped_floor": floors["piped_s"] / (end - t0),
+        "of_calls_floor": floors["calls_s"] / (end - t0),
+        "copied_meanwhile": after["counts"]["gpu_host"] - before["counts"]["gpu_host"],
         "verified": sum(check["verified"] for check in checks),
         "wrong": sum(check["wrong"] for check in checks),
         "donor_counts": [before["counts"], after["counts"]],
