@@ -150,7 +150,7 @@ def floor(device: str, page: int) -> Answer:
 
 
 def least(base: Answer, pages: int) -> Answer:
-    """What so many pages take at the floor: part after part, all at once, the driver calls alone."""
+    """What so many pages take at the floor: part after part, all at once, driver calls alone."""
     parts = [base["donor_us"], base["copy_us"], base["newcomer_us"]]
     return {
         "serial_s": sum(parts) * pages / 1e6,

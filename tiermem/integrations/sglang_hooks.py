@@ -20,6 +20,7 @@ from tiermem.integrations.sglang_engine import Engine
 from tiermem.integrations.sglang_pages import Pages
 from tiermem.integrations.sglang_pool import Plan, page_size_for
 from tiermem.integrations.sglang_releases import refuse_dead_hooks
+from tiermem.integrations.threads import switch_sooner
 
 log = logging.getLogger(__name__)
 
@@ -111,6 +112,7 @@ def ready(result: None, scheduler: Any, *args: Any, **kwargs: Any) -> None:
 
     engine = state.engine()
     refuse_dead_hooks()
+    switch_sooner()
     if not isinstance(scheduler.token_to_kv_pool_allocator, PageMajorAllocator):
         kind = type(scheduler.token_to_kv_pool_allocator).__name__
         raise state.NotLive(

@@ -32,6 +32,7 @@ from tiermem.directed.turns import Turns
 from tiermem.directed.upkeep import Upkeep
 from tiermem.errors import ConfigError
 from tiermem.integrations.layout import Layout
+from tiermem.integrations.threads import switch_sooner
 from tiermem.integrations.vllm_choice import Choice
 from tiermem.integrations.vllm_groups import groups_of, in_order
 from tiermem.integrations.vllm_hints import NO_HINTS, Hints, hints_of
@@ -167,6 +168,7 @@ class EngineSide:
 
     def meet(self, hellos: Sequence[Hello], layout: Layout) -> None:
         """All ranks are up. Raises ConfigError if the longest request could never run."""
+        switch_sooner()
         self._layout = layout
         rank = RANKS.get(self._engine_id)
         assert rank is not None or not self._config.share.enabled, "refused by vllm_config"

@@ -24,6 +24,7 @@ from tiermem.directed.rank import Rank
 from tiermem.errors import ConfigError
 from tiermem.gpu.tensor import tensor
 from tiermem.integrations.layout import Layout, Run, automatic_page, layout_of, runs_of
+from tiermem.integrations.threads import switch_sooner
 from tiermem.integrations.vllm_config import CUDA_PAGE, TOGETHER, divided
 from tiermem.leases import Leases
 from tiermem.nvme.kept import Persist
@@ -44,6 +45,7 @@ class RankSide:
 
     def __init__(self, vllm_config: Any, kv_cache_config: Any) -> None:
         """Open the device and the tiers, and reserve the cache's range. Raises ConfigError."""
+        switch_sooner()
         self._vllm = vllm_config
         self._blocks: int = kv_cache_config.num_blocks
         self._engine_id: str = vllm_config.kv_transfer_config.engine_id
