@@ -375,3 +375,17 @@ def test_engines_that_burst_and_are_killed_harm_nobody() -> None:
     assert outcome.most_host > 0
     assert max(outcome.freed_s) < 1.0
     assert sum(seen["verified"] for seen in outcome.engines) > 0
+
+
+@pytest.mark.parametrize("short", [1, 60, 100])
+def test_what_is_taken_ahead_of_need_stays_below_the_own_budget(short: int) -> None:
+    """A part of it is the space's own share, the rest is borrowed; the card has more than both."""
+    sharing = Sharing.open(config("one", total=4 * PAGES, budget=PAGES, floor=4))
+    try:
+        for wanted in (20, 40):
+            sharing._lease.want(wanted * PAGE)
+            sharing._get_ahead(short)
+            charged = sharing._lease.held + sharing._lease.reserved
+            assert charged <= PAGES * PAGE, f"{charged // PAGE} of {PAGES} pages"
+    finally:
+        sharing.close()

@@ -284,10 +284,9 @@ class Sharing(Membership):
         ours = min(lacking, room)
         if time.monotonic() >= self._asked_until:  # what is in use may be cold
             ours = min(ours, lease.wanted - charged)
-        if ours > 0:
-            lacking -= self._reserve(ours)
-        if lacking > 0:
-            lease.borrow(min(max(lacking, self._step()), room))
+        got = self._reserve(ours) if ours > 0 else 0
+        if lacking > got:
+            lease.borrow(min(max(lacking - got, self._step()), room - got))
 
     def _return_promised(self) -> None:
         self._lease.cancel(self._lease.reserved)
