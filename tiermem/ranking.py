@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
 import numpy as np
+import numpy.typing as npt
 
 from tiermem.policies.base import Eviction, Keys, RequestFacts, Retaining
 from tiermem.table import PageTable, Rows, span
@@ -28,6 +29,7 @@ _UNNAMED: Mapping[str, object] = MappingProxyType({})
 
 _NO_ROWS = np.empty(0, np.int32)
 
+I64 = npt.NDArray[np.int64]
 Recorder = Callable[[Mapping[str, object]], None]
 
 
@@ -212,23 +214,27 @@ class Ranking:
             return f"{answer.size} victims in an array of {answer.ndim} dimensions, {n} asked for"
         if not len(answer):
             return None
-        if answer.min() < 0 or answer.max() >= table.rows:
-            return f"unit {int(answer.min())}..{int(answer.max())} of {table.rows} rows"
-        if len(np.unique(answer)) != len(answer):
+        order = np.argsort(answer, kind="stable")
+        ranked = answer[order]
+        if ranked[0] < 0 or ranked[-1] >= table.rows:
+            return f"unit {int(ranked[0])}..{int(ranked[-1])} of {table.rows} rows"
+        if np.count_nonzero(ranked[1:] == ranked[:-1]):
             return "a unit twice"
         if not ((table.unit[answer] == answer) & table.movable(answer, self.place)).all():
             return "a unit that may not leave"
-        if self._policy is not None and self._policy.leaf_first and self._parent_first(answer):
+        leaf_first = self._policy is not None and self._policy.leaf_first
+        if leaf_first and self._parent_first(answer, order, ranked):
             return "a parent before its child"
         return None
 
-    def _parent_first(self, answer: Rows) -> bool:
+    def _parent_first(self, answer: Rows, order: I64, ranked: Rows) -> bool:
+        """order: that sorts the answer, to `ranked`."""
         parents, depths = self._table.parent[answer], self._table.depth[answer]
+        at = order[np.minimum(np.searchsorted(ranked, parents), len(answer) - 1)]
+        first = (answer[at] == parents) & (at < np.arange(len(answer)))
         # A parent that has left may have given its row to a block that is not nearer to the root.
         stale = (depths > 0) & (self._table.depth[parents] >= depths)
-        position = {unit: i for i, unit in enumerate(answer.tolist())}
-        linked = np.where(stale, -1, parents).tolist()
-        return any(position.get(p, len(answer)) < i for i, p in enumerate(linked))
+        return bool(np.count_nonzero(first & ~stale))
 
     def _judge_time(self, took_s: float, n: int) -> None:
         is_late = took_s > LATE_S + n * LATE_A_UNIT_S

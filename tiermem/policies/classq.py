@@ -94,9 +94,11 @@ class ClassQueues(EvictionBase):
         self._samples += len(units)
         self._class[units] = classes
         self._last[units] = now
-        for queue in np.unique(classes).tolist():
-            self._filled[queue] = True
-            self._queues.append(queue, units[classes == queue])
+        for queue in range(1 + base, 5 + base):  # those that it may be; to ask which takes longer
+            here = classes == queue
+            if n := np.count_nonzero(here):
+                self._filled[queue] = True
+                self._queues.append(queue, units if n == len(units) else units[here])
 
     def victims(self, candidates: Candidates, n: int, now: int) -> Ids:
         if self._samples < self._learn or not self._densities.refreshes:
@@ -134,34 +136,39 @@ class ClassQueues(EvictionBase):
         after = [0] * len(queues)
         width = first_width(n)
         found: list[Ids] = []
+        parts: dict[int, tuple[Ids, I64, npt.NDArray[np.float64], int]] = {}
         while n > 0 and len(queues):
-            low = np.flatnonzero(density == density.min())
-            at = int(low[0] if len(low) == 1 else low[stamps[low].argmin()])
-            if density[at] == np.inf:
+            least = density.min()
+            if least == np.inf:
                 break
-            queue = int(queues[at])
-            units, ranks, end = self._queues.read(queue, after[at], width)
-            if not len(units):
-                density[at] = np.inf
-                continue
-            allowed = np.flatnonzero(candidates.keep(units))
-            if not len(allowed):
-                after[at] = end
-                width *= 2
-                continue
-            earned = self._density(queue, units[allowed], now)
+            low = np.flatnonzero(density == least)
+            at = int(low[0] if len(low) == 1 else low[stamps[low].argmin()])
+            if at in parts:
+                units, ranks, earned, end = parts.pop(at)
+            else:
+                queue = int(queues[at])
+                units, ranks, end = self._queues.read(queue, after[at], width)
+                if not len(units):
+                    density[at] = np.inf
+                    continue
+                allowed = np.flatnonzero(candidates.keep(units))
+                if not len(allowed):
+                    after[at] = end
+                    width *= 2
+                    continue
+                units, ranks = units[allowed], ranks[allowed]
+                earned = self._density(queue, units, now)
             # Units at the old end that earn as little as the head leave as one run.
-            more = np.flatnonzero(earned > density[at])
-            run = allowed[: more[0] if len(more) else len(allowed)][:n]
-            found.append(units[run])
-            n -= len(run)
-            if len(run) == len(allowed):
+            more = np.flatnonzero(earned > least)
+            run = min(int(more[0]) if len(more) else len(units), n)
+            found.append(units[:run])
+            n -= run
+            if run == len(units):
                 after[at] = end
             else:
                 # The next one is the head now.
-                turn = allowed[len(run)]
-                after[at] = int(ranks[turn]) - 1
-                density[at], stamps[at] = earned[len(run)], ranks[turn]
+                parts[at] = units[run:], ranks[run:], earned[run:], end
+                density[at], stamps[at] = earned[run], ranks[run]
         return joined(found)
 
     def _density(
