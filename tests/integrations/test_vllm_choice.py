@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tiermem.integrations.vllm_choice import (
     ENOUGH,
@@ -11,8 +13,9 @@ from tiermem.integrations.vllm_choice import (
     TRIED,
     Choice,
     Prefill,
+    takes_all,
 )
-from tiermem.policies.recompute import Places, RouteSpeed
+from tiermem.policies.recompute import ModelSpeed, Places, RouteSpeed, split
 from tiermem.tier import GPU, HOST, NVME
 
 BLOCK = 1_000_000
@@ -127,3 +130,39 @@ def test_a_tier_that_has_failed_is_not_tried() -> None:
     routes = {HOST: RouteSpeed(50.0)}
     for now_s in (0.0, 2 * REMEASURE_S):
         assert choice.cut(chain(HOST, NVME), BLOCK, TOKENS, routes, TOKENS, now_s) == 1
+
+
+@settings(max_examples=400)
+@given(
+    places=st.lists(st.sampled_from([GPU, HOST, NVME, 0]), min_size=1, max_size=12),
+    coming=st.lists(st.booleans(), min_size=12, max_size=12),
+    gbps=st.tuples(st.floats(0.001, 10.0), st.floats(0.001, 10.0)),
+    queued=st.integers(0, 40),
+    tokens_per_s=st.floats(100.0, 1e6),
+    suffix=st.integers(0, 1000),
+)
+def test_what_is_surely_loaded_is_loaded_whole_by_the_long_way(
+    places: list[int],
+    coming: list[bool],
+    gbps: tuple[float, float],
+    queued: int,
+    tokens_per_s: float,
+    suffix: int,
+) -> None:
+    chained = chain(*places)
+    nbytes = np.where(coming[: len(places)], 0, BLOCK).astype(np.int64)
+    routes = {
+        HOST: RouteSpeed(gbps[0], queued_bytes=queued * BLOCK),
+        NVME: RouteSpeed(gbps[1], latency_s=0.001),
+    }
+    model = ModelSpeed(tokens_per_s)
+    if takes_all(chained, nbytes, TOKENS, routes, model):
+        found = split(chained, nbytes, TOKENS, routes, model, suffix_tokens=suffix)
+        assert found.load == len(places)
+
+
+def test_a_load_that_is_surely_worth_it_is_seen_at_once() -> None:
+    routes = {HOST: RouteSpeed(50.0)}
+    model = ModelSpeed(10_000.0)
+    assert takes_all(chain(GPU, *[HOST] * 20), BLOCK, TOKENS, routes, model)
+    assert not takes_all(chain(GPU, *[HOST] * 20, NVME), BLOCK, TOKENS, routes, model)

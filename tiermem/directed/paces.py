@@ -28,12 +28,14 @@ class Paces:
         self._paces: dict[Place, dict[int, deque[tuple[int, float]]]] = {
             src: {} for src, dst in sorted(routes) if dst == Place.GPU
         }
+        self._gbps: dict[Place, float] | None = None  # asked more often than it changes
 
     def observe(self, report: Report) -> None:
         before = self._moved.get(report.rank, {})
         if before is report.moved or before == report.moved:
             return
         self._moved[report.rank] = report.moved
+        self._gbps = None
         for src, paces in self._paces.items():
             moved = report.moved.get((src, Place.GPU), Moved(0, 0.0))
             seen = before.get((src, Place.GPU), Moved(0, 0.0))
@@ -45,10 +47,12 @@ class Paces:
     def gbps(self) -> dict[Place, float]:
         """By where pages come from, 10^9 bytes a second of the slowest rank; infinite where that
         is not known."""
-        return {
-            src: min((_gbps(pace) for pace in paces.values()), default=math.inf)
-            for src, paces in self._paces.items()
-        }
+        if self._gbps is None:
+            self._gbps = {
+                src: min((_gbps(pace) for pace in paces.values()), default=math.inf)
+                for src, paces in self._paces.items()
+            }
+        return self._gbps
 
     def totals(self) -> dict[Ends, Moved]:
         """Pages of all ranks together by route, and the seconds of all of them."""

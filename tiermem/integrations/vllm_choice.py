@@ -7,13 +7,14 @@ of prefill have taken (`Prefill`). Until both are known everything is loaded, wh
 
 from __future__ import annotations
 
+import statistics
 from collections import deque
 from collections.abc import Collection, Mapping
 
 import numpy as np
 
 from tiermem.policies.recompute import I64, ModelSpeed, Places, RouteSpeed, split
-from tiermem.tier import Place
+from tiermem.tier import AT_GPU, Place
 
 LEAST_TOKENS = 256
 """A step of fewer is mostly what every step costs, and says little about long prompts."""
@@ -39,6 +40,7 @@ class Prefill:
         self._begun: deque[tuple[int, float]] = deque(maxlen=IN_FLIGHT)
         self._ended_s = 0.0
         self._rates: deque[float] = deque(maxlen=LATEST)
+        self._speed: ModelSpeed | None = None
 
     def begin(self, tokens: Collection[int], now_s: float, *, loads: bool) -> None:
         """A step is given out. tokens: of each of its requests; loads: it waits for copies too."""
@@ -56,12 +58,12 @@ class Prefill:
         self._ended_s = now_s
         if prompt >= LEAST_TOKENS and took_s > 0:
             self._rates.append(prompt / took_s)
+            if len(self._rates) >= ENOUGH:
+                self._speed = ModelSpeed(statistics.median(self._rates))
 
     def speed(self) -> ModelSpeed | None:
         """The median of late; None until enough is known."""
-        if len(self._rates) < ENOUGH:
-            return None
-        return ModelSpeed(float(np.median(self._rates)))
+        return self._speed
 
 
 class Choice:
@@ -87,6 +89,10 @@ class Choice:
         model = self.prefill.speed()
         if model is None:
             return len(places)
+        if takes_all(places, nbytes, block_tokens, routes, model):
+            for place in np.flatnonzero(np.bincount(places)).tolist():
+                self._loaded_s[place] = now_s
+            return len(places)
         found = split(places, nbytes, block_tokens, routes, model, suffix_tokens=suffix_tokens)
         cut = found.load
         if cut < len(places) and self._is_overdue(int(places[cut]), routes, now_s):
@@ -99,3 +105,32 @@ class Choice:
         """Whether what stopped the chain is a route, from which nothing has come for long."""
         last_s = self._loaded_s.setdefault(place, now_s)
         return place in routes and now_s - last_s >= REMEASURE_S
+
+
+def takes_all(
+    places: Places,
+    nbytes: int | I64,
+    tokens: int,
+    routes: Mapping[Place, RouteSpeed],
+    model: ModelSpeed,
+) -> bool:
+    """Whether `split` would surely load a whole chain; asked first, as that is the usual answer.
+
+    So it is where all of it that is below comes by one route, each block sooner than it is
+    computed: every further block that is loaded saves time, but for the wait before the first.
+    The time that all blocks from that one on take to compute is more than the whole load.
+    """
+    below = np.flatnonzero(places != AT_GPU)
+    if not len(below):
+        return True
+    first = int(below[0])
+    route = routes.get(Place(places.item(first)))
+    if route is None or np.count_nonzero(places[below] != places[first]):
+        return False
+    most = int(nbytes if isinstance(nbytes, int) else nbytes.max())
+    block_s = tokens / model.prefill_tokens_per_s
+    bytes_per_s = route.gbps * 1e9
+    if most / bytes_per_s > block_s:
+        return False
+    load_s = route.latency_s + (route.queued_bytes + most * len(below)) / bytes_per_s
+    return load_s < (len(places) - first) * block_s
