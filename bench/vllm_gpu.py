@@ -194,7 +194,7 @@ def summary(values: list[float]) -> dict[str, float]:
 class Hooks:
     """How long tiermem's part of the scheduler and of the worker takes, while open."""
 
-    NAMES = ("match", "admit", "orders", "hear")
+    NAMES = ("match", "admit", "orders", "hear", "finish")
 
     def __init__(self, llm: Any) -> None:
         self._times: dict[str, list[float]] = {}

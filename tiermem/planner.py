@@ -136,6 +136,16 @@ class Planner(Ascent):
                 taken = len(rows) > 1 and self._load_bare(rows, request, order)
             if taken:
                 return request
+        if len(rows) > 1 and self._rest_on_gpu(rows):
+            request = Request(rows, pins=pin)
+            request.taken = True
+            if self.gauge is not None and access == "fresh":
+                self.gauge.dropped(rows)
+            elif self.gauge is not None:
+                self.gauge.needed(rows, _NO_ROWS)
+            if pin:
+                table.pins[span(rows)] += 1
+            return request
         at, to = table.at[rows], table.to[rows]
         if not at.all() or (table.flags[rows] & DOOMED).any():
             raise NotOurs(f"{int((at == AT_NONE).sum())} of {len(rows)} pages not allocated")
@@ -187,6 +197,13 @@ class Planner(Ascent):
         else:
             table.pins[rows] += 1
         return request
+
+    def _rest_on_gpu(self, rows: Rows) -> bool:
+        """Whether there is nothing to do for a use of these pages but to pin them."""
+        table, where = self.table, span(rows)
+        if np.count_nonzero(table.at[where] != AT_GPU) or np.count_nonzero(table.to[where]):
+            return False
+        return not np.count_nonzero(table.flags[where] & DOOMED)
 
     def _refuse_lost(self, rows: Rows) -> None:
         """Where plans are carried out in order, a page that is being shown blank is not lost: the
@@ -365,10 +382,11 @@ class Planner(Ascent):
     def finished(self, rows: Rows, facts: RequestFacts, now: int) -> None:
         """Tell the policies what is known of a request that ended (pages deepest first)."""
         heads = self.table.heads(rows)
+        at = self.table.at[heads]
         for place, ranking in self.rankings.items():
-            here = heads[self.table.at[heads] == int(place)]
-            if len(here):
-                ranking.finished(here, facts, now)
+            here = at == int(place)
+            if n := np.count_nonzero(here):
+                ranking.finished(heads if n == len(heads) else heads[here], facts, now)
         if self.onlooker is not None:
             self.onlooker.finished(heads, facts, now)
 
@@ -447,15 +465,20 @@ class Planner(Ascent):
         GPU also where the address shows the bytes, in place or in their old frame; no pages where
         they are on their way up.
         """
-        table = self.table
-        places = table.at[rows].copy()
-        places[(table.flags[rows] & DOOMED) != 0] = AT_NONE
-        below = (places == AT_HOST) | (places == AT_NVME)
-        shown = (table.shown[rows] == IS_RETIRED) | (table.shown[rows] == IS_IN_PLACE)
-        places[below & shown] = AT_GPU
+        table, places = self.table, self.sources(rows)
         pages = np.array([e.unit_pages for e in table.extents], np.int64)[table.region[rows]]
         pages[table.to[rows] == AT_GPU] = 0
         return places, pages
+
+    def sources(self, rows: Rows) -> npt.NDArray[np.uint8]:
+        """uint8[n]: where a load of these whole units would begin, as `chain` says."""
+        table = self.table
+        places = table.at[rows]
+        shown = table.shown[rows]
+        below = (places == AT_HOST) | (places == AT_NVME)
+        places[below & ((shown == IS_RETIRED) | (shown == IS_IN_PLACE))] = AT_GPU
+        places[(table.flags[rows] & DOOMED) != 0] = AT_NONE
+        return places
 
     def queued(self, src: Place) -> int:
         """Pages that open plans read from a tier on their way up."""

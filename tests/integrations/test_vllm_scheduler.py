@@ -7,21 +7,26 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 pytest.importorskip("torch")
 
-from tests.directed_ranks import PAGE, Ranks, spoil
-from tests.integrations.vllm_machine import Machine
+from tests.directed_ranks import PAGE, Ranks, ids, spoil
+from tests.integrations.vllm_fakes import BLOCK_TOKENS
+from tests.integrations.vllm_machine import Machine, Step
 from tests.waiting import until
 from tiermem import Share, peers
-from tiermem.directed.director import Director, Units
+from tiermem.directed.director import Director, Look, Units
 from tiermem.errors import TierFull
 from tiermem.integrations import vllm_scheduler
+from tiermem.integrations.vllm_scheduler import EngineSide
 from tiermem.integrations.vllm_worker import RANKS
 from tiermem.plan import Access
+from tiermem.tier import HOST, NVME
 
 
 def serve(machine: Machine, steps: int) -> None:
@@ -385,3 +390,213 @@ def test_new_blocks_of_all_that_a_step_admits_are_entered_at_once(
     assert entered[0] >= 3
     machine.drain()
     ranks.close()
+
+
+def looked_at_anyway(
+    monkeypatch: pytest.MonkeyPatch, folder: Path, seeds: int, small: int
+) -> tuple[int, int]:
+    """Random requests; each that is held back at a glance is looked at in full as well. How many
+    were, and how many of them would not have been held back."""
+    seen, wrong = [0], [0]
+    glance, running = EngineSide._is_still_far, list[Machine]()
+
+    def both(side: EngineSide, name: str, hits: int) -> bool:
+        if not glance(side, name, hits):
+            return False
+        seen[0] += 1
+        far = side._far.pop(name)
+        told, _ = side.match(running[-1].requests[name], hits * BLOCK_TOKENS)
+        wrong[0] += told is not None
+        side._far[name] = far
+        return True
+
+    monkeypatch.setattr(vllm_scheduler, "SMALL_BYTES", small)
+    monkeypatch.setattr(EngineSide, "_is_still_far", both)
+    for seed in range(seeds):
+        nvme = 40 if seed % 2 else 0
+        ranks = Ranks(
+            ranks=1, units=60, budget=12, host=40, nvme=nvme,
+            path=folder / str(seed) if nvme else None, seed=seed, queued=True,
+        )  # fmt: skip
+        monkeypatch.setattr(vllm_scheduler, "load", lambda ranks=ranks: ranks.config)
+        machine = Machine(ranks, seed, lag=seed // 2 % 2)
+        running.append(machine)
+        serve(machine, 120)
+        ranks.close()
+    return seen[0], wrong[0]
+
+
+@pytest.mark.parametrize("small", [0, 2 * PAGE], ids=["any", "three blocks"])
+def test_who_is_held_back_at_a_glance_would_be_held_back_by_a_look(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, small: int
+) -> None:
+    seen, wrong = looked_at_anyway(monkeypatch, tmp_path, 6, small)
+    assert seen > 20, "hardly anybody was"
+    assert not wrong
+
+
+def test_a_glance_that_does_not_see_blocks_come_up_is_found(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(Director, "is_below", lambda self, unit, place: True)
+    _, wrong = looked_at_anyway(monkeypatch, tmp_path, 6, 0)
+    assert wrong
+
+
+def test_units_are_seen_one_by_one_as_together(tmp_path: Path) -> None:
+    ranks = Ranks(ranks=1, units=40, budget=8, host=10, nvme=40, path=tmp_path, seed=3, queued=True)
+    director, every = ranks.director, np.arange(1, 40, dtype=np.int32)
+    seen: Counter[str] = Counter()
+    for turn in range(60):
+        unit = 1 + turn * 7 % 39
+        if unit in ranks.model:
+            director.make_room(1)
+            if director.fetch(ids(unit)):
+                ranks.leave(unit)
+        else:
+            ranks.ensure(1)
+            ranks.write(unit)
+            ranks.leave(unit)
+        look = director.look(every)
+        for i, unit in enumerate(every.tolist()):
+            assert director.is_coming(unit) == look.coming[i]
+            assert director.is_below(unit, HOST) == (look.below[i] or look.deep[i])
+            assert director.is_below(unit, NVME) == look.deep[i]
+        here = every[look.here]
+        assert director.are_here(here)
+        assert len(here) == len(every) or not director.are_here(every)
+        seen.update(
+            name for name in ("here", "below", "deep", "coming") if getattr(look, name).any()
+        )
+        if turn % 3 == 0:
+            ranks.step()
+            ranks.run()
+            ranks.hear()
+    assert len(seen) == 4, seen
+    ranks.settle()
+    ranks.close()
+
+
+def test_what_all_that_a_step_admits_have_found_below_comes_up_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With so little below that nobody waits for it, and room for all of it."""
+    entered: list[int] = []
+    enter = Director.enter
+
+    def counted(self: Director, units: Units, access: Access = "read", **more: Any) -> None:
+        if access == "read":
+            entered.append(int((~self.look(units).here).sum()))
+        enter(self, units, access, **more)
+
+    monkeypatch.setattr(Director, "enter", counted)
+    ranks = Ranks(ranks=1, units=60, budget=20, host=40, queued=True)
+    monkeypatch.setattr(vllm_scheduler, "load", lambda: ranks.config)
+    machine = Machine(ranks, 0)
+    machine.random.random = lambda: 1.0  # type: ignore[method-assign]  # nobody forks
+    for family in range(4):  # the last one has all frames, so that the others are below
+        machine.ask(family, 17 if family < 3 else machine.longest - 4, 2)
+        machine.drain()
+    ranks.ensure(17)
+    ranks.settle()
+    for family in range(3):
+        machine.ask(family, 17, 2)
+    entered.clear()
+    machine.step()
+    assert len(machine.running) == 3
+    assert [units for units in entered if units] == [12], "four blocks of each, together"
+    machine.drain()
+    ranks.close()
+
+
+def with_prefixes_below(
+    monkeypatch: pytest.MonkeyPatch, prompts: Sequence[int], budget: int, lag: int = 0
+) -> Machine:
+    """A scheduler that has served one prompt of each family. Two blocks of the first are on the
+    GPU, and what one request has that runs. More than four blocks to load are waited for."""
+    monkeypatch.setattr(vllm_scheduler, "SMALL_BYTES", 4 * PAGE)
+    ranks = Ranks(ranks=1, units=90, budget=budget, host=80, queued=True)
+    monkeypatch.setattr(vllm_scheduler, "load", lambda: ranks.config)
+    machine = Machine(ranks, 0, lag=lag)
+    machine.random.random = lambda: 1.0  # type: ignore[method-assign]  # nobody forks
+    for family, prompt in enumerate([*prompts, machine.longest - 3]):  # the last has all frames
+        machine.ask(family, prompt, 1)
+        machine.drain()
+    machine.ask(0, 9, 1)
+    machine.drain()
+    ranks.ensure(budget - 3)
+    machine.ask(99, 2, machine.longest - 3)
+    machine.step()
+    assert len(machine.running) == 1
+    for family, prompt in enumerate(prompts):
+        machine.ask(family, prompt, 2)
+    return machine
+
+
+def test_a_prefix_is_fetched_only_beside_what_was_found_in_this_step(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The first of two is admitted, and its blocks have no frames yet; beside it the second one's
+    do not fit. Meanwhile each frame counts once."""
+    machine = with_prefixes_below(monkeypatch, (17, 53), budget=20)
+    first, second = machine.waiting
+    pool, director = machine.pool, machine.engine.director
+    machine.seq += 1
+    step, cached = Step(machine.seq), SimpleNamespace(req_ids=[], new_block_ids=[])
+    machine.waiting.remove(second)
+    machine._schedule_waiting(step, cached)
+    assert first in machine.running
+    free, in_use = pool.get_num_free_blocks(), director.units_in_use()
+    told, _ = machine.engine.match(second, 13 * BLOCK_TOKENS)
+    assert told is None
+    assert director.units_in_use() == in_use + 4, "what the first has found, and nothing else"
+    assert not director.coming()
+    assert pool.get_num_free_blocks() == free
+    machine.ranks.close()
+
+
+def test_a_glance_is_for_the_prefix_that_was_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = with_prefixes_below(monkeypatch, (53, 53), budget=20)
+    engine, pool = machine.engine, machine.pool
+    first, second = machine.waiting
+    looks: list[int] = []
+    look = Director.look
+
+    def counted(self: Director, units: Units) -> Look:
+        looks.append(len(units))
+        return look(self, units)
+
+    monkeypatch.setattr(Director, "look", counted)
+    assert engine.match(first, 13 * BLOCK_TOKENS)[0] is None, "it is fetched"
+    assert engine.match(second, 13 * BLOCK_TOKENS)[0] is None, "there is no room beside it"
+    looks.clear()
+    assert engine.match(second, 13 * BLOCK_TOKENS)[0] is None
+    assert not looks, "nothing has changed"
+    engine.match(second, 12 * BLOCK_TOKENS)
+    assert looks, "another prefix"
+    engine.match(second, 13 * BLOCK_TOKENS)
+    waited = engine.counts["waited"]
+    found = pool.get_cached_block(second.block_hashes[12], [0])
+    assert found is not None
+    pool.evict_blocks({found[0].block_id})
+    engine.match(second, 13 * BLOCK_TOKENS)
+    assert engine.counts["waited"] == waited, "it waits for nothing: vLLM finds less"
+    machine.ranks.close()
+
+
+def test_requests_of_one_step_share_what_is_on_its_way_for_one_before_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """And each holds it until it has ended itself: the machine looks after each step."""
+    machine = with_prefixes_below(monkeypatch, (17, 17), budget=20, lag=1)
+    for request in list(machine.waiting):
+        machine.abort(request)
+    machine.ask(1, 9, 12)
+    machine.step()
+    assert len(machine.running) == 2
+    for new in (1, 2, 5):
+        machine.ask(1, 17, new)
+    machine.step()
+    assert len(machine.running) == 5
+    machine.drain()
+    machine.ranks.close()

@@ -46,7 +46,7 @@ from tiermem.policies.recompute import I64, Places, RouteSpeed
 from tiermem.policies.retention import Retained
 from tiermem.pooling import Pooling
 from tiermem.sharing import Sharing
-from tiermem.table import DOOMED, PageTable, Rows
+from tiermem.table import DOOMED, IS_IN_PLACE, IS_RETIRED, PageTable, Rows, span
 from tiermem.tier import (
     AT_GPU,
     AT_HOST,
@@ -75,6 +75,7 @@ prompt, and for longer than the content takes to be computed again (docs/design.
 PIECE = 256
 """Frames that get or give back memory in one step at most: 15 ms (2 MiB each, H200, FACTS)."""
 NO_UNITS: Units = np.empty(0, np.int32)
+_DOOMED = int(DOOMED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -260,20 +261,41 @@ class Director:
         if self._are_here(heads):
             nowhere = np.zeros(len(units), np.bool_)
             return Look(~nowhere, nowhere, nowhere, nowhere, nowhere)
-        places, _ = self._planner.chain(heads)
+        places = self._planner.sources(heads)
         coming = table.to[heads] == AT_GPU
-        here = (table.at[heads] == AT_GPU) & (places == AT_GPU)
+        there = places == AT_GPU
+        here = there & (table.at[heads] == AT_GPU)
+        rests = ~coming
         return Look(
             here,
-            (places == AT_GPU) & ~here & ~coming,
-            (places == AT_HOST) & ~coming,
-            (places == AT_NVME) & ~coming,
+            there & ~here & rests,
+            (places == AT_HOST) & rests,
+            (places == AT_NVME) & rests,
             coming,
         )
 
+    def are_here(self, units: Units) -> bool:
+        """Whether `look` would find all of them on the GPU."""
+        return self._are_here(self._heads(units))
+
     def _are_here(self, heads: Rows) -> bool:
-        table = self._planner.table
-        return bool((table.at[heads] == AT_GPU).all() and not (table.flags[heads] & DOOMED).any())
+        """Asked of every prefix; `all` and `any` of a mask take five times as long."""
+        table, where = self._planner.table, span(heads)
+        if np.count_nonzero(table.at[where] != AT_GPU):
+            return False
+        return not np.count_nonzero(table.flags[where] & DOOMED)
+
+    def is_coming(self, unit: int) -> bool:
+        """Whether `look` would find it on its way up."""
+        return self._planner.table.to.item(unit * self.unit_pages) == AT_GPU
+
+    def is_below(self, unit: int, place: Place) -> bool:
+        """Whether `look` would find it in a lower tier, in this one or further down."""
+        table, row = self._planner.table, unit * self.unit_pages
+        if not place <= table.at.item(row) <= AT_NVME or table.to.item(row) == AT_GPU:
+            return False
+        seen = table.shown.item(row) in (IS_RETIRED, IS_IN_PLACE)
+        return not (seen or table.flags.item(row) & _DOOMED)
 
     def chain(self, units: Units) -> tuple[Places, I64]:
         """For each: uint8 where a load would begin (GPU: none), int64 the bytes that it copies."""
@@ -364,9 +386,10 @@ class Director:
         of fresh units, one each, -1 for none. A unit is left as often as it was entered. Raises
         TierFull where `room` was not heeded.
         """
-        first = self._users[units] == 0
-        all_first = bool(first.all())
-        self._users[units] += 1
+        users = self._users[units]
+        first = users == 0
+        all_first = np.count_nonzero(users) == 0
+        self._users[units] = users + 1
         self._note_wanted(units)
         now = self.now()
         if access == "write" and not all_first:
@@ -392,24 +415,25 @@ class Director:
 
         worthless: those of them whose content nobody will ask for.
         """
-        self._users[units] -= 1
-        unused = self._users[units] == 0
-        done = units if unused.all() else units[unused]
+        users = self._users[units] - 1
+        self._users[units] = users
+        done = units if not np.count_nonzero(users) else units[users == 0]
         lost = self._is_lost(done)
-        if lost.any():
+        if np.count_nonzero(lost):
             self._worthless.update(done[lost].tolist())
             done = done[~lost]
         if not len(done):
             return
         unread = self._unread[done]
-        if unread.any():
+        if np.count_nonzero(unread):
             self._worthless.update(done[unread].tolist())
             self._unread[done] = False
         self._adopted[done] = False
         rows = self._pages(done)
         self._planner.touch(rows, self.now())
         self._planner.unpin(rows, (0, self._step))
-        self._worthless.update(int(u) for u in worthless.tolist() if self._users[u] == 0)
+        if len(worthless):
+            self._worthless.update(worthless[self._users[worthless] == 0].tolist())
 
     def finished(self, units: Units, facts: RequestFacts) -> None:
         """What is known of a request that ended, for the policies."""
@@ -640,6 +664,8 @@ class Director:
     # ---------------------------------------------------------------- parts
 
     def _heads(self, units: Units) -> Rows:
+        if self.unit_pages == 1:
+            return units
         heads: Rows = units * np.int32(self.unit_pages)
         return heads
 
@@ -690,10 +716,11 @@ class Director:
         heads = self._heads(units)
         above = np.where(parents < 0, -1, self._heads(parents)).astype(np.int32)
         vacant = self._planner.table.at[heads] == 0
-        if not (keep or vacant.all()):
+        blank = np.count_nonzero(vacant)
+        if not keep and blank < len(vacant):
             old = ~vacant
             self._planner.rename(heads[old], above[old], depths[old], now)
-        if vacant.any():
+        if blank:
             request = self._planner.allocate(
                 self._pages(units[vacant]), now, parents=above[vacant], depths=depths[vacant]
             )
@@ -724,8 +751,9 @@ class Director:
         """Pages that are written have no copies below, from the moment that they are up."""
         if len(self._writing):
             up = self._planner.table.at[self._writing] == AT_GPU
-            self._planner.wrote(self._writing[up])
-            self._writing = self._writing[~up]
+            if np.count_nonzero(up):
+                self._planner.wrote(self._writing[up])
+                self._writing = self._writing[~up]
 
     def _vacate(self, units: Units) -> None:
         """Give up what these unused units hold, where nothing is under way with it."""
@@ -741,9 +769,10 @@ class Director:
         """To the policy of the GPU only; `leave` tells of the whole use, in its last order, once
         for each rule that counts uses. What is fresh has been told as inserted."""
         heads = self._heads(units)
-        here = heads[self._planner.table.at[heads] == AT_GPU]
-        if len(here):
-            self._planner.rankings[GPU].accessed(here, now)
+        here = self._planner.table.at[heads] == AT_GPU
+        if n := np.count_nonzero(here):
+            heads = heads if n == len(heads) else heads[here]
+            self._planner.rankings[GPU].accessed(heads, now)
 
     def _note_wanted(self, units: Units) -> None:
         if self._worthless:

@@ -319,6 +319,8 @@ class Rank:
 
     def _here(self, plan: Plan) -> Plan:
         """The plan with fences of steps as points on this rank's streams."""
+        if not any(isinstance(step, Copy) and step.after.ticks for step in plan.steps):
+            return plan
         steps = [
             replace(step, after=self._fence(step.after))
             if isinstance(step, Copy) and step.after.ticks

@@ -75,6 +75,8 @@ class Layout:
 
     def units_of(self, blocks: Sequence[int] | Blocks) -> Rows:
         """int32[n]: the unit of each block."""
+        if self.blocks_per_unit == 1:
+            return np.array(blocks, np.int32)
         return (np.asarray(blocks, np.int64) // self.blocks_per_unit).astype(np.int32)
 
     def blocks_of(self, units: Rows) -> Blocks:

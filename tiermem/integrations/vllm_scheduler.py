@@ -43,13 +43,15 @@ from tiermem.keyindex import Keys
 from tiermem.leases import NO_LEASES
 from tiermem.plan import Access
 from tiermem.policies.recompute import Places
-from tiermem.tier import AT_GPU
+from tiermem.tier import AT_GPU, HOST, NVME, Place
 
 log = logging.getLogger(__name__)
 
 SMALL_BYTES = 32 << 20
 """A load of fewer bytes than this takes less than a step; running requests may wait for it."""
 NOWHERE: Places = np.empty(0, np.uint8)
+FEW = 16
+"""Blocks that are looked at one by one in less time than all of a prefix together."""
 FIRST_TABLE = [0]
 """The group of a model that has one."""
 PATIENCE_S = 10.0
@@ -81,11 +83,25 @@ class Tracked:
 @dataclass(eq=False)
 class Fetch:
     """A waiting request whose prefix is kept, or on its way up. blocks: held for it; new: others
-    that it will need when it is admitted."""
+    that it will need when it is admitted. late_unit: one of theirs that was seen on its way."""
 
     since_s: float
     blocks: list[int] = field(default_factory=list)
     new: int = 0
+    late_unit: int = -1
+
+
+@dataclass(frozen=True, slots=True)
+class Far:
+    """Why a waiting request was held back that nothing is done for: blocks of its prefix below.
+
+    They are enough for it to wait while others run, wherever the rest of the prefix is.
+    hits: of the prefix; place: where they are, or further down; blocks: with their hashes.
+    """
+
+    hits: int
+    place: Place
+    blocks: Sequence[tuple[Any, Any]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,9 +147,13 @@ class EngineSide:
         self._has_peers = False
         self._tracked: dict[str, Tracked] = {}
         self._waiting: dict[str, Fetch] = {}
+        self._fetched: set[int] = set()  # all blocks that are held for those
+        self._far: dict[str, Far] = {}
         self._queue_full = False
         self._matched: dict[str, Match] = {}
         self._new: list[New] = []  # of requests admitted to the step that is being put together
+        self._below: list[Units] = []  # what such requests have found further down
+        self._frames = 0  # that it will take
         self._later: list[Units] = []
         self._worked = 0  # the last step in which a request ran
         self._computed: deque[tuple[int, int, str]] = deque()
@@ -233,13 +253,14 @@ class EngineSide:
         gives back have frames again only after the next orders.
         """
         virtual = self._count_free()
-        if self._director is None or self._counts_all:
-            return virtual
         if self._stale:
+            if self._director is None or self._counts_all:
+                return virtual
             self._begin_schedule()
         elif virtual != self._seen:  # vLLM asks once for every request that runs
             self._note_taken()
-        return max(0, min(virtual, self._room + self._credit - self._spent))
+        free = self._room + self._credit - self._spent
+        return virtual if free > virtual else free if free > 0 else 0
 
     def _begin_schedule(self) -> None:
         self._begin_step()
@@ -297,6 +318,9 @@ class EngineSide:
             self.counts["waited"] += 1
             return None, False
         hits = computed // self._block_tokens
+        if self._queue_full and self._is_still_far(name, hits):
+            self.counts["waited"] += 1
+            return None, False
         prefix = self._prefix(request.block_hashes, hits)
         if prefix is None:
             return None, False  # some were lost since vLLM looked; it looks again, and finds less
@@ -343,22 +367,48 @@ class EngineSide:
         need = self._frames_for(look) + new + self._spent
         # Behind one for whom there is no room, none is made for one who has to wait anyway.
         if need > self._room and not (self._queue_full and self._is_far(look)):
+            need -= self._frames
+            self._enter_below()
             director.make_room(need)
             self._room = director.room()
             look = director.look(wanted)
         if look.here.all():
-            self._credit = len(wanted) - int(director.in_use(wanted).sum())
+            self._credit = len(wanted) - int(np.count_nonzero(director.in_use(wanted)))
             return False
         if look.gone.any():
             self._evict(wanted[look.gone])
             return True  # vLLM looks again, and finds less
         if self._is_far(look):
-            self._begin_fetch(request, prefix, hits, idle, new)
+            self._begin_fetch(request, prefix, hits, idle, new, look)
             return True
         if look.below.any() and self._leave_dear(request, prefix, hits):
             return True
         self._credit = int((look.here & ~director.in_use(wanted)).sum())
         return False
+
+    def _is_still_far(self, name: str, hits: int) -> bool:
+        """Whether what held a request back is as it was: it waits, and behind one for whom there
+        is no room nothing is done for it."""
+        far = self._far.get(name)
+        if far is None or far.hits != hits:
+            return False
+        is_below = self.director.is_below
+        return all(
+            block.block_hash == block_hash and is_below(block.block_id, far.place)
+            for block, block_hash in far.blocks
+        )
+
+    def _note_far(self, request: Any, hits: int, wanted: Units, look: Look) -> None:
+        """Remember blocks that are enough to hold a request back, where a few are."""
+        far, place, enough = look.deep, NVME, 1
+        if not far.any():
+            far, place, enough = look.below, HOST, 1 + SMALL_BYTES // self.layout.unit_bytes
+        units = wanted[far][:enough].tolist()
+        self._far.pop(request.request_id, None)
+        if enough <= FEW and len(units) == enough and self.layout.blocks_per_unit == 1:
+            blocks = [self._pool.blocks[block] for block in units]
+            named = [(block, block.block_hash) for block in blocks]
+            self._far[request.request_id] = Far(hits, place, named)
 
     def _is_far(self, look: Look) -> bool:
         """Whether a request has to wait for what was looked at before it is admitted."""
@@ -372,28 +422,30 @@ class EngineSide:
 
     def _awaits_another(self, prefix: list[Any]) -> bool:
         """Whether a part of a prefix is kept for another request that waits, and not here yet."""
-        if not self._waiting:
+        fetched = self._fetched
+        if not fetched:
             return False
-        fetched = {block for fetch in self._waiting.values() for block in fetch.blocks}
         shared = [block.block_id for block in prefix if block.block_id in fetched]
-        return bool(shared) and not self.director.look(self._units(shared)).here.all()
+        return bool(shared) and not self.director.are_here(self._units(shared))
 
     def _begin_fetch(
-        self, request: Any, prefix: list[Any], hits: int, idle: list[int], new: int
+        self, request: Any, prefix: list[Any], hits: int, idle: list[int], new: int, look: Look
     ) -> None:
         """Bring a waiting request's prefix up and keep it, if it is worth that and all who wait so
-        fit beside all who run; in the order of the queue."""
+        fit beside all who run; in the order of the queue. look: of `idle`, the deepest first."""
         director = self.director
         fetch = self._waiting.setdefault(request.request_id, Fetch(time.monotonic()))
+        units = self._units(idle)[::-1]
         if self._queue_full:
+            self._note_far(request, hits, units, look)
             return
+        self._enter_below()
         promised = sum(other.new for other in self._waiting.values() if other is not fetch)
         free = director.budget - director.units_in_use() - promised - self._spent
-        units = self._units(idle)[::-1]
-        look = director.look(units)
         frames = self._spent + self._frames_for(look)
         if len(units) + new > free or frames > director.room():
             self._queue_full = True
+            self._note_far(request, hits, units, look)
             return
         if self._leave_dear(request, prefix, hits):
             return
@@ -401,29 +453,44 @@ class EngineSide:
             self._queue_full = True
             return
         fetch.blocks, fetch.new = fetch.blocks + idle, new
+        self._fetched.update(idle)
         self._pool.touch([self._pool.blocks[block] for block in idle])
         self._seen = self._count_free()
         self._room = director.room()
 
     def _awaits(self, request: Any, fetch: Fetch) -> bool:
         """Whether a fetched prefix is still on its way; what takes too long is given up."""
-        look = self.director.look(self._units(fetch.blocks))
         late = time.monotonic() - fetch.since_s > PATIENCE_S
-        if look.gone.any() or (late and not look.here.all()):
-            self.counts["given_up"] += 1
-            missing = self._units(fetch.blocks)[~look.here]
-            self._end_fetch(request.request_id)
-            self._evict(missing)
+        if not late and fetch.late_unit >= 0 and self.director.is_coming(fetch.late_unit):
             return True
-        return not look.here.all()
+        units = self._units(fetch.blocks)
+        look = self.director.look(units)
+        if look.here.all():
+            return False
+        if late or look.gone.any():
+            self.counts["given_up"] += 1
+            self._end_fetch(request.request_id)
+            self._evict(units[~look.here])
+            return True
+        coming = units[look.coming]
+        fetch.late_unit = int(coming[-1]) if len(coming) else -1
+        return True
 
     def _end_fetch(self, name: str) -> None:
         """A request waits no more: what was kept for it is its own by now, or anybody's."""
         fetch = self._waiting.pop(name, None)
         if fetch is not None and fetch.blocks:
+            self._fetched.difference_update(fetch.blocks)
             self.director.leave(self._units(fetch.blocks)[::-1])
             self._pool.free_blocks([self._pool.blocks[block] for block in fetch.blocks[::-1]])
             self._seen = self._count_free()
+
+    def _forget_waiting(self, name: str) -> None:
+        """A request has been admitted, or has ended."""
+        self._cut.discard(name)
+        self._unread.discard(name)
+        self._far.pop(name, None)
+        self._end_fetch(name)
 
     def _leave_dear(self, request: Any, prefix: list[Any], hits: int) -> bool:
         """Let vLLM find no more of a prefix than comes sooner than it is computed.
@@ -443,6 +510,8 @@ class EngineSide:
         cut = self._choice.cut(places, nbytes, tokens, speeds, suffix, now_s)
         if not self._groups.is_plain:
             cut = 0 if 2 * cut < len(prefix) else len(prefix)
+        if cut == len(prefix):
+            return False
         idle = np.array([block.ref_cnt == 0 for block in prefix[cut:]], np.bool_)
         dear = np.flatnonzero((places[cut:] != AT_GPU) & (nbytes[cut:] > 0) & idle) + cut
         if not len(dear):
@@ -501,20 +570,19 @@ class EngineSide:
             taken += self._enter_hits(tracked)
             if external and match.outside:
                 end = match.hits + match.outside
+                self._enter_below()
                 self._adopt(tracked, list(block_ids[0][match.hits : end]))
                 taken += match.outside
+                self._room = self.director.room()
         else:  # its content from the drive has come, or has failed to
             lost = self.director.mend(self._units(tracked.blocks))
             if lost.any():
                 tracked.keyed = min(tracked.keyed, int(np.flatnonzero(lost)[0]))
         more = [table[len(mine) :] for table, mine in zip(block_ids, tracked.tables, strict=True)]
         self._new += self._add_new(tracked, more)
-        self._cut.discard(request.request_id)
-        self._unread.discard(request.request_id)
-        self._end_fetch(request.request_id)
+        self._forget_waiting(request.request_id)
         self._spent = max(0, self._spent - taken)
         self._credit = 0
-        self._room = self.director.room()
 
     def _track(self, request: Any, tables: list[list[int]]) -> Tracked:
         """A request that holds what it has found, in each of its tables."""
@@ -528,9 +596,7 @@ class EngineSide:
         """A request has ended, or was aborted; vLLM frees its blocks next."""
         with self._turns.lock:
             self._matched.pop(request.request_id, None)
-            self._cut.discard(request.request_id)
-            self._unread.discard(request.request_id)
-            self._end_fetch(request.request_id)
+            self._forget_waiting(request.request_id)
             tracked = self._tracked.pop(request.request_id, None)
             if tracked is not None:
                 self._give_up(tracked)
@@ -606,6 +672,7 @@ class EngineSide:
     def is_making_room(self) -> bool:
         """Whether waiting a step brings frames that are lacking now, without a preemption."""
         self.counts["stalled"] += 1
+        self._enter_below()
         self._leave_given_back()
         self._leave_preempted()
         for name in list(self._waiting):
@@ -678,22 +745,42 @@ class EngineSide:
         self._enter_new()
 
     def _enter_hits(self, tracked: Tracked) -> int:
-        """What a request has found is in use; how many of it nobody held before."""
+        """What a request has found is in use; how many of it nobody held before, and take no frame
+        that the table does not know of."""
         tracked.keyed = tracked.hits = len(tracked.blocks)
         hits = in_order(tracked.tables)
         if not hits:
             return 0
         self._sessions.used(tracked.hints, hits)
         pool = self._pool.blocks
-        alone = np.array([pool[block].ref_cnt == 1 for block in hits], np.bool_)
-        units = self._units(hits)
-        ready = alone | self.director.in_use(units)
-        if ready.all():
-            self._enter_units(units[::-1], "read")
-        else:
-            self._enter_units(units[ready][::-1], "read")
-            self._later.append(units[~ready][::-1])
-        return int(alone.sum())
+        alone = np.array([pool[block].ref_cnt == 1 for block in hits[::-1]], np.bool_)
+        taken, units = int(np.count_nonzero(alone)), self._units(hits)[::-1]
+        if taken < len(units):
+            shared, units = units[~alone], units[alone]
+            used = self.director.in_use(shared)
+            self._enter_units(shared[used], "read")
+            if np.count_nonzero(used) < len(shared):
+                self._later.append(shared[~used])
+        if self.layout.blocks_per_unit > 1 or self.director.are_here(units):
+            self._enter_units(units, "read")
+            return taken
+        frames = self._frames_for(self.director.look(units))
+        self._below.append(units)  # nobody else's, so that each is named once
+        self._frames += frames
+        return taken - frames
+
+    def _enter_below(self) -> None:
+        """What requests admitted to this step have found further down comes up, in one go.
+
+        Called before anything else is moved, as it may be what has to leave for that.
+        """
+        if self._below:
+            units = np.concatenate(self._below)
+            self._below.clear()
+            self._enter_units(units, "read")
+            self._spent = max(0, self._spent - self._frames)
+            self._frames = 0
+            self._room = self.director.room()
 
     def _add_new(self, tracked: Tracked, tables: Sequence[Sequence[int]]) -> Iterator[New]:
         """Blocks that will be written, behind those that a request has in each table.
@@ -713,7 +800,8 @@ class EngineSide:
             yield New(list(blocks[::-1]), chain[-2::-1], depths)
 
     def _enter_new(self) -> None:
-        """New blocks of all requests, in one go."""
+        """New blocks of all requests, in one go, after those that they have found."""
+        self._enter_below()
         several, self._new = self._new, []
         blocks = [block for new in several for block in new.blocks]
         if not blocks:
@@ -808,7 +896,7 @@ class EngineSide:
         assert self._reset is not None, "the pool is bound first"
         for name in list(self._waiting):
             self._end_fetch(name)
-        self._counts_all = True
+        self._counts_all = self._stale = True
         try:
             done = self._reset()
         finally:
