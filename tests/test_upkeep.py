@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 
 from tests.directed_ranks import Ranks, ids
+from tiermem import directed
+from tiermem.directed.orders import Report
 from tiermem.directed.turns import Turns
 from tiermem.directed.upkeep import Upkeep
 
@@ -73,6 +75,54 @@ def test_nothing_is_ordered_while_a_step_is_under_way() -> None:
         assert ranks.director.step == step
         turns.end()
         eventually(lambda: ranks.director.step > step, "it does not go on")
+    finally:
+        upkeep.close()
+        ranks.close()
+
+
+def test_nothing_is_ordered_again_until_something_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or others wake it, or the engine makes a step, or a while has passed."""
+    monkeypatch.setattr(directed.upkeep, "REST_S", 1000.0)
+    ranks = Ranks(ranks=1)
+    rank, director, turns = ranks.ranks[0], ranks.director, ranks.ranks[0].turns
+    upkeep = Upkeep(rank)
+    report, reports = rank.report, [0]
+
+    def counted() -> Report:
+        reports[0] += 1
+        return report()
+
+    def look() -> None:
+        seen = reports[0]
+        eventually(lambda: reports[0] > seen + 5, "it does not look")
+
+    def rests() -> int:
+        """The last step, once it has looked several times since."""
+        while True:
+            step = director.step
+            look()
+            if director.step == step:
+                return step
+
+    monkeypatch.setattr(rank, "report", counted)
+    monkeypatch.setattr(director, "is_idle", lambda: False)
+    try:
+        upkeep.start(director)
+        step = rests()
+        upkeep.wake()
+        eventually(lambda: director.step > step, "it was not woken")
+        step = rests()
+        turns.begin()
+        turns.end()
+        eventually(lambda: director.step > step, "nothing is ordered after a step of the engine")
+        step = rests()
+        with turns.lock:
+            ranks.write(1)
+            ranks.leave(1)
+            director.make_room(director.budget)
+            ranks.step()
+            ended = director.step
+        eventually(lambda: director.step > ended, "the end of a copy is no news")
     finally:
         upkeep.close()
         ranks.close()

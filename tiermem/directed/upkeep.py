@@ -16,6 +16,7 @@ import threading
 import time
 
 from tiermem.directed.director import Director
+from tiermem.directed.orders import Report
 from tiermem.directed.rank import Rank
 
 log = logging.getLogger(__name__)
@@ -25,6 +26,9 @@ QUIET_S = 0.02
 SOON_S = 0.0003
 """After something was ordered or has ended: giving a frame back takes four turns."""
 MOVING_S = 0.002
+REST_S = 0.01
+"""After orders, while nothing has ended: beside an engine's step each turn takes the interpreter
+lock from it."""
 IDLE_S = 0.1
 
 
@@ -35,6 +39,8 @@ class Upkeep:
         self._rank = rank
         self._awake = threading.Event()
         self._stop = False
+        self._ordered_s = 0.0
+        self._is_woken = False
         self._thread: threading.Thread | None = None
         self.error: Exception | None = None
 
@@ -46,6 +52,7 @@ class Upkeep:
 
     def wake(self) -> None:
         """From any thread: others that share the device want something, or have given some."""
+        self._is_woken = True
         self._awake.set()
 
     def close(self) -> None:
@@ -79,6 +86,8 @@ class Upkeep:
                 return 0.0
             report = rank.report()
             director.settle(report)
+            if self._may_rest(report):
+                return MOVING_S
             orders = director.orders()
             rank.carry(orders, None)
             rank.skip(orders.step)
@@ -86,3 +95,13 @@ class Upkeep:
                 return IDLE_S
             news = report.outcomes or orders.plans or len(orders.park) or len(orders.back)
             return SOON_S if news else MOVING_S
+
+    def _may_rest(self, report: Report) -> bool:
+        """Whether orders would be the last ones again: nothing has ended or was done since."""
+        now_s, given_s = time.monotonic(), self._ordered_s
+        frames = len(report.backed) or len(report.unbacked) or len(report.parked)
+        news = report.outcomes or frames or self._is_woken or given_s < self._rank.turns.ended_s
+        if not news and now_s - given_s < REST_S:
+            return True
+        self._is_woken, self._ordered_s = False, now_s
+        return False
