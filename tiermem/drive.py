@@ -25,6 +25,11 @@ _FIRST = np.zeros(1, np.int32)
 
 RANK = "rank0"
 """The name of a persisted slab where none is given."""
+BACKLOG_BYTES = 512 << 20
+"""Under an engine, on their way to the drive at most: what it takes during the longest step. What
+must leave beyond that is dropped: an engine that computes faster than the drive writes would wait
+for it with each prompt, and for longer than the content takes to be computed again
+(docs/design.md)."""
 
 
 def room(config: Config, name: str = RANK) -> int:

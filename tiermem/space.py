@@ -258,6 +258,16 @@ class Space:
             self._supply.counted_on = pages
             self._mover.wake()
 
+    def limit_backlog(self, nbytes: int | None) -> None:
+        """So many bytes are on their way to the drive at most; the default, None: any number.
+
+        For pages that their owner can make again: what must leave beyond that is dropped, and
+        `on_gone` says so, instead of whoever needs room waiting for the drive.
+        """
+        most = self._planner.table.max_unit_pages
+        with self.pager.lock:
+            self._planner.backlog = None if nbytes is None else max(most, nbytes // self.page_bytes)
+
     @property
     def shared(self) -> bool:
         """Whether other processes may take and give memory of this device."""
@@ -498,6 +508,7 @@ class Space:
 
     def _upkeep(self) -> list[Plan]:
         planner, now = self._planner, self.now()
+        self.collect_vacant()
         plans = planner.relieve(now) + planner.back_up(now)
         if isinstance(planner, LeasedPlanner):
             plans += planner.clean(self.page_bytes, now)

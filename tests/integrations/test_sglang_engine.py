@@ -131,6 +131,7 @@ def test_a_prefix_counts_up_to_the_first_page_that_is_lost_on_any_rank(open_engi
     compute(engine, "a", pages, TOKENS)
     engine.agree = lambda numbers: [min(n, 3) for n in numbers]  # another rank has lost page 4
     assert engine.usable(pages) == Usable(3, 3)
+    engine.residence.ensure({})  # a step, until which they stay
     engine.residence.gone(pages_of(2), "dropped")
     assert engine.usable(pages) == Usable(1, 1)
     assert engine.usable(pages_of()) == Usable(0, 0)

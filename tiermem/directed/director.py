@@ -30,6 +30,7 @@ from tiermem.attic import Stored
 from tiermem.config import Config
 from tiermem.directed.orders import NO_SLOTS, Hello, Moved, Orders, Receive, Report
 from tiermem.directed.paces import Ends, Paces
+from tiermem.drive import BACKLOG_BYTES
 from tiermem.errors import ConfigError, TierFailed, TierFull
 from tiermem.facts import Fact
 from tiermem.foresight import Foresight, load_prefetch
@@ -68,10 +69,6 @@ OnGone = Callable[[Units, str], None]
 
 BATCH = 2048
 """Pages on their way down at most that nobody waits for: two steps of a prefill at full speed."""
-BACKLOG_BYTES = 512 << 20
-"""On their way to the drive at most: what it takes during the longest step. What must leave beyond
-that is dropped: an engine that computes faster than the drive writes would wait for it with each
-prompt, and for longer than the content takes to be computed again (docs/design.md)."""
 PIECE = 256
 """Frames that get or give back memory in one step at most: 15 ms (2 MiB each, H200, FACTS)."""
 NO_UNITS: Units = np.empty(0, np.int32)

@@ -248,6 +248,11 @@ def _is_plain(tree: Any) -> bool:
     return type(tree).__name__ == "RadixCache" and not tells_others
 
 
+def can_forget(tree: Any) -> bool:
+    """Whether a page that is gone costs the tree no more than what is behind it."""
+    return caches_nothing(tree) or _is_plain(tree)
+
+
 def forget_lost(engine: Engine, tree: Any, req: Any, good: int) -> None:
     """The tree forgets what it has behind the first `good` pages of a queued request.
 

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tiermem.config import Config
+from tiermem.drive import BACKLOG_BYTES
 from tiermem.integrations.sglang_gates import Gates
 from tiermem.integrations.sglang_keys import KeyChain
 from tiermem.integrations.sglang_layout import PageMajor
@@ -98,7 +99,10 @@ class Engine:
         self.region = self.space.reserve(
             (pages + 1) * layout.page_bytes, name="sglang-kv", on_gone=self._gone, numbered=True
         )
-        self.residence = Residence(self.region, lambda: self.stream, layout.page_size)
+        self.residence = Residence(
+            self.region, lambda: self.stream, layout.page_size, self._await_drive
+        )
+        self._outpaces = False
         self._budget = self.space.budget()
         self._round = 0
         self.gates = Gates(pages, layout.page_size, lambda: self._budget)
@@ -163,6 +167,15 @@ class Engine:
             [self._budget] = self.agree([self.space.budget()])
             self.space.count_on(self._budget)  # until the next look, by what was let in meanwhile
 
+    def outpace(self) -> None:
+        """From now on nobody waits for a drive that is behind: what it cannot take is dropped."""
+        self._outpaces = True
+        self._await_drive(False)
+
+    def _await_drive(self, needed: bool) -> None:
+        if self._outpaces:
+            self.space.limit_backlog(None if needed else BACKLOG_BYTES)
+
     # ---------------------------------------------------------------- prefixes
 
     def promote(self, pages: Pages) -> None:
@@ -172,22 +185,19 @@ class Engine:
     def usable(self, pages: Pages) -> Usable:
         """What of these cached pages, from the first on, can be read and should be, on all ranks.
 
-        What is on a drive is read and verified now, and stays up until the next step: nothing else
-        could be done then about a page that is not what was written.
+        With a drive all of it comes up now, and stays until the next step: nothing could be done
+        then about a page that is not what was written, or that was dropped meanwhile.
         """
         if not len(pages):
             return Usable(0, 0)
-        there = self._leading(pages)
+        there = self.residence.leading(pages)
         load = self._worth(pages[:there])
         if self._may_lose:
-            self.residence.verify(pages[:load], max(1, (self._budget - 1) // 4))
-            there = self._leading(pages)
+            held = self.residence.hold(pages[:load], max(1, (self._budget - 1) // 4))
+            load = held if self._outpaces else load  # the others might be dropped
+            there = self.residence.leading(pages)
         there, load = self.agree([there, min(load, there)])
         return Usable(there, load)
-
-    def _leading(self, pages: Pages) -> int:
-        valid = self.residence.valid(pages)
-        return len(pages) if valid.all() else int(np.argmin(valid))
 
     def _worth(self, pages: Pages) -> int:
         """How many of these pages, from the first on, are sooner loaded than computed again."""

@@ -120,6 +120,8 @@ def ready(result: None, scheduler: Any, *args: Any, **kwargs: Any) -> None:
         )
     engine.agree = compat.agreement(scheduler)
     engine.stream = compat.forward_stream(scheduler)
+    if compat.can_forget(scheduler.tree_cache):
+        engine.outpace()
     engine.look()
     longest = engine.gates.longest_request() - 1
     scheduler.max_req_len = min(scheduler.max_req_len, longest)
@@ -324,7 +326,7 @@ def matched(
     compat.keep_apart(tree, req, True)
     if usable.there < len(pages):
         lost = len(pages) - usable.there
-        log.warning("lost prefix pages=%d of %d: computed again", lost, len(pages))
+        log.info("prefix lost or dropped pages=%d of %d: computed again", lost, len(pages))
         compat.forget_lost(engine, tree, req, usable.there)
     engine.caps[req] = usable.load * engine.layout.page_size
     try:

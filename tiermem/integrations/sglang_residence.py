@@ -81,17 +81,26 @@ class Residence:
     """The pages of one engine's pool."""
 
     def __init__(
-        self, region: PagedRegion, stream: Callable[[], int | None], page_size: int
+        self,
+        region: PagedRegion,
+        stream: Callable[[], int | None],
+        page_size: int,
+        await_drive: Callable[[bool], None] = lambda needed: None,
     ) -> None:
         """stream: the one that the engine's next work is queued on. page_size: tokens in a page.
 
-        Page 0 becomes resident.
+        await_drive: told when pages of running requests have to leave, which must not be dropped
+        because a drive is behind, and when none are below any more. Page 0 becomes resident.
         """
         self._region = region
         self._stream = stream
         self._page_size = page_size
         self._held: dict[Hashable, _Held] = {}
-        self._verified: list[Pages] = []
+        self._await_drive = await_drive
+        self._away: set[Hashable] = set()
+        """Running requests whose pages had to leave, until they are back."""
+        self._early = np.zeros(region.pages, np.bool_)
+        """Pages that are pinned until the next step, for requests that it may begin with."""
         self._users = np.zeros(region.pages, np.int32)
         self._backed = np.zeros(region.pages, np.bool_)
         self._blank = np.zeros(region.pages, np.bool_)
@@ -130,6 +139,7 @@ class Residence:
     def release(self, request: Hashable) -> None:
         """A request has ended, or left the GPU: it holds nothing. Twice is fine."""
         held = self._held.pop(request, None)
+        self._come_back([request])
         if held is not None and held.pinned:
             deepest_first = np.array(held.pages[: held.pinned][::-1], np.int32)
             self._region.touch(deepest_first)
@@ -142,27 +152,51 @@ class Residence:
 
     # ---------------------------------------------------------------- before a step
 
-    def verify(self, pages: Pages, at_once: int) -> None:
-        """Read what rests on a drive; what is as it was written stays up until the next step.
+    def hold(self, pages: Pages, at_once: int) -> int:
+        """Cached pages that a request was matched with stay up until the next step.
 
-        at_once: pages of one call, of which all count as read or none. What does not fit into the
-        budget is left where it is: the batch that needs it makes room.
+        Those in the host are on their way, and the stream waits for them; those on a drive are
+        read now. at_once: pages of one call, of which all come or none. Returns how many are held,
+        from the first on: as many as have their bytes, unless they do not fit into the budget.
         """
-        away = self.on_drive(pages)
-        for start in range(0, len(away), at_once):
-            some = away[start : start + at_once]
-            try:
-                self._region.pin(some)
-            except PageLost as error:
-                log.warning("lost pages=%d: %s", len(some), error)
-            except TierFull:
-                return
-            else:
-                self._verified.append(some)
+        try:
+            while not self._hold(pages[: self.leading(pages)], at_once):
+                pass
+        except TierFull:
+            pass
+        held = self._early[pages] | (self._users[pages] > 0)
+        return len(pages) if held.all() else int(np.argmin(held))
 
-    def _give_back_verified(self) -> None:
-        while self._verified:
-            self._region.unpin(self._verified.pop())
+    def _hold(self, pages: Pages, at_once: int) -> bool:
+        """False: some of these pages were lost, or dropped just now."""
+        pages = pages[~self._early[pages] & (self._users[pages] == 0)]
+        on_drive = self._region.where(pages) == AT_NVME if len(pages) else np.empty(0, np.bool_)
+        above, below = pages[~on_drive], pages[on_drive]
+        try:
+            # Those on the drive last: the caller waits for them, and makes room for them.
+            for start in range(0, len(above), at_once):
+                some = above[start : start + at_once]
+                self._region.pin(some, "read", self._stream(), kernels_only=True)
+                self._early[some] = True
+            for start in range(0, len(below), at_once):
+                some = below[start : start + at_once]
+                self._region.pin(some)
+                self._early[some] = True
+        except NotOurs:  # the tiers have begun to drop one just now
+            return False
+        except PageLost as error:
+            log.warning("lost pages=%d: %s", len(pages), error)
+            return False
+        return True
+
+    def _let_early_go(self, needed: Pages = _NO_PAGES) -> bool:
+        """Give up what is pinned until the next step, but for these pages; False: nothing was."""
+        pages = np.flatnonzero(self._early).astype(np.int32)
+        pages = pages[~np.isin(pages, needed)] if len(needed) else pages
+        if len(pages):
+            self._early[pages] = False
+            self._region.unpin(pages, self._stream())
+        return bool(len(pages))
 
     def ensure(self, computed: Mapping[Hashable, int]) -> list[Hashable]:
         """All pages of these requests may be touched by what is queued on the stream next.
@@ -185,7 +219,7 @@ class Residence:
                 spoiled = self._renounce(lacking)
                 if int(self._blank.sum()) == blank:
                     raise
-        self._give_back_verified()
+        self._let_early_go()
         return spoiled
 
     def _renounce(self, computed: Mapping[Hashable, int]) -> list[Hashable]:
@@ -207,16 +241,27 @@ class Residence:
         try:
             self._pin(lacking)
         except TierFull:
-            waiting = [h for r, h in self._held.items() if r not in batch and h.pinned]
-            if self._verified:
-                self._give_back_verified()
-            elif waiting:
-                for held in waiting:
-                    self._unpin(held, 0)
-                self.let_go += len(waiting)
-            else:
-                raise
+            waiting = [r for r, h in self._held.items() if r not in batch and h.pinned]
+            needed = [page for r in lacking for page in self._held[r].lacking()]
+            if not self._let_early_go(np.array(needed, np.int32)):
+                if not waiting:
+                    raise
+                self._send_away(waiting)
             self._pin_or_make_way(lacking, batch)
+
+    def _send_away(self, requests: list[Hashable]) -> None:
+        if not self._away:
+            self._await_drive(True)
+        self._away.update(requests)
+        for request in requests:
+            self._unpin(self._held[request], 0)
+        self.let_go += len(requests)
+
+    def _come_back(self, requests: Iterable[Hashable]) -> None:
+        if self._away:
+            self._away.difference_update(requests)
+            if not self._away:
+                self._await_drive(False)
 
     def _pin(self, lacking: Mapping[Hashable, int]) -> None:
         stream = self._stream()
@@ -229,6 +274,8 @@ class Residence:
                 self._allocate(fresh, needed)
                 self._region.pin(fresh, "write")
                 taken.append(fresh)
+            held = accesses["read"][self._early[accesses["read"]]]
+            accesses["read"] = accesses["read"][~self._early[accesses["read"]]]
             for access, pages in accesses.items():
                 if len(pages):
                     self._region.pin(pages, access, stream, kernels_only=True)
@@ -237,9 +284,11 @@ class Residence:
             for pages in taken:
                 self._region.unpin(pages, stream)
             raise
-        for held in needed:
-            self._users[held.pages[held.pinned :]] += 1
-            held.pinned = len(held.pages)
+        self._early[held] = False  # their pins are the requests' from now on
+        for one in needed:
+            self._users[one.pages[one.pinned :]] += 1
+            one.pinned = len(one.pages)
+        self._come_back(lacking)
 
     def _accesses(self, lacking: Mapping[Hashable, int]) -> tuple[Pages, dict[Access, Pages]]:
         """(pages without memory, the others by how they are used) that nobody has pinned yet."""
@@ -290,8 +339,8 @@ class Residence:
         """
         if self._users[pages].any():
             self._let_go_of(set(pages.tolist()))
-        if any(np.isin(pages, some).any() for some in self._verified):
-            self._give_back_verified()
+        if self._early[pages].any():
+            self._let_early_go()
         backed = pages[self._backed[pages]]
         while len(backed):
             backed = backed[self._region.held(backed)]
@@ -328,6 +377,11 @@ class Residence:
             mask[mask] = self._alive(pages[mask])
         return mask
 
+    def leading(self, pages: Pages) -> int:
+        """How many of these pages, from the first on, still have their bytes."""
+        valid = self.valid(pages)
+        return len(pages) if valid.all() else int(np.argmin(valid))
+
     def _alive(self, pages: Pages) -> Mask:
         alive: Mask = self._region.held(pages) & (self._region.where(pages) != AT_LOST)
         return alive
@@ -353,6 +407,6 @@ class Residence:
     def reset(self) -> None:
         """The engine has flushed its cache: every page but the padding is free."""
         self.release_others(())
-        self._give_back_verified()
+        self._let_early_go()
         pages = np.flatnonzero(self._backed).astype(np.int32)
         self.forget(pages[pages != PADDING])
