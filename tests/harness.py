@@ -275,9 +275,8 @@ class Harness:
         return request
 
     def order(self, request: Request, stream: int) -> bool:
-        """Let a stream wait for this request's own loads, as the pager does."""
-        own = {plan.id for plan in request.plans}
-        if not self.planner.all_ordered(request) or not request.pending <= own:
+        """Let a stream wait for this request's loads, as the pager does."""
+        if not self.planner.order(request):
             return False
         kernels_only = self.world.random.random() < 0.5
         if not all([self.flights[p].order(stream, kernels_only) for p in request.pending]):

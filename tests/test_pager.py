@@ -61,6 +61,9 @@ class _Gated:
     def wait(self, timeout_s: float | None = None) -> bool:
         return self._gate.wait(timeout_s)
 
+    def order(self, stream: int | None) -> None:
+        """Streams of this rig do no work, and so wait for nothing."""
+
 
 class Rig:
     """A pager over fakes that end their work at once, except loads behind a gate."""
@@ -290,4 +293,20 @@ def test_a_thread_that_waits_for_a_frame_goes_on_when_one_is_given_up() -> None:
     rig.pager.allocate(ids(1))
     assert rig.table.at[1] == GPU
     assert rig.table.at[0] == HOST
+    rig.planner.check()
+
+
+def test_the_stream_and_not_the_caller_waits_for_loads_some_of_which_were_begun_ahead() -> None:
+    rig = Rig(gpu=3)
+    rig.away(0, 1)
+    rig.up.gate.clear()
+    rig.pager.decide(lambda: rig.planner.prefetch(ids(0), 0))
+    assert rig.table.to[0] == GPU
+    rig.pager.use(ids(0, 1), "read", stream=0)  # would wait for ever
+    assert (rig.table.pins[:2] == 1).all()
+    assert rig.pager.busy()
+    rig.up.gate.set()
+    assert rig.pager.drain(LONG_S)
+    assert (rig.table.at[:2] == GPU).all()
+    assert (rig.table.pins[:2] == 1).all()
     rig.planner.check()

@@ -662,6 +662,37 @@ def test_a_page_under_an_ordered_load_cannot_be_moved_or_freed_while_pinned() ->
     assert not h.planner.demote(h.rows([0]), h.now)
 
 
+def test_a_stream_waits_for_a_load_that_was_begun_ahead() -> None:
+    h = Harness(gpu=4, host=4, nvme=0, eager=True)
+    written(h, 0, 1, 2)
+    down(h, HOST, 0, 1, 2)
+    h.carry(h.planner.prefetch(h.rows([0]), h.now))
+    assert to(h, 0) == GPU
+    request = h.begin([0, 1], "read", order=True)
+    assert h.table.waiters[0] == 1
+    assert h.order(request, 0)
+    assert (h.table.pins[:2] == 1).all()
+    assert not h.table.waiters.any()
+    h.check()
+    h.launch(request.rows, 0, write=False)
+    h.leave(request, 0)
+    h.drain()
+    h.check_idle()
+
+
+def test_a_load_that_others_await_is_waited_for() -> None:
+    h = Harness(gpu=4, host=4, nvme=0, eager=True)
+    written(h, 0)
+    down(h, HOST, 0)
+    h.carry(h.planner.prefetch(h.rows([0]), h.now))
+    h.begin([0], "read")
+    request = h.begin([0], "read", order=True)
+    assert h.table.waiters[0] == 2
+    assert not h.order(request, 0)
+    h.drain()
+    assert h.table.pins[0] == 2
+
+
 def test_a_failed_load_that_a_stream_waits_for_fails_the_gpu() -> None:
     h = Harness(eager=True)
     written(h, 0)

@@ -325,13 +325,11 @@ class Pager:
         self.settle_ready()
 
     def _order(self, request: Request, stream: int | None, kernels_only: bool) -> bool:
-        """Let the stream wait for this request's own loads; False if any must be waited for."""
+        """Let the stream wait for this request's loads; False if any must be waited for."""
         with self.lock:
-            own = {plan.id for plan in request.plans}
             flights = [self._flights.get(p) for p in request.pending]
-            ordered = self.planner.all_ordered(request)
-        if not flights or not ordered or not request.pending <= own or None in flights:
-            return False
+            if not flights or None in flights or not self.planner.order(request):
+                return False
         if not all([f.order(stream, kernels_only) for f in flights if f is not None]):
             return False
         with self.lock:

@@ -600,11 +600,23 @@ class Planner(Ascent):
         """The point that pages waiting to become vacant are behind."""
         return self.table.fences.point(self.table.fence[self._doomed])
 
-    def all_ordered(self, request: Request) -> bool:
-        """True if a stream may wait for everything that this request awaits."""
-        rows = request.rows
+    def order(self, request: Request) -> bool:
+        """True if a stream may wait for everything that this request awaits, which it then must.
+
+        A load from the host that was begun ahead, and that nobody else awaits, is ordered from now
+        on: whoever waits for it is pinned at once.
+        """
+        table, rows = self.table, request.rows
         if len(rows) == 1:
-            flags = self.table.flags.item(rows.item())
-            return bool(flags & ORDERED) or not self.table.to.item(rows.item())
-        rows = rows[self.table.to[rows] != 0]
-        return bool(((self.table.flags[rows] & ORDERED) != 0).all())
+            flags = table.flags.item(rows.item())
+            if flags & ORDERED or not table.to.item(rows.item()):
+                return True
+        late = rows[(table.to[rows] != 0) & ((table.flags[rows] & ORDERED) == 0)]
+        loads = (table.to[late] == AT_GPU) & (table.at[late] == AT_HOST)
+        if not (loads & (table.waiters[late] == int(request.pins))).all():
+            return False
+        table.flags[late] |= ORDERED
+        if request.pins:
+            table.waiters[late] -= 1
+            table.pins[late] += 1
+        return True
