@@ -310,3 +310,36 @@ def test_a_request_that_ended_lets_go(engine: Engine) -> None:
     hooks.released(lambda *args: seen.append(args), req, SimpleNamespace(disable=True), False)
     assert seen
     assert engine.residence.pages(req) is None
+
+
+def test_the_pages_that_a_request_was_matched_with_are_not_read_again(engine: Engine) -> None:
+    pages = pages_of(1, 2, 3)
+    compute(engine, "a", pages, TOKENS)
+    tree, req = Tree(engine, pages), Request(TOKENS)
+    hooks.matched(tree.match, req, tree)
+    batch = batch_of(req, taken=[pages_of(7)], prefixes=[48])  # its table says nothing
+    hooks.extended(None, batch)
+    assert engine.residence.pages(req) == [1, 2, 3, 7]
+
+
+def test_what_is_matched_after_pages_were_freed_is_read_anew(engine: Engine) -> None:
+    compute(engine, "a", pages_of(1, 2, 3, 4, 5, 6), TOKENS + TOKENS)
+    tree, req = Tree(engine, pages_of(1, 2, 3)), Request(TOKENS)
+    hooks.matched(tree.match, req, tree)
+    tree.indices = Tree(engine, pages_of(4, 5, 6)).indices
+    tree.token_to_kv_pool_allocator.freed += 1
+    hooks.matched(tree.match, req, tree)
+    hooks.extended(None, batch_of(req, taken=[pages_of(7)], prefixes=[48]))
+    assert engine.residence.pages(req) == [4, 5, 6, 7]
+
+
+def test_a_prefix_that_counts_in_part_is_known_as_far(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Engine, "_worth", lambda self, pages: 2)
+    pages = pages_of(1, 2, 3)
+    compute(engine, "a", pages, TOKENS)
+    tree, req = Tree(engine, pages), Request(TOKENS)
+    hooks.matched(tree.match, req, tree)
+    hooks.extended(None, batch_of(req, taken=[pages_of(7)], prefixes=[32]))
+    assert engine.residence.pages(req) == [1, 2, 7]

@@ -23,7 +23,7 @@ class PageMajorAllocator(PagedTokenToKVPoolAllocator):  # type: ignore[misc]  # 
     """Hands out pages whose SGLang number is page * stride. Page 0 is never handed out.
 
     taken: the pages of the last alloc_extend or alloc_decode, one array a request.
-    freed: how many tokens have ever been freed, also those of a group that is not closed yet.
+    freed: grows whenever tokens are freed, also those of a group that is not closed yet.
     """
 
     pages: FreePages
@@ -32,6 +32,7 @@ class PageMajorAllocator(PagedTokenToKVPoolAllocator):  # type: ignore[misc]  # 
 
     def clear(self) -> None:
         super().clear()
+        self.freed += 1
         engine = sglang_state.engine()
         self._stride = engine.layout.stride
         self.pages = engine.free_pages()
@@ -121,6 +122,7 @@ class PageMajorAllocator(PagedTokenToKVPoolAllocator):  # type: ignore[misc]  # 
 
     def _release_page_ids(self, *page_ids: torch.Tensor) -> None:
         numbers = torch.cat(page_ids)
+        self.freed += len(numbers)
         if numbers.device.type == "cpu":
             self.pages.give(Arrived((numbers.numpy() // self._stride).astype(np.int32)))
         else:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from tiermem.integrations.sglang_engine import Agree, Ended, Engine, alone
+from tiermem.integrations.sglang_engine import Agree, Ended, Engine, Matched, alone
 from tiermem.integrations.sglang_keys import weights_identity
 from tiermem.integrations.sglang_pages import Pages
 
@@ -176,14 +176,24 @@ def caches_nothing(tree: Any) -> bool:
 
 
 def matched_pages(engine: Engine, tree: Any, req: Any) -> Pages:
-    """The cached pages that a request was just matched with."""
+    """The cached pages that a request was just matched with.
+
+    Their numbers are read from the GPU, unless it was matched with as many before, and no page was
+    freed since: a tree that has gone on growing still has those.
+    """
+    size, freed = engine.layout.page_size, tree.token_to_kv_pool_allocator.freed
+    known = engine.matched.get(req)
     if hasattr(req, "prefix_indices"):
         indices = req.prefix_indices
     else:
         indices = tree.path_device_indices(req.last_node)[: req.prefix_len]
     if not len(indices):
         return _NO_PAGES
-    return engine.page_numbers(indices[:: engine.layout.page_size].cpu().numpy())
+    if known is not None and known.freed == freed and len(known.pages) * size == len(indices):
+        return known.pages
+    pages = engine.page_numbers(indices[::size].cpu().numpy())
+    engine.matched[req] = Matched(pages, freed)
+    return pages
 
 
 def probe(engine: Engine, tree: Any, req: Any) -> Pages:

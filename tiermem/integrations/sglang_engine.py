@@ -60,6 +60,14 @@ class Usable:
 
 
 @dataclass(frozen=True, slots=True)
+class Matched:
+    """The cached pages of a request, when so many tokens had been freed (`PageMajorAllocator`)."""
+
+    pages: Pages
+    freed: int
+
+
+@dataclass(frozen=True, slots=True)
 class Ended:
     """What is known of a request that ended (`RequestFacts`); None where SGLang does not say."""
 
@@ -111,6 +119,8 @@ class Engine:
         """Tokens that a request may be matched with at most, while it is being matched."""
         self.bypassing: MutableMapping[Hashable, int] = WeakKeyDictionary()
         """Requests that compute again what the tree has, from how many pages on."""
+        self.matched: MutableMapping[Hashable, Matched] = WeakKeyDictionary()
+        """What requests were matched with last: the same again while the tree has lost nothing."""
         self._chains: dict[Hashable, KeyChain] = {}
         self._labelled: dict[Hashable, int] = {}
         self._served = False

@@ -16,7 +16,7 @@ import numpy as np
 from tiermem.errors import PageLost
 from tiermem.integrations import sglang_compat as compat
 from tiermem.integrations import sglang_state as state
-from tiermem.integrations.sglang_engine import Engine
+from tiermem.integrations.sglang_engine import Engine, Matched
 from tiermem.integrations.sglang_pages import Pages
 from tiermem.integrations.sglang_pool import Plan, page_size_for
 from tiermem.integrations.sglang_releases import refuse_dead_hooks
@@ -251,6 +251,9 @@ def extended(result: Any, batch: Any, *args: Any, **kwargs: Any) -> None:
     for req, prefix, new in zip(batch.reqs, batch.prefix_lens, taken, strict=True):
         held = engine.residence.pages(req)
         whole = -(-prefix // size)
+        known = engine.matched.get(req)
+        if held is None and known is not None and len(known.pages) * size == prefix:
+            held = known.pages.tolist()
         if not whole or (held is not None and len(held) == whole):
             engine.residence.follow(req, [*(held or ())[:whole], *new.tolist()])
         else:
@@ -333,6 +336,7 @@ def matched(
         original(req, tree, *args, **kwargs)
     finally:
         del engine.caps[req]
+    engine.matched[req] = Matched(pages[: usable.load], tree.token_to_kv_pool_allocator.freed)
 
 
 def capped(result: int, req: Any, *args: Any, **kwargs: Any) -> int:
