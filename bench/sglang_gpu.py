@@ -17,7 +17,8 @@ less than its --each seconds left (240), so run the same command until nothing i
 table, and the bars as far as their parts are there, are printed and written to OUT/SHAPE.json each
 time. Parts that `bench/side_by_side.py` starts together take turns prompt by prompt. Needs SGLang
 and torch with CUDA; models are shapes with random weights. `--shape check` is a very small one that
-also runs on a CPU, without the HiCache parts.
+also runs on a CPU, without the HiCache parts, and so is `pages`, which has as many pages as 8b.
+"hooks" in the results are what tiermem's hooks took of a request (`bench/sglang_hook_times.py`).
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from bench import sglang_hook_times as hook_times
 from bench.side_by_side import turn
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -66,6 +68,11 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "vocab_size": 32000,
         "page_size": 16, "lengths": {256: 8, 512: 2},
     },
+    "pages": {
+        "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "vocab_size": 32000,
+        "page_size": 16, "lengths": {1024: 16, 4096: 4},
+    },
 }  # fmt: skip
 
 
@@ -81,6 +88,7 @@ if os.environ.get("SGLANG_GPU_BENCH"):
     from sglang.srt.model_loader import weight_utils
 
     weight_utils.initialize_dummy_weights.__defaults__ = (-SPREAD, SPREAD, 1234)
+    hook_times.watch()
 
 
 def token_bytes(shape: dict[str, Any]) -> int:
@@ -226,10 +234,12 @@ class Bench:
         found: dict[str, Any] = {}
         for length, count in self._shape["lengths"].items():
             asked = []
+            before = hook_times.told()
             for seed in range(count):
                 asked.append(self.ask(length + seed, length))
                 note(f"{name} {length} {seed}", asked[-1][1])
-            found[str(length)] = told(asked)
+            hooks = hook_times.between(before, hook_times.told(), count)
+            found[str(length)] = told(asked) | {"hooks": hooks}
         return found
 
     def again(self) -> dict[str, Any]:
@@ -237,10 +247,13 @@ class Bench:
         found: dict[str, Any] = {}
         for length, count in self._shape["lengths"].items():
             asked = []
+            spent: list[dict[str, dict[str, float]]] = []
             for seed in range(count):
                 self.ask(length + seed, length)
+                before = hook_times.told()
                 asked.append(self.ask(length + seed, length))
-            found[str(length)] = told(asked)
+                spent.append(hook_times.between(before, hook_times.told(), 1))
+            found[str(length)] = told(asked) | {"hooks": hook_times.mean(spent)}
         return found
 
     def remember(self, name: str, answer: dict[str, Any]) -> None:
@@ -321,6 +334,7 @@ def run_part(part: str, name: str, out: Path, disk: Path | None, timeout_s: floa
             **{k: v for k, v in os.environ.items() if not k.startswith("TIERMEM")},
             "PYTHONPATH": path, "SGLANG_GPU_BENCH": "1", "HF_HUB_OFFLINE": "1",
             "SGLANG_HICACHE_FILE_BACKEND_STORAGE_DIR": str(work / "hicache"),
+            hook_times.PATH: str(work / "hooks.json"),
         }  # fmt: skip
         if part in OURS:
             config = work / "tiermem.toml"
