@@ -310,3 +310,30 @@ def test_the_stream_and_not_the_caller_waits_for_loads_some_of_which_were_begun_
     assert (rig.table.at[:2] == GPU).all()
     assert (rig.table.pins[:2] == 1).all()
     rig.planner.check()
+
+
+class _Overtaken(Pager):
+    """Others settle what has ended before whoever has just started it looks."""
+
+    _settling = False
+
+    def _start(self) -> None:
+        super()._start()
+        if not self._settling:
+            self._settling = True
+            self.settle_ready()
+            self._settling = False
+
+
+def test_who_needs_room_asks_again_though_others_have_settled_what_made_it() -> None:
+    rig = Rig(gpu=3)
+    rig.away(0)
+    rig.resident(1, 2)
+    rig.up.gate.clear()
+    rig.pager.decide(lambda: rig.planner.prefetch(ids(0), 0))  # never ends
+    rig.pager.__class__ = _Overtaken
+    rig.pager.allocate(ids(3))
+    assert rig.table.at[3] == GPU
+    rig.up.gate.set()
+    assert rig.pager.drain(LONG_S)
+    rig.planner.check()

@@ -31,6 +31,7 @@ T = TypeVar("T")
 _ATTEMPTS = 4
 _GROWING_S = 0.002
 _TICK_S = 0.05  # how long a waiter sleeps at most before it looks again
+_ANY_S = 0.001  # the same where any of several flights will do: the oldest may write to a drive
 
 
 class Pager:
@@ -91,6 +92,7 @@ class Pager:
                     rows, access, self._now(), order=order, touches=touches
                 )
                 self._todo.extend(request.plans)
+                awaited = len(request.pending)
                 # Decided here: once the lock is free, others settle what is pending.
                 resident = request.taken and not request.pending
                 if resident:
@@ -99,7 +101,10 @@ class Pager:
                 start_s = start_s or time.perf_counter()
             taken = request.taken
             try:
-                if self._come(request, resident, writes, order, stream, kernels_only):
+                if not taken:
+                    self._start()
+                    self._await_any(request, awaited)
+                elif self._come(request, resident, writes, order, stream, kernels_only):
                     break
             except BaseException:  # also Ctrl-C: what is on its way lands without its pins
                 with self.lock:
@@ -121,13 +126,10 @@ class Pager:
         stream: int | None,
         kernels_only: bool,
     ) -> bool:
-        """Carry a request out and wait for it; False: ask again, for it was not or badly served."""
+        """Carry a taken request out and wait for it; False: ask again, for it was badly served."""
         self._start()
         if resident:
             return True
-        if not request.taken:
-            self._await_any(request)
-            return False
         if order and len(request.rows) > 1:
             self.settle_ready()  # what came before, while these are being shown
         if order and self._order(request, stream, kernels_only):
@@ -171,10 +173,11 @@ class Pager:
                     rows, self._now(), parents=parents, depths=depths, keys=keys
                 )
                 self._todo.extend(request.plans)
+                awaited = len(request.pending)
             self._start()
             if request.taken:
                 break
-            self._await_any(request)
+            self._await_any(request, awaited)
         self._await_all(request)
         if request.failed:
             self.free(rows)
@@ -298,17 +301,19 @@ class Pager:
         if self.planner.is_unrecorded:
             self._wake()  # the mover tells the drive
 
-    def _await_any(self, request: Request) -> None:
-        """Wait until one of the plans that a request waits for has settled, or its fence passed."""
-        before = len(request.pending)
-        if not before:
+    def _await_any(self, request: Request, awaited: int) -> None:
+        """Wait until one of the plans that a request waits for has settled, or its fence passed.
+
+        awaited: how many they were when it was made; by now others may have settled one.
+        """
+        if not awaited:
             if request.fence.ticks:
                 self._wait_fence(request.fence, _TICK_S)
             elif not request.plans:
                 with self.lock:  # a tier is growing
                     self._settled.wait(_GROWING_S)
             return
-        while len(request.pending) == before:
+        while len(request.pending) == awaited:
             self._wait_for(request, some=True)
 
     def _await_all(self, request: Request) -> None:
@@ -321,7 +326,7 @@ class Pager:
             if not flights and self._starting:
                 self._settled.wait(_TICK_S)
         if flights and not (some and any(f.ready() for f in flights)):
-            flights[0].wait(_TICK_S)
+            flights[0].wait(_ANY_S if some and len(flights) > 1 else _TICK_S)
         self.settle_ready()
 
     def _order(self, request: Request, stream: int | None, kernels_only: bool) -> bool:
