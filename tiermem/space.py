@@ -227,6 +227,11 @@ class Space:
         with self.pager.lock:
             return self._planner.room()
 
+    def ready(self) -> int:
+        """Pages that could be allocated now without waiting for anything."""
+        with self.pager.lock:
+            return self._planner.ready()
+
     def route_speeds(self) -> dict[Place, RouteSpeed]:
         """How fast pages come to the GPU from each tier of late, and what is queued there.
 

@@ -261,6 +261,36 @@ def test_frames_for_two_steps_are_free_once_nobody_uses_them(open_engine: Open) 
     assert reads(engine, pages_of(1, 2, 3, 4, 5, 6, 7), TOKENS)
 
 
+def test_an_idle_engine_has_memory_for_the_pages_that_are_taken_next(open_engine: Open) -> None:
+    engine = open_engine(persist=False)
+    free = engine.free_pages()
+    engine.prepare(free)
+    assert (engine.region.where([1, 2]) == Place.GPU).all()
+    assert (engine.region.where([3, 4]) == Place.NONE).all(), "a quarter of the budget at most"
+    pages = free.take(3)
+    assert pages is not None
+    compute(engine, "a", pages, TOKENS)
+    engine.prepare(free)
+    assert (engine.region.where([4, 5]) == Place.GPU).all()
+    engine.space.limit(7 * PAGE)
+    engine.look()
+    assert (engine.region.where([4, 5]) == Place.NONE).all(), "they are not in the way of a limit"
+    assert reads(engine, pages, TOKENS)
+
+
+def test_pages_that_have_memory_already_take_over_what_the_drive_has_kept(
+    open_engine: Open,
+) -> None:
+    engine = open_engine()
+    compute(engine, "a", pages_of(11, 12, 13), TOKENS)
+    push_out(engine)
+    engine.residence.forget(pages_of(11, 12, 13))
+    engine.space.drain()
+    engine.residence.prepare(pages_of(1, 2))
+    assert engine.adopt(TOKENS, None, 0, pages_of(1, 2, 3)) == 3
+    assert reads(engine, pages_of(1, 2, 3), TOKENS)
+
+
 # ---------------------------------------------------------------- sizes
 
 

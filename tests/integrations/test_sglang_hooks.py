@@ -17,7 +17,7 @@ from tiermem.integrations import sglang_compat as compat
 from tiermem.integrations import sglang_hooks as hooks
 from tiermem.integrations import sglang_state as state
 from tiermem.integrations.sglang_engine import Engine
-from tiermem.integrations.sglang_pages import Pages
+from tiermem.integrations.sglang_pages import FreePages, Pages
 from tiermem.tier import Place
 
 torch = pytest.importorskip("torch")
@@ -209,7 +209,10 @@ def batch_of(*reqs: Request, taken: list[Pages], prefixes: list[int], extend: bo
 
 def scheduler_of(*reqs: Request) -> Any:
     return SimpleNamespace(
-        running_batch=SimpleNamespace(reqs=list(reqs)), last_batch=None, chunked_req=None
+        running_batch=SimpleNamespace(reqs=list(reqs)),
+        last_batch=None,
+        chunked_req=None,
+        waiting_queue=["waits"],
     )
 
 
@@ -299,7 +302,13 @@ def test_pages_that_a_tree_takes_over_are_named_in_what_the_policies_hear(
     hooks.step(scheduler_of(), batch_of(req, taken=[], prefixes=[0]))
     req.kv.kv_committed_len = 32
     hooks.released(lambda *args: None, req, SimpleNamespace(disable=False), True)
+    assert not heard, "the answer is sent first"
+    assert engine.residence.pages(req) == [1, 2]
+    scheduler = scheduler_of()
+    scheduler.token_to_kv_pool_allocator = SimpleNamespace(pages=FreePages(9, lambda pages: None))
+    hooks.look(scheduler)
     assert heard == [[2, 1]]
+    assert engine.residence.pages(req) is None
 
 
 def test_a_request_that_ended_lets_go(engine: Engine) -> None:
@@ -343,3 +352,15 @@ def test_a_prefix_that_counts_in_part_is_known_as_far(
     hooks.matched(tree.match, req, tree)
     hooks.extended(None, batch_of(req, taken=[pages_of(7)], prefixes=[32]))
     assert engine.residence.pages(req) == [1, 2, 7]
+
+
+def test_an_engine_without_requests_makes_pages_ready(engine: Engine) -> None:
+    scheduler = scheduler_of()
+    free = engine.free_pages()
+    scheduler.token_to_kv_pool_allocator = SimpleNamespace(pages=free)
+    hooks.look(scheduler)
+    assert (engine.region.where([1, 2]) == Place.NONE).all()
+    scheduler.waiting_queue = []
+    hooks.look(scheduler)
+    assert (engine.region.where([1, 2]) == Place.GPU).all()
+    engine.residence.unprepare()

@@ -105,3 +105,15 @@ def test_a_page_that_is_freed_twice_is_our_own_bug() -> None:
     free.give(Arrived(np.array([1], np.int32)))
     with pytest.raises(AssertionError, match="twice"):
         free.settle()
+
+
+def test_what_is_taken_next_is_known_before() -> None:
+    free = FreePages(4, lambda pages: None)
+    assert free.next(2).tolist() == [1, 2]
+    taken = free.take(3)
+    assert taken is not None
+    assert free.next(9).tolist() == [4]
+    free.give(Arrived(taken))
+    free.settle()
+    assert free.next(3).tolist() == [4, 1, 2]
+    assert len(free) == 4

@@ -264,3 +264,72 @@ def test_a_flush_leaves_only_the_padding(region: Region, residence: Residence) -
     residence.ensure({"b": 0})
     residence.reset()
     assert np.flatnonzero(region.where()).tolist() == [0]
+
+
+def test_pages_that_were_prepared_are_there_and_taken_over(
+    region: Region, residence: Residence
+) -> None:
+    free = np.array([1, 2], np.int32)
+    assert residence.lacks_memory(free)
+    residence.prepare(free)
+    residence.prepare(free)
+    assert not residence.lacks_memory(free)
+    run(residence, region, "other", [3, 4, 5])
+    assert on_gpu(region, [1, 2]), "they stay while others come and go"
+    run(residence, region, "a", [1, 2])
+    run(residence, region, "b", [6, 7, 8, 9, 10])
+    assert not on_gpu(region, [1, 2]), "and are like any other page once somebody had them"
+    residence.follow("c", [1, 2])
+    residence.ensure({"c": 2 * TOKENS})
+    assert holds(region, [1, 2])
+
+
+def test_prepared_pages_make_way_for_a_batch_of_the_whole_budget(
+    region: Region, residence: Residence
+) -> None:
+    residence.prepare(np.array([1, 2, 3], np.int32))
+    residence.follow("a", [3, 4, 5, 6, 7])
+    assert residence.ensure({"a": 0}) == []
+    fill(region, [3, 4, 5, 6, 7])
+    assert holds(region, [3, 4, 5, 6, 7])
+    assert (region.where([1, 2]) == Place.NONE).all()
+    assert residence.lacks_memory(np.array([1, 2], np.int32))
+
+
+def test_prepared_pages_make_way_for_a_prefix_that_is_matched(
+    region: Region, residence: Residence
+) -> None:
+    prefix = np.array([4, 5, 6, 7], np.int32)
+    run(residence, region, "a", prefix.tolist())
+    residence.prepare(np.array([1, 2], np.int32))
+    assert residence.hold(prefix, 1) == 4
+    residence.ensure({})
+
+
+def test_prepared_pages_that_are_never_used_are_vacant_again(
+    space: Space, region: Region, residence: Residence
+) -> None:
+    residence.prepare(np.array([1, 2, 3], np.int32))
+    residence.follow("a", [3])
+    residence.release("a")
+    residence.forget(np.array([3], np.int32))  # was handed out, and its request came to nothing
+    assert (region.where([3]) == Place.NONE).all()
+    residence.unprepare(np.array([2], np.int32))
+    assert (region.where([2]) == Place.NONE).all()
+    residence.reset()
+    space.drain()
+    assert (region.where([1, 2, 3]) == Place.NONE).all()
+
+
+def test_what_is_freed_leaves_others_that_were_matched_where_they_are(
+    region: Region, residence: Residence
+) -> None:
+    run(residence, region, "a", [1, 2, 3])
+    assert residence.hold(np.array([1, 2, 3], np.int32), 4) == 3
+    residence.forget(np.array([3], np.int32))
+    residence.prepare(np.array([4, 5, 6], np.int32))
+    assert on_gpu(region, [1, 2])
+    with pytest.raises(TierFull):
+        residence.prepare(np.array([7], np.int32))
+    residence.ensure({})
+    residence.unprepare()

@@ -56,6 +56,16 @@ def forward_stream(scheduler: Any) -> int | None:
     return int(torch.cuda.current_stream().cuda_stream)
 
 
+def is_idle(scheduler: Any) -> bool:
+    """Whether no request waits or runs."""
+    return not (
+        scheduler.waiting_queue
+        or scheduler.running_batch.reqs
+        or scheduler.last_batch is not None
+        or scheduler.chunked_req is not None
+    )
+
+
 def model_of(args: Any) -> Any:
     """The model's description, while SGLang's arguments are being resolved."""
     if hasattr(args, "get_model_config"):

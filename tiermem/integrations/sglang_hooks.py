@@ -137,8 +137,12 @@ def ready(result: None, scheduler: Any, *args: Any, **kwargs: Any) -> None:
 
 def look(scheduler: Any, *args: Any, **kwargs: Any) -> None:
     """Before `get_next_batch_to_run`: what has changed by itself since the last round."""
-    state.engine().look()
-    scheduler.token_to_kv_pool_allocator.pages.settle()
+    engine, free = state.engine(), scheduler.token_to_kv_pool_allocator.pages
+    engine.release_ended()
+    engine.look()
+    free.settle()
+    if compat.is_idle(scheduler):
+        engine.prepare(free)
 
 
 def step(scheduler: Any, batch: Any, *args: Any, **kwargs: Any) -> None:
@@ -290,12 +294,15 @@ def shared(original: Callable[..., None], req: Any, tree: Any, *args: Any, **kwa
 def released(original: Callable[..., None], req: Any, tree: Any, *args: Any, **kwargs: Any) -> None:
     """Around `release_kv_cache`: what the tree takes over gets its name, the rest is let go."""
     engine = state.engine()
-    if compat.keeps(req, args, kwargs) and not compat.caches_nothing(tree):
+    kept = compat.keeps(req, args, kwargs) and not compat.caches_nothing(tree)
+    if kept:
         engine.label(req, compat.committed_tokens(req), compat.extra_of(req))
-        engine.finished(req, compat.ended(req))
         _make_way(engine, req, tree, compat.committed_tokens(req))
     original(req, tree, *args, **kwargs)
-    engine.release(req)
+    if kept:
+        engine.ended.append((req, compat.ended(req)))  # its answer is sent first
+    else:
+        engine.release(req)
 
 
 def _make_way(engine: Engine, req: Any, tree: Any, tokens: Sequence[int]) -> None:

@@ -77,6 +77,12 @@ class FreePages:
         taken: Pages = self._ring[at]
         return taken
 
+    def next(self, n: int) -> Pages:
+        """int32[up to n]: those that will be taken next; they stay free."""
+        at = (self._first + np.arange(min(n, self._known))) % len(self._ring)
+        following: Pages = self._ring[at]
+        return following
+
     def give(self, arrival: Arrival) -> None:
         """Pages are free again."""
         self._coming.append(arrival)

@@ -65,6 +65,11 @@ class PagedRegion(Protocol):
     def where(self, pages: Pages) -> npt.NDArray[np.uint8]: ...
 
 
+def _where(mask: Mask) -> Pages:
+    pages: Pages = np.flatnonzero(mask).astype(np.int32)
+    return pages
+
+
 @dataclass(slots=True)
 class _Held:
     """Pages of a request in the order of its tokens; the first `pinned` of them are pinned."""
@@ -101,6 +106,8 @@ class Residence:
         """Running requests whose pages had to leave, until they are back."""
         self._early = np.zeros(region.pages, np.bool_)
         """Pages that are pinned until the next step, for requests that it may begin with."""
+        self._ready = np.zeros(region.pages, np.bool_)
+        """Pages that nobody has yet, with memory and pinned, for a step that writes them."""
         self._users = np.zeros(region.pages, np.int32)
         self._backed = np.zeros(region.pages, np.bool_)
         self._blank = np.zeros(region.pages, np.bool_)
@@ -152,6 +159,29 @@ class Residence:
 
     # ---------------------------------------------------------------- before a step
 
+    def lacks_memory(self, pages: Pages) -> bool:
+        """Whether any of these pages has nothing behind it."""
+        return not self._backed[pages].all()
+
+    def prepare(self, pages: Pages) -> None:
+        """These free pages, which will be handed out next, get memory now. May raise TierFull."""
+        bare = pages[~self._backed[pages]]
+        if len(bare):
+            self._region.allocate(len(bare), pages=bare, depths=np.zeros(len(bare), np.int32))
+            self._region.pin(bare, "write")
+            self._backed[bare] = self._ready[bare] = True
+
+    def unprepare(self, pages: Pages | None = None) -> bool:
+        """Free pages that were prepared, of these or all, have no memory; False: there was none."""
+        if pages is None:
+            pages = _where(self._ready)
+        ready = pages[self._ready[pages]]
+        if len(ready):
+            self._region.unpin(ready, self._stream())
+            self._ready[ready] = False
+            self.forget(ready)
+        return bool(len(ready))
+
     def hold(self, pages: Pages, at_once: int) -> int:
         """Cached pages that a request was matched with stay up until the next step.
 
@@ -163,7 +193,8 @@ class Residence:
             while not self._hold(pages[: self.leading(pages)], at_once):
                 pass
         except TierFull:
-            pass
+            if self.unprepare():
+                return self.hold(pages, at_once)
         held = self._early[pages] | (self._users[pages] > 0)
         return len(pages) if held.all() else int(np.argmin(held))
 
@@ -189,14 +220,13 @@ class Residence:
             return False
         return True
 
-    def _let_early_go(self, needed: Pages = _NO_PAGES) -> bool:
-        """Give up what is pinned until the next step, but for these pages; False: nothing was."""
-        pages = np.flatnonzero(self._early).astype(np.int32)
-        pages = pages[~np.isin(pages, needed)] if len(needed) else pages
-        if len(pages):
-            self._early[pages] = False
-            self._region.unpin(pages, self._stream())
-        return bool(len(pages))
+    def _let_early_go(self, pages: Pages) -> bool:
+        """Of these pages, give up what is pinned until the next step; False: nothing was."""
+        early = pages[self._early[pages]]
+        if len(early):
+            self._early[early] = False
+            self._region.unpin(early, self._stream())
+        return bool(len(early))
 
     def ensure(self, computed: Mapping[Hashable, int]) -> list[Hashable]:
         """All pages of these requests may be touched by what is queued on the stream next.
@@ -219,7 +249,7 @@ class Residence:
                 spoiled = self._renounce(lacking)
                 if int(self._blank.sum()) == blank:
                     raise
-        self._let_early_go()
+        self._let_early_go(_where(self._early))
         return spoiled
 
     def _renounce(self, computed: Mapping[Hashable, int]) -> list[Hashable]:
@@ -242,8 +272,10 @@ class Residence:
             self._pin(lacking)
         except TierFull:
             waiting = [r for r, h in self._held.items() if r not in batch and h.pinned]
-            needed = [page for r in lacking for page in self._held[r].lacking()]
-            if not self._let_early_go(np.array(needed, np.int32)):
+            needed = np.array([p for r in lacking for p in self._held[r].lacking()], np.int32)
+            pinned = _where(self._ready | self._early)
+            spare = pinned[~np.isin(pinned, needed)]
+            if not (self.unprepare(spare) or self._let_early_go(spare)):
                 if not waiting:
                     raise
                 self._send_away(waiting)
@@ -286,7 +318,9 @@ class Residence:
             raise
         self._early[held] = False  # their pins are the requests' from now on
         for one in needed:
-            self._users[one.pages[one.pinned :]] += 1
+            new = one.pages[one.pinned :]
+            self._users[new] += 1
+            self._ready[new] = False
             one.pinned = len(one.pages)
         self._come_back(lacking)
 
@@ -299,18 +333,17 @@ class Residence:
             read += self._held[request].lacking(end=whole)
             written += self._held[request].lacking(whole)
         pages = np.unique(np.array(read + written, np.int32))
-        pages = pages[self._users[pages] == 0]
+        pages = pages[(self._users[pages] == 0) & ~self._ready[pages]]
         old = pages[self._backed[pages]]
+        fresh = pages[~self._backed[pages]]
         lost = old[self._blank[old]]
         if len(lost):
             lost = lost[self._region.where(lost) == AT_LOST]
-        rewritten = np.isin(old, np.array(written, np.int32))
-        has_bytes = ~np.isin(old, lost)
-        return pages[~self._backed[pages]], {
-            "fresh": lost,
-            "write": old[has_bytes & rewritten],
-            "read": old[has_bytes & ~rewritten],
-        }
+            old = old[~np.isin(old, lost)]
+        rewritten = np.isin(old, np.array(written, np.int32)) if written and len(old) else None
+        if rewritten is None or not rewritten.any():
+            return fresh, {"fresh": lost, "write": _NO_PAGES, "read": old}
+        return fresh, {"fresh": lost, "write": old[rewritten], "read": old[~rewritten]}
 
     def _allocate(self, fresh: Pages, lacking: list[_Held]) -> None:
         depth_of = {p: i for h in lacking for i, p in enumerate(h.pages[h.pinned :], h.pinned)}
@@ -339,8 +372,8 @@ class Residence:
         """
         if self._users[pages].any():
             self._let_go_of(set(pages.tolist()))
-        if self._early[pages].any():
-            self._let_early_go()
+        self._let_early_go(pages)
+        self.unprepare(pages)
         backed = pages[self._backed[pages]]
         while len(backed):
             backed = backed[self._region.held(backed)]
@@ -407,6 +440,7 @@ class Residence:
     def reset(self) -> None:
         """The engine has flushed its cache: every page but the padding is free."""
         self.release_others(())
-        self._let_early_go()
+        self._let_early_go(_where(self._early))
+        self.unprepare()
         pages = np.flatnonzero(self._backed).astype(np.int32)
         self.forget(pages[pages != PADDING])
