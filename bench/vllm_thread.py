@@ -122,6 +122,11 @@ def serve(folder: Path, kind: str, work: str, step_ms: float) -> None:
     llm = engine(folder, kind, WORKS[work])
     from vllm import SamplingParams
 
+    if kind == "tiermem":
+        from tiermem.integrations import vllm_scheduler
+
+        vllm_scheduler.SMALL_BYTES = 4 * BLOCK  # as many blocks as of 8 MiB, a GPU's
+
     NoModel(llm.llm_engine.engine_core.engine_core, step_ms / 1000)
     asked = [
         (
