@@ -282,6 +282,11 @@ class Director:
             return False
         return not np.count_nonzero(table.flags[where] & DOOMED)
 
+    def frameless(self, units: Units) -> int:
+        """How many of these have neither a frame nor one on its way."""
+        table, heads = self._planner.table, self._heads(units)
+        return int(np.count_nonzero((table.at[heads] != AT_GPU) & (table.to[heads] != AT_GPU)))
+
     def is_coming(self, unit: int) -> bool:
         """Whether `look` would find it on its way up."""
         return self._planner.table.to.item(unit * self.unit_pages) == AT_GPU
@@ -326,7 +331,7 @@ class Director:
         return self._paces.totals()
 
     def units_in_use(self) -> int:
-        return int((self._users > 0).sum())
+        return int(np.count_nonzero(self._users))
 
     def in_use(self, units: Units) -> Mask:
         return np.asarray(self._users[units] > 0)
@@ -415,8 +420,8 @@ class Director:
         users = self._users[units] - 1
         self._users[units] = users
         done = units if not np.count_nonzero(users) else units[users == 0]
-        lost = self._is_lost(done)
-        if np.count_nonzero(lost):
+        if np.count_nonzero(self._planner.table.at[self._heads(done)] == AT_LOST):
+            lost = self._is_lost(done)
             self._worthless.update(done[lost].tolist())
             done = done[~lost]
         if not len(done):

@@ -87,6 +87,9 @@ class Layout:
 
     def addresses(self, base: int, rows: Rows) -> Addresses:
         """uint64[n]: where these pages lie when the range begins at `base`."""
+        if self.unit_pages == 1:
+            first, page_bytes = np.uint64(base + self.offsets[0]), np.uint64(self.page_bytes)
+            return rows.astype(np.uint64) * page_bytes + first
         unit, page = np.divmod(rows.astype(np.int64), self.unit_pages)
         piece, within = np.divmod(page, self._piece_pages)
         offset = np.asarray(self.offsets, np.int64)[piece]

@@ -296,7 +296,7 @@ class EngineSide:
         """Part of the GPU budget that requests hold."""
         if self._director is None:
             return 0.0
-        return min(1.0, self.director.statistics()["in_use"] / max(1, self.director.budget))
+        return min(1.0, self.director.units_in_use() / max(1, self.director.budget))
 
     # ---------------------------------------------------------------- waiting requests
 
@@ -363,6 +363,9 @@ class EngineSide:
         wanted = self._units(idle)[::-1]
         new = max(0, self._groups.held(request.num_tokens) - len(prefix))
         self._note_taken()
+        if new + self._spent <= self._room and director.are_here(wanted):
+            self._credit = len(wanted) - int(np.count_nonzero(director.in_use(wanted)))
+            return False
         look = director.look(wanted)
         need = self._frames_for(look) + new + self._spent
         # Behind one for whom there is no room, none is made for one who has to wait anyway.
@@ -764,7 +767,7 @@ class EngineSide:
         if self.layout.blocks_per_unit > 1 or self.director.are_here(units):
             self._enter_units(units, "read")
             return taken
-        frames = self._frames_for(self.director.look(units))
+        frames = self.director.frameless(units)
         self._below.append(units)  # nobody else's, so that each is named once
         self._frames += frames
         return taken - frames
