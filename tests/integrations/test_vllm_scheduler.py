@@ -22,7 +22,7 @@ from tests.waiting import until
 from tiermem import Share, peers
 from tiermem.directed.director import Director, Look, Units
 from tiermem.errors import TierFull
-from tiermem.integrations import vllm_scheduler
+from tiermem.integrations import vllm_metrics, vllm_scheduler
 from tiermem.integrations.vllm_scheduler import EngineSide
 from tiermem.integrations.vllm_worker import RANKS
 from tiermem.plan import Access
@@ -600,3 +600,22 @@ def test_requests_of_one_step_share_what_is_on_its_way_for_one_before_them(
     assert len(machine.running) == 5
     machine.drain()
     machine.ranks.close()
+
+
+def test_the_metrics_page_is_told_at_once_when_the_last_request_has_ended(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(vllm_metrics, "EVERY_S", 1000.0)
+    ranks = Ranks(ranks=1, units=40, budget=20, host=14, queued=True)
+    monkeypatch.setattr(vllm_scheduler, "load", lambda: ranks.config)
+    machine = Machine(ranks, 0)
+    machine.ask(0, 9, 2)
+    machine.ask(1, 9, 12)
+    machine.step()
+    assert machine.engine.take_stats() is not None, "the first time"
+    while len(machine.requests) > 1:
+        machine.step()
+    assert machine.engine.take_stats() is None, "another one runs"
+    machine.drain()
+    assert machine.engine.take_stats() is not None
+    ranks.close()

@@ -605,7 +605,8 @@ class EngineSide:
                 self._give_up(tracked)
                 units = self._each_once(self._leave(tracked))
                 self._sessions.end(request, tracked.hints, units, self.director, time.monotonic())
-            self._told.is_due = self._stale = True
+            self._stale = True
+            self._told.is_due |= not self._tracked  # while others run it is told soon enough
 
     def _give_up(self, tracked: Tracked) -> None:
         """Blocks that a request says nobody will want, and nobody else holds, are not kept."""
@@ -926,7 +927,7 @@ class EngineSide:
     # ---------------------------------------------------------------- parts
 
     def take_stats(self) -> dict[str, float] | None:
-        """Totals for vLLM's metrics page, now and then and after a request has ended."""
+        """Totals for vLLM's metrics page, now and then and once all requests have ended."""
         if self._director is None or not self._told.is_time(time.monotonic()):
             return None
         with self._turns.lock:
