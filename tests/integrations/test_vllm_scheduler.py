@@ -462,6 +462,8 @@ def test_units_are_seen_one_by_one_as_together(tmp_path: Path) -> None:
             assert director.is_coming(unit) == look.coming[i]
             assert director.is_below(unit, HOST) == (look.below[i] or look.deep[i])
             assert director.is_below(unit, NVME) == look.deep[i]
+        frameless = look.shown | look.below | look.deep
+        assert director.frameless(every[~look.gone]) == np.count_nonzero(frameless)
         here = every[look.here]
         assert director.are_here(here)
         assert len(here) == len(every) or not director.are_here(every)
