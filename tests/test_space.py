@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from tests.test_region import PAGE, config, filled, verify, write
+from tests.waiting import until
 from tiermem.config import Config, Evict, Gpu, Host, Nvme, Trace, load
 from tiermem.errors import BadPolicy, Closed, ConfigError, NotOurs, PageInUse, TierFull
 from tiermem.host import limits
@@ -125,13 +126,7 @@ def test_marks_keep_frames_free_ahead_of_need(tmp_path: Path) -> None:
     with Space.open(given) as space:
         region = space.reserve(20 * PAGE)
         filled(region, 9)
-        ahead = threading.Event()
-        for _ in range(1000):
-            space.drain()
-            if space.statistics().tier(Place.GPU).used <= 8:
-                break
-            ahead.wait(0.01)  # the mover's turn
-        assert space.statistics().tier(Place.GPU).used <= 8
+        until(lambda: space.statistics().tier(Place.GPU).used <= 8)  # the mover's turn
         space.check()
 
 
@@ -144,13 +139,7 @@ def test_headroom_keeps_frames_free_whatever_the_marks(tmp_path: Path) -> None:
     with Space.open(config(tmp_path, gpu=10), headroom=4) as space:
         region = space.reserve(20 * PAGE)
         pages = filled(region, 9)
-        ahead = threading.Event()
-        for _ in range(1000):
-            space.drain()
-            if space.statistics().tier(Place.GPU).used <= 6:
-                break
-            ahead.wait(0.01)  # the mover's turn
-        assert space.statistics().tier(Place.GPU).used == 6
+        until(lambda: space.statistics().tier(Place.GPU).used == 6)  # the mover's turn
         verify(region, pages)
         space.check()
 

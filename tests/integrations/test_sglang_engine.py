@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import numpy as np
 import pytest
 
 from tests.test_region import config
+from tests.waiting import until
 from tiermem.config import Config, Evict
 from tiermem.errors import ConfigError
 from tiermem.integrations.sglang_engine import Engine, Identity, Usable
@@ -251,13 +251,7 @@ def test_a_budget_that_changed_is_taken_over_in_the_same_round_by_all(open_engin
 def test_frames_for_two_steps_are_free_once_nobody_uses_them(open_engine: Open) -> None:
     engine = open_engine(step_tokens=32)
     compute(engine, "long", pages_of(1, 2, 3, 4, 5, 6, 7), TOKENS)
-    ahead = threading.Event()
-    for _ in range(1000):
-        engine.space.drain()
-        if engine.space.statistics().tier(Place.GPU).used <= 4:
-            break
-        ahead.wait(0.01)  # the mover's turn
-    assert engine.space.statistics().tier(Place.GPU).used == 4
+    until(lambda: engine.space.statistics().tier(Place.GPU).used == 4)  # the mover's turn
     assert reads(engine, pages_of(1, 2, 3, 4, 5, 6, 7), TOKENS)
 
 
