@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from tiermem.config import Config, Gpu, Host
+from tiermem.gpu.tensor import tensor
 from tiermem.region import Pages, Region
 from tiermem.space import Space
 from tiermem.tier import Fence
@@ -53,7 +54,10 @@ class Reader:
         """Several ways to read n neighbouring pages."""
         if self.stream is None:
             return {"sum": lambda: self.read(first, n)}
-        source = self.pages[first : first + n].reshape(-1)
+        return self.kernels_over(self.pages[first : first + n].reshape(-1))
+
+    def kernels_over(self, source: torch.Tensor) -> dict[str, Callable[[], object]]:
+        """The same over any tensor int64[at most SET / 8]."""
         into = self.into[: source.numel()]
         as_bytes, into_bytes = source.view(self.torch.uint8), into.view(self.torch.uint8)
         halves, into_halves = source.view(self.torch.bfloat16), into.view(self.torch.bfloat16)
@@ -171,7 +175,8 @@ def _full(space: Space, n: int, in_place: str, touches: int, rounds: int) -> lis
 
 
 def in_place_rate(device: str) -> dict[str, object]:
-    """GB/s of several kernels that read pages in place, beside one large copy on this link."""
+    """GB/s of several kernels that read pages in place, over memory that torch has pinned, and of
+    one large copy on this link."""
     found: dict[str, object] = {}
     for name, page in sizes(device).items():
         n = max(2, min(64, SET // page))
@@ -180,13 +185,24 @@ def in_place_rate(device: str) -> dict[str, object]:
             reader = Reader(space, region)
             _down(space, region, pages)
             with region.use(pages, "read", reader.stream):
-                for kernel, run in reader.kernels(int(pages[0]), n).items():
-                    rates = [_rate(reader, run, n * page) for _ in range(6)]
-                    found[f"{kernel} {name} gbps"] = rates[1:]
+                found |= _rates(reader, reader.kernels(int(pages[0]), n), n * page, name)
+            if reader.stream is not None and "sum pinned gbps" not in found:
+                pinned = reader.torch.empty(SET // 8, dtype=reader.torch.int64, pin_memory=True)
+                source = tensor(pinned.data_ptr(), SET, "int64", (SET // 8,), device=device)
+                found |= _rates(reader, reader.kernels_over(source), SET, "pinned")
             region.close()
     if device != "cpu":
         found["copy up gbps"] = _ceiling()
     return found
+
+
+def _rates(
+    reader: Reader, kernels: dict[str, Callable[[], object]], nbytes: int, over: str
+) -> dict[str, object]:
+    return {
+        f"{kernel} {over} gbps": [_rate(reader, run, nbytes) for _ in range(6)][1:]
+        for kernel, run in kernels.items()
+    }
 
 
 def _rate(reader: Reader, run: Callable[[], object], nbytes: int, repeats: int = 4) -> float:
