@@ -374,7 +374,11 @@ class Books:
     def _target(self, place: Place, which: Literal["high", "low"]) -> float:
         """The mark above which pages leave ahead of need; the headroom is free below it."""
         mark, allowed = self._mark(place, which), self._allowed(place)
-        return min(mark, allowed - min(self.headroom, allowed // 2)) if place == GPU else mark
+        return min(mark, self._below_headroom(allowed)) if place == GPU else mark
+
+    def _below_headroom(self, frames: int) -> int:
+        """Of so many frames, those that are not the headroom."""
+        return frames - min(self.headroom, frames // 2)
 
     def _allowed(self, place: Place) -> int:
         """Slots that may be used: those that there are, up to the limit."""

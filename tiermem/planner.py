@@ -517,7 +517,7 @@ class Planner(Ascent):
             if pool.used > self.marks[place].high * pool.capacity:
                 return True
         gpu = self.pools[GPU]
-        return gpu.used > gpu.capacity - min(self.headroom, gpu.capacity // 2)
+        return gpu.used > self._below_headroom(gpu.capacity)
 
     def relieve(self, now: int) -> list[Plan]:
         """Plans that bring each tier below its marks and its limit, the lowest tier first.
