@@ -84,6 +84,17 @@ def test_the_longest_unused_come_first_and_only_so_many_at_a_time() -> None:
     h.check_idle()
 
 
+def test_what_must_leave_comes_first() -> None:
+    h = harness()
+    written(h, 0, 1, 2, 3, 4, 5)
+    h.carry(h.planner.demote(h.rows([0, 1, 2]), h.now))
+    assert clean(h) == [3], "four pages may be under way, and three leave"
+    h.drain()
+    assert clean(h) == [4, 5]
+    h.drain()
+    h.check_idle()
+
+
 def test_a_page_written_meanwhile_has_no_copy() -> None:
     h = harness()
     written(h, 0, 1)
