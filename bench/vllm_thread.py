@@ -31,14 +31,12 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from bench import vllm_step
 from bench.vllm_gpu import Hooks, connector
 
 CONFIG = {
-    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 128,
-    "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 2,
-    "num_key_value_heads": 1, "head_dim": 64, "vocab_size": 1024, "rms_norm_eps": 1e-5,
-    "max_position_embeddings": 32768, "hidden_act": "silu", "bos_token_id": 1, "eos_token_id": 2,
-    "tie_word_embeddings": False, "dtype": "bfloat16",
+    **vllm_step.CONFIG, "hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 1,
+    "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 32768,
 }  # fmt: skip
 BLOCK_TOKENS = 64
 BLOCK = BLOCK_TOKENS * 2 * 64 * 2
