@@ -201,11 +201,24 @@ def handover(ledger: Ledger, donor: Child, newcomer: Child, page: int, base: Ans
     }
 
 
+def grown(ledger: Ledger, donor: Child) -> int:
+    """Bytes that the donor holds once it has written its pages with nobody beside it.
+
+    It takes back what the newcomer had while it writes; what a cap of half of that leaves over then
+    fits into its host tier.
+    """
+    for _ in range(8):
+        wanted = donor.ask("write")["pages"]
+        donor.ask("drain")
+        member = _member(ledger, "donor")
+        if member.held >= min(wanted * member.page_bytes, ledger.budget):
+            return member.held
+    raise RuntimeError(f"the donor holds {member.held} of {ledger.budget} bytes and grows no more")
+
+
 def limit(ledger: Ledger, donor: Child, page: int, base: Answer) -> Answer:
     """A cap of half of what is held."""
-    donor.ask("write")
-    donor.ask("drain")
-    held = _member(ledger, "donor").held
+    held = grown(ledger, donor)
     cap = held // page // 2 * page
     plain = _tiermem("limit", "donor", "--cap", str(cap), "--wait", "30", "--json", "-")
     link_s = (plain["held_before"] - cap) / base["copy_gbps"] / 1e9
