@@ -129,7 +129,8 @@ class Watch:
 
 
 def floor(device: str, page: int) -> Answer:
-    """The three parts of a hand-over for one page, and the calls beside another's copies."""
+    """The three parts of a hand-over for one page, and the calls beside another process's copies
+    and beside its calls."""
     with child("floor", device=device, page=page) as one:
         calls = one.ask("calls")
         copy = one.ask("copy", rounds=4)
@@ -137,6 +138,9 @@ def floor(device: str, page: int) -> Answer:
             two.ask("copy", rounds=1)  # opens what takes long, so that the next starts at once
             two.send("copy", rounds=40)
             beside = one.ask("calls")
+            two.answer()
+            two.send("calls", rounds=200)  # 2 s on an H200
+            beside_calls = one.ask("calls", rounds=21)
             two.answer()
     return {
         "device": device,
@@ -146,6 +150,7 @@ def floor(device: str, page: int) -> Answer:
         "newcomer_us": calls["newcomer_us"],
         "calls_us": calls["us"],
         "calls_beside_copies_us": beside["us"],
+        "calls_beside_calls_us": beside_calls["us"],
     }
 
 

@@ -211,11 +211,11 @@ class Floor:
         self.device_name = given["device"]
         self._down: list[Done] = []
 
-    def calls(self) -> Answer:
-        """Microseconds a page of each driver call, groups of 64; medians of 7."""
+    def calls(self, rounds: int = 7) -> Answer:
+        """Microseconds a page of each driver call, groups of 64; medians of the rounds."""
         if self.device_name == "cpu":
-            return _calls_emulated(self.page)
-        return _calls_cuda(self.page)
+            return _calls_emulated(self.page, rounds)
+        return _calls_cuda(self.page, rounds)
 
     def copy(self, rounds: int) -> Answer:
         """GB/s to host memory: pages of this size in groups of 64, all submitted at once."""
@@ -262,7 +262,7 @@ def _open_device(name: str, page: int) -> tuple[Device, Any]:
     return device, host
 
 
-def _calls_emulated(page: int) -> Answer:
+def _calls_emulated(page: int, rounds: int) -> Answer:
     """The CPU device's calls, which do what the driver's do."""
     from tiermem.gpu.emulated import EmulatedDevice
 
@@ -279,7 +279,7 @@ def _calls_emulated(page: int) -> Answer:
             _end(done)
         times.setdefault(name, []).append((time.perf_counter() - began) / GROUP * 1e6)
 
-    for _ in range(7):
+    for _ in range(rounds):
         timed("show", lambda: device.window.show(at, frames))
         timed("hide", lambda: device.window.hide(at))
         timed("give", lambda: device.park(frames))
@@ -288,7 +288,7 @@ def _calls_emulated(page: int) -> Answer:
     return _sides(times, donor=("hide", "give"), newcomer=("create", "show"))
 
 
-def _calls_cuda(page: int) -> Answer:
+def _calls_cuda(page: int, rounds: int) -> Answer:
     from tiermem.gpu.driver import Context, load
     from tiermem.gpu.frames import DEVICE, Backing, reserve
     from tiermem.native import Kind, Program, group
@@ -312,7 +312,7 @@ def _calls_cuda(page: int) -> Answer:
             times.setdefault(label, []).append((time.perf_counter() - began) / GROUP * 1e6)
             assert failure is None, f"{name}: {failure}"
 
-        for _ in range(7):
+        for _ in range(rounds):
             call("create", "cuMemCreate", into, page, prop.ctypes.data, 0)
             for where, what in ((under, "alias"), (at, "page")):
                 call(f"map {what}", "cuMemMap", where, page, 0, handles, 0)
