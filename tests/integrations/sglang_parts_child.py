@@ -86,6 +86,50 @@ def a_branch_is_cut_where_it_is_not_in_use(engine: Any) -> None:
     assert tree.evictable_size() == 0
 
 
+def a_tree_knows_the_pages_of_its_nodes(engine: Any) -> None:
+    from sglang.srt.mem_cache.base_prefix_cache import InsertParams, MatchPrefixParams
+    from sglang.srt.mem_cache.radix_cache import RadixCache, RadixKey
+
+    from tiermem.integrations import sglang_compat as compat
+    from tiermem.integrations import sglang_hooks, sglang_tree
+
+    tree = RadixCache.create_simulated(mock_allocator=make_allocator(), page_size=PAGE_SIZE)
+    stock = RadixCache._split_node
+    tree._split_node = lambda *args: sglang_hooks.split(stock, tree, *args)
+
+    def node_of(pages: int) -> Any:
+        key = RadixKey(TOKENS[: pages * PAGE_SIZE])
+        return tree.match_prefix(MatchPrefixParams(key=key)).last_device_node
+
+    def take_over(stem: Any, pages: int) -> Any:
+        req, value = Request(), tree.token_to_kv_pool_allocator.alloc(pages * PAGE_SIZE)
+        req.last_node = stem
+        engine.residence.follow(req, engine.page_numbers(value[::PAGE_SIZE].numpy()).tolist())
+        with compat.growing(engine, tree, req):
+            tree.insert(InsertParams(key=RadixKey(TOKENS[: pages * PAGE_SIZE]), value=value))
+        return known(pages)
+
+    def known(pages: int) -> Any:
+        values: list[Any] = [*sglang_tree.path(tree.root_node, node_of(pages))]
+        found = sglang_tree.pages_of(values)
+        if found is not None:
+            read = engine.page_numbers(torch.cat(values)[::PAGE_SIZE].numpy())
+            assert found.tolist() == read.tolist()
+        return found
+
+    assert len(take_over(tree.root_node, 4)) == 4
+    assert len(known(3)) == 3  # in two parts from here on
+    assert len(known(4)) == 4
+    assert len(take_over(node_of(4), 6)) == 6
+    assert len(take_over(tree.root_node, 5)) == 5, "the tree's own pages, not this request's"
+    assert len(known(6)) == 6
+
+
+class Request:
+    extra_key = None
+    last_node: Any = None
+
+
 def make_allocator() -> Any:
     from tiermem.integrations.sglang_allocator import PageMajorAllocator
 
@@ -96,3 +140,4 @@ if __name__ == "__main__":
     opened = open_engine()
     a_group_tells_what_is_freed(opened)
     a_branch_is_cut_where_it_is_not_in_use(opened)
+    a_tree_knows_the_pages_of_its_nodes(opened)

@@ -36,6 +36,7 @@ class Request:
     extra_key: str | None = None
     output_ids: list[int] = field(default_factory=list)
     prefix_indices: Any = None
+    last_node: Any = None
     full_untruncated_fill_ids: list[int] = field(default_factory=list)
     extend_end: int = 0
     skip_radix_cache_insert: bool = False

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
+from tiermem.integrations import sglang_tree
 from tiermem.integrations.sglang_engine import Agree, Ended, Engine, Matched, alone
 from tiermem.integrations.sglang_keys import weights_identity
 from tiermem.integrations.sglang_pages import Pages
@@ -188,8 +189,9 @@ def caches_nothing(tree: Any) -> bool:
 def matched_pages(engine: Engine, tree: Any, req: Any) -> Pages:
     """The cached pages that a request was just matched with.
 
-    Their numbers are read from the GPU, unless it was matched with as many before, and no page was
-    freed since: a tree that has gone on growing still has those.
+    Their numbers are read from the GPU, unless it was matched with as many before and no page was
+    freed since (a tree that has gone on growing still has those), or the plain tree's nodes know
+    theirs. After a read they do.
     """
     size, freed = engine.layout.page_size, tree.token_to_kv_pool_allocator.freed
     known = engine.matched.get(req)
@@ -201,7 +203,11 @@ def matched_pages(engine: Engine, tree: Any, req: Any) -> Pages:
         return _NO_PAGES
     if known is not None and known.freed == freed and len(known.pages) * size == len(indices):
         return known.pages
-    pages = engine.page_numbers(indices[::size].cpu().numpy())
+    values = sglang_tree.path(tree.root_node, req.last_node) if _is_plain(tree) else []
+    pages = sglang_tree.pages_of(values)
+    if pages is None or len(pages) * size != len(indices):
+        pages = engine.page_numbers(indices[::size].cpu().numpy())
+        sglang_tree.learn(values, pages, size)
     engine.matched[req] = Matched(pages, freed)
     return pages
 
@@ -210,6 +216,26 @@ def probe(engine: Engine, tree: Any, req: Any) -> Pages:
     """The pages that are cached of a request that has just been queued."""
     type(req).init_next_round_input.__wrapped__(req, tree)
     return matched_pages(engine, tree, req)
+
+
+@contextmanager
+def growing(engine: Engine, tree: Any, req: Any) -> Iterator[None]:
+    """What the plain tree takes over from a request meanwhile knows its pages: the request's own.
+
+    That is a leaf below the node that the request was matched with last, if there is one more. If
+    another request was there before, the tree keeps the other's pages, and nothing is added there.
+    """
+    stem = req.last_node if _is_plain(tree) else None
+    before = 0 if stem is None else len(stem.children)
+    yield
+    held = engine.residence.pages(req)
+    if stem is None or held is None or len(stem.children) != before + 1:
+        return
+    size = engine.layout.page_size
+    leaf = next(reversed(stem.children.values()))
+    start = sum(map(len, sglang_tree.path(tree.root_node, stem))) // size
+    own = held[start : start + len(leaf.value) // size]
+    sglang_tree.remember(leaf.value, np.array(own, np.int32), size)
 
 
 @contextmanager

@@ -16,6 +16,7 @@ import numpy as np
 from tiermem.errors import PageLost
 from tiermem.integrations import sglang_compat as compat
 from tiermem.integrations import sglang_state as state
+from tiermem.integrations import sglang_tree
 from tiermem.integrations.sglang_engine import Engine, Matched
 from tiermem.integrations.sglang_pages import Pages
 from tiermem.integrations.sglang_pool import Plan, page_size_for
@@ -281,7 +282,8 @@ def shared(original: Callable[..., None], req: Any, tree: Any, *args: Any, **kwa
     before = allocator.freed
     if not compat.caches_nothing(tree):
         _make_way(engine, req, tree, compat.written_tokens(req))
-    original(req, tree, *args, **kwargs)
+    with compat.growing(engine, tree, req):
+        original(req, tree, *args, **kwargs)
     if compat.caches_nothing(tree):
         return
     compat.carry_on(tree, req)
@@ -298,11 +300,22 @@ def released(original: Callable[..., None], req: Any, tree: Any, *args: Any, **k
     if kept:
         engine.label(req, compat.committed_tokens(req), compat.extra_of(req))
         _make_way(engine, req, tree, compat.committed_tokens(req))
-    original(req, tree, *args, **kwargs)
+    with compat.growing(engine, tree, req):
+        original(req, tree, *args, **kwargs)
     if kept:
         engine.ended.append((req, compat.ended(req)))  # its answer is sent first
     else:
         engine.release(req)
+
+
+def split(original: Callable[..., Any], tree: Any, key: Any, node: Any, length: int) -> Any:
+    """Around the plain tree's `_split_node`: both parts know what the node knew of its pages."""
+    pages = sglang_tree.remembered(node.value)
+    front = original(tree, key, node, length)
+    if pages is not None:
+        size = state.engine().layout.page_size
+        sglang_tree.learn([front.value, node.value], pages, size)
+    return front
 
 
 def _make_way(engine: Engine, req: Any, tree: Any, tokens: Sequence[int]) -> None:

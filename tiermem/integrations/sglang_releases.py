@@ -26,10 +26,14 @@ class Unsupported(TierMemError):
 
 @dataclass(frozen=True, slots=True)
 class Release:
-    """One release of SGLang. tested: it gave the same tokens as alone; else its names are right."""
+    """One release of SGLang. tested: it gave the same tokens as alone; else its names are right.
+
+    has_plain_tree: its prefix cache is the plain radix tree; the unified one else.
+    """
 
     version: tuple[int, ...]
     tested: bool
+    has_plain_tree: bool = False
     shares: str = f"{_SRT}.mem_cache.common.maybe_cache_unfinished_req"
     counts: str = f"{_SRT}.managers.schedule_policy.PrefillAdder.__init__"
 
@@ -37,8 +41,8 @@ class Release:
 _CHECKPOINT = f"{_SRT}.mem_cache.common.checkpoint_kv_cache"
 _BUDGET = f"{_SRT}.mem_cache.prefill_budget.PrefillBudget.__init__"
 RELEASES = (
-    Release((0, 5, 17), tested=True),
-    Release((0, 5, 18), tested=False),
+    Release((0, 5, 17), tested=True, has_plain_tree=True),
+    Release((0, 5, 18), tested=False, has_plain_tree=True),
     Release((0, 5, 19), tested=False),
     Release((0, 5, 20), tested=False),
     Release((0, 5, 21), tested=True, counts=_BUDGET),
@@ -80,6 +84,8 @@ def seams(release: Release) -> Iterator[Seam]:
     yield Seam(f"{_SRT}.mem_cache.common.release_kv_cache", "around", "released")
     yield Seam(release.shares, "around", "shared")
     yield Seam(release.counts, "after", "withhold")
+    if release.has_plain_tree:
+        yield Seam(f"{_SRT}.mem_cache.radix_cache.RadixCache._split_node", "around", "split")
 
 
 def release_of(version: str) -> Release:
