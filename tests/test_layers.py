@@ -13,9 +13,8 @@ PACKAGE = Path(__file__).parents[1] / "tiermem"
 LEAVES = ("gpu", "host", "nvme", "policies")
 LEVEL = {
     **dict.fromkeys(("config", "errors", "sections", "settings", "units"), 0),
-    **dict.fromkeys(
-        ("fences", "interrupts", "keyindex", "native", "plan", "table", "tier", "toolchain"), 1
-    ),
+    **dict.fromkeys(("fences", "interrupts", "keyindex", "native", "plan", "slices"), 1),
+    **dict.fromkeys(("table", "tier", "toolchain"), 1),
     **dict.fromkeys(LEAVES, 2),
     **dict.fromkeys(
         ("ascent", "books", "descent", "executor", "ledger", "pager", "planner", "ranking", "room"),

@@ -17,6 +17,7 @@ from tiermem.testing import (
     FakeMemory,
     FakeRoute,
     FakeWindow,
+    LateRoute,
     RouteContract,
     SomeCandidates,
     World,
@@ -136,6 +137,21 @@ def test_a_stream_that_waited_for_a_failed_copy_runs_nothing_more() -> None:
     assert done.ready()
 
 
+def test_a_late_route_copies_a_slice_when_it_is_waited_for() -> None:
+    src, dst = FakeMemory(Place.HOST, 2), FakeMemory(Place.GPU, 2)
+    src.words[:] = [[1, 2], [3, 4]]
+    done = LateRoute(src, dst).submit(ids(0, 1), ids(1, 0), PASSED)
+    assert (dst.words == GARBAGE).all()
+    (first, front), (second, _) = done.slices
+    assert (first, second) == (0, 8)
+    front.order(None)
+    assert dst.words.tolist() == [[3, GARBAGE], [1, GARBAGE]]
+    assert not done.ready()
+    done.order(None)
+    assert dst.words.tolist() == [[3, 4], [1, 2]]
+    assert done.ready()
+
+
 def test_a_delayed_route_ends_when_it_is_released() -> None:
     world = World()
     src, dst = FakeMemory(Place.GPU, 1), FakeMemory(Place.HOST, 1)
@@ -171,6 +187,12 @@ class TestTheFakeRouteKeepsTheContract(RouteContract):
         world = World()
         src, dst = FakeMemory(Place.GPU, 8), FakeMemory(Place.HOST, 8)
         return src, dst, FakeRoute(world, src, dst), world.finish_all
+
+
+class TestALateRouteKeepsTheContract(RouteContract):
+    def make(self) -> tuple[Memory, Memory, Route, Callable[[], None]]:
+        src, dst = FakeMemory(Place.HOST, 8), FakeMemory(Place.GPU, 8)
+        return src, dst, LateRoute(src, dst), lambda: None
 
 
 class Broken(RouteContract):

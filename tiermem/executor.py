@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +24,7 @@ from tiermem.tier import (
     Done,
     Finished,
     Mask,
+    Orderable,
     Place,
     Route,
     Slots,
@@ -86,11 +88,14 @@ class Flight:
         until = time.monotonic() + timeout_s
         return all(done.wait(max(0.0, until - time.monotonic())) for done in self._dones)
 
-    def order(self, stream: int | None, kernels_only: bool) -> bool:
+    def order(
+        self, stream: int | None, kernels_only: bool, later: list[Orderable] | None = None
+    ) -> bool:
         """Make a stream wait for the copies and the caller for the rest; False if it cannot.
 
         kernels_only: as for `Region.use`; the stream waits until pages are shown, too. What hides
         others has ended by then, well or not, and nobody waits for it.
+        later: gets the copies instead, for the stream to wait for later.
         """
         rest: list[Done] = []
         for step, done in zip(self.plan.steps, self._dones, strict=True):
@@ -100,7 +105,10 @@ class Flight:
             # An `Orderable`; asking for the protocol takes 10 us.
             order = getattr(done, "order", None) if copies or kernels_only else None
             if order is not None:
-                order(stream)
+                if copies and later is not None:
+                    later.append(cast(Orderable, done))
+                else:
+                    order(stream)
             elif copies:
                 return False
             else:

@@ -11,7 +11,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -22,9 +22,10 @@ from tiermem.interrupts import Uninterrupted
 from tiermem.plan import Plan
 from tiermem.planner import Access, Planner, Request
 from tiermem.policies.base import Keys
+from tiermem.slices import Arriving
 from tiermem.stats import Latencies
 from tiermem.table import Rows
-from tiermem.tier import Fence, Place
+from tiermem.tier import Fence, Orderable, Place
 
 T = TypeVar("T")
 
@@ -32,6 +33,14 @@ _ATTEMPTS = 4
 _GROWING_S = 0.002
 _TICK_S = 0.05  # how long a waiter sleeps at most before it looks again
 _ANY_S = 0.001  # the same where any of several flights will do: the oldest may write to a drive
+
+
+class _Reader(NamedTuple):
+    """Who waits for loads instead of the caller."""
+
+    stream: int | None
+    kernels_only: bool
+    arriving: Arriving | None
 
 
 class Pager:
@@ -74,13 +83,16 @@ class Pager:
         stream: int | None = None,
         touches: int | None = None,
         kernels_only: bool = False,
+        arriving: Arriving | None = None,
     ) -> None:
         """Make pages resident and pin them: all or nothing; returns when they may be touched.
 
         With a stream and read access, the stream rather than the caller waits for host loads.
-        touches: as for `Planner.fault`. kernels_only: as for `Region.use`.
+        touches: as for `Planner.fault`. kernels_only, arriving: as for `Region.use`, `Region.pin`.
         """
-        order = stream is not None and access == "read"
+        reader = None
+        if access == "read" and (stream is not None or arriving is not None):
+            reader = _Reader(stream, kernels_only, arriving)
         writes = access != "read"
         attempts = 0
         start_s = 0.0
@@ -89,7 +101,7 @@ class Pager:
                 self._refuse_closed()
                 self._settle_ended()
                 request = self.planner.fault(
-                    rows, access, self._now(), order=order, touches=touches
+                    rows, access, self._now(), order=reader is not None, touches=touches
                 )
                 self._todo.extend(request.plans)
                 awaited = len(request.pending)
@@ -104,7 +116,7 @@ class Pager:
                 if not taken:
                     self._start()
                     self._await_any(request, awaited)
-                elif self._come(request, resident, writes, order, stream, kernels_only):
+                elif self._come(request, resident, writes, reader):
                     break
             except BaseException:  # also Ctrl-C: what is on its way lands without its pins
                 with self.lock:
@@ -117,22 +129,14 @@ class Pager:
             self.fault_latency.add(time.perf_counter() - start_s)
             self._wake_if_pressed()
 
-    def _come(
-        self,
-        request: Request,
-        resident: bool,
-        writes: bool,
-        order: bool,
-        stream: int | None,
-        kernels_only: bool,
-    ) -> bool:
+    def _come(self, request: Request, resident: bool, writes: bool, reader: _Reader | None) -> bool:
         """Carry a taken request out and wait for it; False: ask again, for it was badly served."""
         self._start()
         if resident:
             return True
-        if order and len(request.rows) > 1:
+        if reader is not None and len(request.rows) > 1:
             self.settle_ready()  # what came before, while these are being shown
-        if order and self._order(request, stream, kernels_only):
+        if reader is not None and self._order(request, reader):
             self._wake()  # nobody else will settle these loads
             return True
         self._await_all(request)
@@ -329,14 +333,19 @@ class Pager:
             flights[0].wait(_ANY_S if some and len(flights) > 1 else _TICK_S)
         self.settle_ready()
 
-    def _order(self, request: Request, stream: int | None, kernels_only: bool) -> bool:
+    def _order(self, request: Request, reader: _Reader) -> bool:
         """Let the stream wait for this request's loads; False if any must be waited for."""
         with self.lock:
             flights = [self._flights.get(p) for p in request.pending]
             if not flights or None in flights or not self.planner.order(request):
                 return False
-        if not all([f.order(stream, kernels_only) for f in flights if f is not None]):
+        stream, kernels_only, arriving = reader
+        later: list[Orderable] | None = None if arriving is None else []
+        if not all([f.order(stream, kernels_only, later) for f in flights if f is not None]):
             return False
+        if arriving is not None:
+            for load in later or ():
+                arriving.add(load)
         with self.lock:
             self.planner.run_ahead(request, self._now())
         return True

@@ -19,6 +19,7 @@ from tiermem.planner import Access
 from tiermem.policies.base import Keys, RequestFacts
 from tiermem.policies.recompute import ModelSpeed, RouteSpeed, Split, split
 from tiermem.policies.retention import HIGHEST, Retained
+from tiermem.slices import Arriving
 from tiermem.table import Extent, Rows
 from tiermem.tier import Device, Place
 
@@ -174,13 +175,19 @@ class Region:
         stream: int | None = None,
         touches: int = 1,
         kernels_only: bool = False,
+        arriving: Arriving | None = None,
     ) -> None:
-        """What entering `use` does; each page is given back by one `unpin`, in any grouping."""
+        """What entering `use` does; each page is given back by one `unpin`, in any grouping.
+
+        arriving: for work that reads these pages from front to back. Host loads are added to it
+        instead of being waited for, and the caller lets the stream (the calling thread, without
+        one) wait for so many bytes of each page as what it queues next will read.
+        """
         if access not in _ACCESS:
             raise ConfigError(f"access {access!r}: one of {', '.join(_ACCESS)}")
         rows = self._rows(pages)
         if len(rows):
-            self._pager.use(rows, access, stream, self._counted(touches), kernels_only)
+            self._pager.use(rows, access, stream, self._counted(touches), kernels_only, arriving)
 
     def unpin(self, pages: Sequence[int] | Pages, stream: int | None = None) -> None:
         """Pages may leave once the work that is queued on the stream by now has ended."""

@@ -22,6 +22,7 @@ import numpy.typing as npt
 
 from tiermem.errors import Closed, DriverError, TierFailed
 from tiermem.policies.base import Candidates, Eviction
+from tiermem.slices import Sliced
 from tiermem.tier import (
     PASSED,
     Addresses,
@@ -346,6 +347,63 @@ class _HeldDone:
 
     def wait(self, timeout_s: float | None = None) -> bool:
         return self.let_go and self.done.wait(timeout_s)
+
+
+class LateRoute:
+    """Copies each slice when somebody is made to wait for it, and not before.
+
+    So whoever reads part of a page without waiting for it finds what was there.
+    """
+
+    def __init__(self, source: Memory, destination: Memory, slices: int = 2) -> None:
+        self.src, self.dst = source.place, destination.place
+        self._source = source
+        self._destination = destination
+        self._slices = slices
+        self._closed = False
+
+    def submit(self, src: Slots, dst: Slots, after: Fence) -> Sliced:
+        if self._closed:
+            raise Closed("late route: closed")
+        slot_bytes = min(self._source.slot_bytes, self._destination.slot_bytes)
+        firsts = [slot_bytes * i // self._slices for i in range(self._slices)]
+        starts, ends = self._source.addresses(src), self._destination.addresses(dst)
+        slices: list[_LateSlice] = []
+        for first, end in zip(firsts, [*firsts[1:], slot_bytes], strict=True):
+            before = slices[-1] if slices else None
+            slices.append(_LateSlice(starts.tolist(), ends.tolist(), first, end, before))
+        return Sliced(firsts, slices)
+
+    def close(self) -> None:
+        self._closed = True
+
+
+@dataclass(slots=True)
+class _LateSlice:
+    starts: list[int]
+    ends: list[int]
+    first: int
+    end: int
+    before: _LateSlice | None
+    there: bool = False
+    error: Exception | None = None
+    failed: Mask | None = None
+
+    def ready(self) -> bool:
+        return self.there
+
+    def wait(self, timeout_s: float | None = None) -> bool:
+        if self.before is not None:
+            self.before.wait()
+        if not self.there:
+            for start, end in zip(self.starts, self.ends, strict=True):
+                ctypes.memmove(end + self.first, start + self.first, self.end - self.first)
+            self.there = True
+        return True
+
+    def order(self, stream: int | None) -> None:
+        """For streams that no test holds back: what is queued on them next is behind it."""
+        self.wait()
 
 
 class FailingRoute:

@@ -16,6 +16,7 @@ import pytest
 from tiermem.errors import Closed, DriverError, TierMemError
 from tiermem.nvme.digest import digest as digest_of
 from tiermem.nvme.files import memory_at
+from tiermem.slices import Arriving
 from tiermem.tier import (
     PASSED,
     Addresses,
@@ -349,6 +350,44 @@ class DeviceContract:
         finally:
             release()
         assert seen() == bytes([8]) * device.page_bytes
+        finish(load)
+
+    def test_a_stream_reads_pages_from_front_to_back_while_they_come(
+        self, parts: Parts, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Behind each slice of a load a stream finds that part of every page."""
+        device, engine = parts
+        quarter = device.page_bytes // 4
+        for module in ("copy", "emulated_streams"):
+            monkeypatch.setattr(f"tiermem.gpu.{module}._SLICE", quarter)
+            monkeypatch.setattr(f"tiermem.gpu.{module}._SLICED", 3 * device.page_bytes)
+        down, up = device.routes(engine.host(4))
+        busy, reader = engine.stream(), engine.stream()
+        frames = [int(a) for a in device.frames.addresses(slots(0, 1, 2))]
+        parts_of = [(page, part) for part in range(4) for page in range(3)]
+        for page, part in parts_of:
+            engine.fill(None, frames[page] + part * quarter, 1 + 3 * part + page, quarter)
+        finish(down.submit(slots(0, 1, 2), slots(3, 0, 2), PASSED))
+        for frame in frames:
+            engine.fill(None, frame, 99, device.page_bytes)
+        few = finish(up.submit(slots(3, 0), slots(0, 1), PASSED))
+        assert not hasattr(few, "slices"), "a small group goes as one"
+        arriving = Arriving()
+        release = engine.hold(busy)
+        try:
+            load = up.submit(slots(3, 0, 2), slots(0, 1, 2), fence(device, busy))
+            arriving.add(load)  # type: ignore[arg-type]
+            assert len(arriving) == 4
+            seen = []
+            for page, part in parts_of:
+                arriving.order(reader, (part + 1) * quarter)
+                assert len(arriving) == 3 - part
+                seen.append(engine.read(reader, frames[page] + part * quarter, quarter))
+            assert not load.ready()
+        finally:
+            release()
+        for (page, part), read in zip(parts_of, seen, strict=True):
+            assert read() == bytes([1 + 3 * part + page]) * quarter
         finish(load)
 
     def test_a_stream_can_wait_until_pages_are_shown_without_the_host(self, parts: Parts) -> None:

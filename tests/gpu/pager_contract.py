@@ -13,10 +13,12 @@ from contextlib import contextmanager
 from typing import Literal
 
 import numpy as np
+import pytest
 
 from tests.gpu.device_contract import LONG_S, Engine
 from tiermem.config import Config, Gpu, Host
 from tiermem.region import ReadInPlace
+from tiermem.slices import Arriving
 from tiermem.space import Space
 from tiermem.tier import Place
 
@@ -230,6 +232,36 @@ class PagerContract:
                     reads = [h.engine.see(h.stream, h.address(page), BYTES) for page in group]
                 found = [read() for read in reads]
                 assert found == [bytes([first + i + 1]) * BYTES for i in range(6)]
+            h.space.drain(LONG_S)
+            h.space.check()
+
+    def test_kernels_read_the_front_of_pages_of_which_the_rest_is_still_coming(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Hinted or not: what the stream was let wait for is there, and no more is waited for."""
+        with self.held(frames=8) as h:
+            quarter = self.page // 4
+            for module in ("copy", "emulated_streams"):
+                monkeypatch.setattr(f"tiermem.gpu.{module}._SLICE", quarter)
+                monkeypatch.setattr(f"tiermem.gpu.{module}._SLICED", 0)
+            pages = [h.written(i + 1) for i in range(16)]
+            for turn in range(18):
+                first = 5 * (turn % 3)
+                group = pages[first : first + 6]
+                if turn % 2:
+                    h.region.hint(group, "soon")
+                arriving = Arriving()
+                h.region.pin(group, "read", h.stream, kernels_only=True, arriving=arriving)
+                reads = []
+                for part in range(4):
+                    arriving.order(h.stream, (part + 1) * quarter)
+                    at = [h.address(page) + (part + 1) * quarter - BYTES for page in group]
+                    reads.append([h.engine.see(h.stream, address, BYTES) for address in at])
+                assert not len(arriving)
+                h.region.unpin(group, h.stream)
+                for read in reads:
+                    found = [see() for see in read]
+                    assert found == [bytes([first + i + 1]) * BYTES for i in range(6)]
             h.space.drain(LONG_S)
             h.space.check()
 

@@ -13,12 +13,16 @@ import numpy.typing as npt
 from tiermem.errors import Closed, DriverError, NotOurs
 from tiermem.gpu.emulated_frames import EmulatedFrames
 from tiermem.native import CALL, Calls, Kind, Program, Queue, Ticket, function, group, pointer
+from tiermem.slices import Sliced, cuts
 from tiermem.tier import Fence, Mask, Memory, Place, Slots
 
 _STREAMS = 1024
 _PATIENCE_S = 300e-6
 _SHORT_BYTES = 2 << 20
 """As for the window: so much is copied in about this time."""
+_SLICE = 4 << 10
+_SLICED = 64 << 10
+"""Small, so that what a GPU does with pages of megabytes is done in tests too."""
 _KERNEL = ctypes.CFUNCTYPE(ctypes.c_int)
 _MARK = Program(np.zeros(0, CALL))
 
@@ -153,20 +157,29 @@ class EmulatedRoute:
         name = "tm-gpu-to-host" if down else "tm-host-to-gpu"
         self._queue = Queue(name, patience_s=_PATIENCE_S)
 
-    def submit(self, src: Slots, dst: Slots, after: Fence) -> Orderly:
+    def submit(self, src: Slots, dst: Slots, after: Fence) -> Orderly | Sliced:
         frames, slots = (src, dst) if self._down else (dst, src)
         if len(src) != len(dst) or not len(src):
             raise DriverError(f"{self._queue.name}: {len(src)} sources, {len(dst)} destinations")
         self._frames.check(frames)
         here, there = self._frames.addresses(frames), self._host.addresses(slots)
         to, start = (there, here) if self._down else (here, there)
-        copies = group(self._memcpy, Kind.PLAIN, to, start, self._frames.slot_bytes)
-        calls = np.concatenate([*self._streams.waiting(after), copies])
-        program = Program(calls, entries=len(src), keep=(self._streams,))
         short = len(src) * self._frames.slot_bytes <= _SHORT_BYTES
-        ticket = self._queue.submit(program, short=short)
+        parts = [(0, self._frames.slot_bytes)]
+        if not self._down:
+            parts = list(cuts(len(src), self._frames.slot_bytes, _SLICE, _SLICED))
+        before = self._streams.waiting(after)
+        dones: list[Orderly] = []
+        for first, end in parts:
+            at = np.uint64(first)
+            copies = group(self._memcpy, Kind.PLAIN, to + at, start + at, end - first)
+            calls = np.concatenate([*before, copies])
+            program = Program(calls, entries=len(src), keep=(self._streams,))
+            ticket = self._queue.submit(program, short=short)
+            dones.append(Orderly(ticket, self._streams))
+            before = []
         self._frames.in_flight.add(ticket, frames.copy())
-        return Orderly(ticket, self._streams)
+        return dones[0] if len(dones) == 1 else Sliced([first for first, _ in parts], dones)
 
     def close(self) -> None:
         """Refuse new work; what was submitted goes on and ends. A second call does nothing."""
