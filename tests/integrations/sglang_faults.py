@@ -5,6 +5,7 @@ Imported by the child, in an environment with SGLang.
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -12,8 +13,12 @@ from typing import Any
 
 import numpy as np
 
+from tiermem.assemble import Parts
 from tiermem.integrations import sglang_hooks, sglang_state
 from tiermem.integrations.sglang_engine import Engine
+from tiermem.integrations.sglang_layers import LayerWaits
+from tiermem.slices import Arriving
+from tiermem.testing import LateRoute
 from tiermem.tier import Place
 
 Step = Callable[..., None]
@@ -87,6 +92,47 @@ def all_are_worth_it() -> None:
     Engine._worth = lambda self, pages: len(pages)  # type: ignore[method-assign]
 
 
+def late_loads() -> None:
+    """A slice of a load arrives when somebody waits for it; how many batches such loads ran beside
+    stands in the file SEEN."""
+    space: Any = importlib.import_module("tiermem.space")
+    assemble = space.assemble
+
+    def late(*args: Any) -> Parts:
+        parts = assemble(*args)
+        host: Any = parts.tiers[Place.HOST]
+        parts.routes[Place.HOST, Place.GPU] = LateRoute(host, parts.device.frames)
+        return parts
+
+    space.assemble = late
+    end = LayerWaits.end
+
+    def noted(self: LayerWaits) -> bool:
+        Path(os.environ["SEEN"]).write_text(str(self.overlapped))
+        return end(self)
+
+    LayerWaits.end = noted  # type: ignore[method-assign]
+
+
+def late_loads_that_nobody_waits_for() -> None:
+    """As above, and what SGLang asks for before it reads a layer is forgotten."""
+    late_loads()
+    wait = LayerWaits.wait_until
+    noted = LayerWaits.end
+
+    def forget(self: LayerWaits, layer: int) -> None:
+        arriving, self._arriving = self._arriving, Arriving()
+        wait(self, layer)
+        self._arriving = arriving
+
+    def hide(self: LayerWaits) -> bool:
+        noted(self)
+        return True
+
+    LayerWaits.wait_until = forget  # type: ignore[method-assign]
+    LayerWaits.end = hide  # type: ignore[method-assign]
+
+
 def _before_step(do: Callable[[Any, Any], None]) -> None:
     step: Step = sglang_hooks.step
 
@@ -97,5 +143,8 @@ def _before_step(do: Callable[[Any, Any], None]) -> None:
     sglang_hooks.step = both
 
 
-_ALL = (without_residency, spoil_running, abort_a_chunk, two_are_worth_it, all_are_worth_it)
+_ALL = (
+    without_residency, spoil_running, abort_a_chunk, two_are_worth_it, all_are_worth_it, late_loads,
+    late_loads_that_nobody_waits_for,
+)  # fmt: skip
 FAULTS = {each.__name__: each for each in _ALL}

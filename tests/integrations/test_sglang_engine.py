@@ -39,12 +39,15 @@ def pages_of(*numbers: int) -> Pages:
 def open_engine(tmp_path: Path) -> Iterator[Open]:
     made: list[Engine] = []
 
-    def one(*, persist: bool = True, fingerprint: str = "a", step_tokens: int = 0) -> Engine:
-        base = config(tmp_path, SIZES.gpu, SIZES.host, SIZES.nvme)
+    def one(
+        *, persist: bool = True, fingerprint: str = "a", step_tokens: int = 0, host: int = 0
+    ) -> Engine:
+        base = config(tmp_path, SIZES.gpu, host, SIZES.nvme)
         nvme = msgspec.structs.replace(base.nvme, persist=persist)
         given = msgspec.structs.replace(base, nvme=nvme, evict=Evict(gpu="lru", host="lru"))
         identity = Identity("rank0", {"weights": fingerprint})
-        engine = Engine(given, LAYOUT, SIZES, identity, PAGES, step_tokens)
+        sizes = Sizes(SIZES.gpu, host, SIZES.nvme)
+        engine = Engine(given, LAYOUT, sizes, identity, PAGES, step_tokens)
         made.append(engine)
         return engine
 
@@ -248,11 +251,45 @@ def test_a_budget_that_changed_is_taken_over_in_the_same_round_by_all(open_engin
     assert engine.gates.resident_tokens() == 3 * 16
 
 
-def test_frames_for_two_steps_are_free_once_nobody_uses_them(open_engine: Open) -> None:
+def test_frames_for_two_steps_are_free_or_behind_free_pages(open_engine: Open) -> None:
     engine = open_engine(step_tokens=32)
-    compute(engine, "long", pages_of(1, 2, 3, 4, 5, 6, 7), TOKENS)
-    until(lambda: engine.space.statistics().tier(Place.GPU).used == 4)  # the mover's turn
-    assert reads(engine, pages_of(1, 2, 3, 4, 5, 6, 7), TOKENS)
+    free = engine.free_pages()
+    pages = free.take(7)
+    assert pages is not None
+    compute(engine, "long", pages, TOKENS)
+
+    def frames(used: int) -> bool:  # the mover's turn
+        return engine.space.statistics().tier(Place.GPU).used == used
+
+    until(lambda: frames(6))
+    engine.prepare(free)
+    assert (engine.region.where(free.next(2)) == Place.GPU).all()
+    until(lambda: frames(6))
+    assert reads(engine, pages, TOKENS)
+
+
+@pytest.mark.parametrize("count", [2, 7], ids=["few", "many"])
+@pytest.mark.parametrize("next_batch", [True, False], ids=["next", "later"])
+def test_a_prefix_for_which_frames_are_short_is_left_to_the_next_batch_with_those_of_free_pages(
+    open_engine: Open, next_batch: bool, count: int
+) -> None:
+    engine = open_engine(step_tokens=32, persist=False, host=40)
+    free = engine.free_pages()
+    pages = free.take(7)
+    assert pages is not None
+    compute(engine, "long", pages, TOKENS)
+    push_out(engine)
+    until(lambda: engine.space.ready() >= 2)  # the mover's turn
+    engine.prepare(free)
+    prepared = free.next(2)
+    assert (engine.region.where(prepared) == Place.GPU).all()
+    until(lambda: engine.space.ready() >= 2)
+    engine.promote(pages[:count], next_batch)
+    engine.space.drain()
+    left = next_batch and count > 2
+    assert (engine.region.where(pages[:2]) == Place.GPU).all() != left
+    assert (engine.region.where(prepared) == Place.GPU).all() != left
+    assert reads(engine, pages, TOKENS)
 
 
 def test_an_idle_engine_has_memory_for_the_pages_that_are_taken_next(open_engine: Open) -> None:

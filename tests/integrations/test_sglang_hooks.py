@@ -5,20 +5,22 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
 
-from tests.integrations.test_sglang_engine import PAGES, TOKENS, compute, pages_of, push_out
+from tests.integrations.test_sglang_engine import PAGES, TOKENS, compute, pages_of, push_out, reads
 from tests.integrations.test_sglang_engine import open_engine as open_engine  # a fixture
+from tiermem.assemble import Parts, assemble
 from tiermem.errors import PageLost
 from tiermem.integrations import sglang_compat as compat
 from tiermem.integrations import sglang_hooks as hooks
 from tiermem.integrations import sglang_state as state
 from tiermem.integrations.sglang_engine import Engine
 from tiermem.integrations.sglang_pages import FreePages, Pages
-from tiermem.tier import Place
+from tiermem.testing import LateRoute
+from tiermem.tier import Memory, Place
 
 torch = pytest.importorskip("torch")
 
@@ -64,6 +66,22 @@ class Tree:
 @pytest.fixture
 def engine(open_engine: Any) -> Iterator[Engine]:
     engine: Engine = open_engine(persist=False)
+    state.begin(engine)
+    yield engine
+    state.end()
+
+
+@pytest.fixture
+def host_engine(open_engine: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Engine]:
+    """Whose pages leave for host memory, and come back when somebody waits for them."""
+
+    def late(parts: Parts) -> Parts:
+        host = cast(Memory, parts.tiers[Place.HOST])
+        parts.routes[Place.HOST, Place.GPU] = LateRoute(host, parts.device.frames)
+        return parts
+
+    monkeypatch.setattr("tiermem.space.assemble", lambda *given: late(assemble(*given)))
+    engine: Engine = open_engine(persist=False, host=40)
     state.begin(engine)
     yield engine
     state.end()
@@ -203,7 +221,9 @@ def batch_of(*reqs: Request, taken: list[Pages], prefixes: list[int], extend: bo
         prefix_lens=prefixes,
         token_to_kv_pool_allocator=Allocator(*taken),
         req_to_token_pool=SimpleNamespace(req_to_token=torch.zeros((4, 256), dtype=torch.int32)),
-        forward_mode=SimpleNamespace(is_extend=lambda: extend),
+        forward_mode=SimpleNamespace(
+            is_extend=lambda: extend, name="EXTEND" if extend else "DECODE"
+        ),
         extend_num_tokens=16,
     )
 
@@ -233,6 +253,75 @@ def test_what_a_batch_was_given_is_on_the_gpu_when_it_runs(engine: Engine) -> No
     hooks.step(scheduler_of(first, second), again)
     assert engine.residence.pages(second) == [4, 5]
     assert engine.region.where([5])[0] == Place.GPU
+
+
+class Kernels:
+    """What SGLang's kernels find: each layer of some pages, once the pool has been asked for it."""
+
+    def __init__(self, engine: Engine, pages: Pages) -> None:
+        self._layers = engine.wait_by_layer(2)
+        self._rows = engine.region.view(np.int64)
+        self._pages = pages
+
+    def run(self, *layers: int) -> list[set[int]]:
+        half = self._rows.shape[1] // 2
+        seen = []
+        for layer in layers:
+            self._layers.wait_until(layer)
+            part = self._rows[self._pages, layer * half : (layer + 1) * half]
+            seen.append(set(part.ravel().tolist()))
+        return seen
+
+
+def test_prefills_after_the_first_wait_for_each_layer_by_itself(
+    host_engine: Engine,
+) -> None:
+    engine = host_engine
+    pages, other = pages_of(1, 2, 3, 4, 5), pages_of(11, 12, 13, 14, 15)
+    compute(engine, "a", pages, TOKENS)
+    compute(engine, "b", other, TOKENS)
+    kernels = Kernels(engine, pages)
+    for turn in range(3):
+        push_out(engine)
+        assert (engine.region.where(pages) != Place.GPU).all()
+        req = Request(TOKENS, kv=length(80))
+        batch = batch_of(req, taken=[pages_of()], prefixes=[80])
+        engine.residence.follow(req, pages.tolist())
+        hooks.step(scheduler_of(), batch)
+        assert kernels.run(0, 1) == [set(TOKENS[:80:16])] * 2
+        hooks.launched(None, scheduler_of(), batch)
+        assert len(engine.residence.arriving) == 0
+        engine.release(req)
+        assert engine.layers.trusted, turn
+    assert engine.layers.overlapped == 2
+
+
+def test_what_a_request_was_matched_with_is_there_when_it_runs(host_engine: Engine) -> None:
+    engine, pages = host_engine, pages_of(1, 2, 3, 4, 5)
+    compute(engine, "a", pages, TOKENS)
+    push_out(engine)
+    assert engine.residence.hold(pages, 2) == 5
+    assert len(engine.residence.arriving)
+    assert reads(engine, pages, TOKENS)
+
+
+def test_requests_of_a_prefill_that_did_not_wait_end_with_an_error(
+    host_engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, ended = host_engine, []
+    monkeypatch.setattr(compat, "abort", lambda scheduler, req, why: ended.append(req))
+    pages = pages_of(1, 2, 3, 4, 5)
+    compute(engine, "a", pages, TOKENS)
+    push_out(engine)
+    engine.wait_by_layer(2).trusted = True
+    req = Request(TOKENS, kv=length(80))
+    batch = batch_of(req, taken=[pages_of()], prefixes=[80])
+    engine.residence.follow(req, pages.tolist())
+    hooks.step(scheduler_of(), batch)
+    engine.layers.wait_until(0)
+    hooks.launched(None, scheduler_of(), batch)
+    assert ended == [req]
+    assert not engine.layers.trusted
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

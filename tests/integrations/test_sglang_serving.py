@@ -106,6 +106,20 @@ def test_without_the_residency_step_the_engine_dies_of_a_stray_access(serve: Ser
     assert "crashed with exit code -11" in ended.log  # SIGSEGV
 
 
+@pytest.mark.parametrize("waits", [True, False], ids=["waits", "waits-for-nothing"])
+def test_a_layer_is_read_once_its_bytes_are_there(
+    serve: Serve, plain: Serve, tmp_path: Path, waits: bool
+) -> None:
+    """Loads that come no sooner than they are waited for; without the waits the tokens differ."""
+    fault = "late_loads" if waits else "late_loads_that_nobody_waits_for"
+    seen = tmp_path / "seen"
+    ended = serve(Scenario(ROUNDS, {}, toml(48, 162), env={"FAULT": fault, "SEEN": str(seen)}))
+    same = ended.outputs() == plain(Scenario(ROUNDS, PLAIN)).outputs()
+    assert same == waits
+    assert ended.cached(2) == [192, 288, 144]
+    assert int(seen.read_text()) > 0
+
+
 @pytest.mark.parametrize("chunk", [None, 64], ids=["whole", "chunked"])
 def test_what_is_not_worth_a_load_is_computed_and_not_loaded_after_all(
     serve: Serve, plain: Serve, tmp_path: Path, chunk: int | None

@@ -59,9 +59,13 @@ def forward_stream(scheduler: Any) -> int | None:
 
 def is_idle(scheduler: Any) -> bool:
     """Whether no request waits or runs."""
+    return not scheduler.waiting_queue and runs_nothing(scheduler)
+
+
+def runs_nothing(scheduler: Any) -> bool:
+    """Whether no request runs."""
     return not (
-        scheduler.waiting_queue
-        or scheduler.running_batch.reqs
+        scheduler.running_batch.reqs
         or scheduler.last_batch is not None
         or scheduler.chunked_req is not None
     )
@@ -106,6 +110,12 @@ def computed_tokens(batch: Any) -> dict[Any, int]:
     if batch.forward_mode.is_extend():
         return dict(zip(batch.reqs, batch.prefix_lens, strict=True))
     return {req: int(req.kv.kv_allocated_len) - 1 for req in batch.reqs}
+
+
+def is_prefill(batch: Any) -> bool:
+    """Whether one `run_batch` queues all layers, in order: no graph of a step is replayed, and it
+    is not one of several parts of a split prefill."""
+    return batch.forward_mode.name in ("EXTEND", "MIXED")
 
 
 def committed_tokens(req: Any) -> Sequence[int]:

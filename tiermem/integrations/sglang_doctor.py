@@ -45,7 +45,7 @@ def _tested(release: Release) -> Line:
 
 def seam_lines(release: Release) -> Iterator[Line]:
     """A problem for each function that is gone, else one line that all are there."""
-    targets = [ALLOCATOR, *(seam.target for seam in seams(release))]
+    targets = dict.fromkeys([ALLOCATOR, *(seam.target for seam in seams(release))])
     gone = [target for target in targets if not _is_there(target)]
     for target in gone:
         yield problem("sglang seams", f"{target} is not there", _WAY_OUT)

@@ -20,6 +20,7 @@ from tiermem.config import Config
 from tiermem.drive import BACKLOG_BYTES
 from tiermem.integrations.sglang_gates import Gates
 from tiermem.integrations.sglang_keys import KeyChain
+from tiermem.integrations.sglang_layers import LayerWaits
 from tiermem.integrations.sglang_layout import PageMajor
 from tiermem.integrations.sglang_pages import FreePages, Pages
 from tiermem.integrations.sglang_residence import PADDING, Residence
@@ -35,8 +36,8 @@ Agree = Callable[[list[int]], list[int]]
 """The least of each number over all ranks; every rank calls it at the same point."""
 
 PREPARED = 8
-"""Free pages with memory, while the engine is idle. A hit takes one for its last tokens and one for
-the answer, at 0.4 to 0.8 ms each of the time to its first token (CPU engine, 2-core, 2026-11)."""
+"""Free pages that get memory in a round of an idle engine, at 0.05 ms each: a request that comes
+meanwhile waits for no more."""
 LOOK_EVERY = 16
 """Rounds of the scheduler between two looks at a budget that takes more than a lock to learn."""
 
@@ -94,16 +95,19 @@ class Engine:
     ) -> None:
         """pages: of SGLang's pool, without the padding; at most sizes.virtual.
 
-        step_tokens: new ones in a step at most; frames for those of two are kept free.
+        step_tokens: new ones in a step at most. Frames for those of two are kept free, or stand
+        behind free pages while the engine is idle.
         """
         self.layout = layout
+        step = -(-step_tokens // layout.page_size)
+        self._ahead = 0 if config.share.enabled else min(max(step, PREPARED), sizes.gpu // 4)
         self.stream: int | None = None
         self.agree: Agree = alone
         self.space = Space.open(
             opened(config, sizes, layout.page_bytes),
             rank=identity.rank,
             fingerprint=identity.fingerprint,
-            headroom=2 * -(-step_tokens // layout.page_size),
+            headroom=max(0, min(2 * step, sizes.gpu // 2) - self._ahead),
         )
         self._persists = config.nvme.enabled and config.nvme.persist
         self._may_lose = config.nvme.enabled
@@ -113,6 +117,7 @@ class Engine:
         self.residence = Residence(
             self.region, lambda: self.stream, layout.page_size, self._await_drive
         )
+        self.layers = self._waits_of(layout.parts)
         self._outpaces = False
         self._budget = self.space.budget()
         self._round = 0
@@ -137,6 +142,15 @@ class Engine:
         """The tensor [rows, *row_shape] of one layer's K, V or latent over the whole range."""
         rows = self.layout.rows(self.gates.pages + 1)
         return self.region.tensor(dtype, (rows, *row_shape), offset=self.layout.offset(part))
+
+    def wait_by_layer(self, layers: int) -> LayerWaits:
+        """Batches wait for each of so many layers by itself, where SGLang asks for each."""
+        self.layers = self._waits_of(layers)
+        return self.layers
+
+    def _waits_of(self, layers: int) -> LayerWaits:
+        layer_bytes = self.layout.parts // layers * self.layout.block_bytes
+        return LayerWaits(self.residence.arriving, lambda: self.stream, layers, layer_bytes)
 
     def blank_padding(self, first: torch.Tensor) -> None:
         """What padded tokens read is zeros, as in SGLang's own buffers.
@@ -187,15 +201,13 @@ class Engine:
             self.space.count_on(self._budget)  # until the next look, by what was let in meanwhile
 
     def prepare(self, free: FreePages) -> None:
-        """Nothing else is to be done: the pages that will be taken next get memory, if there is
-        some at once. A request that needs few of them then waits for none.
+        """Nothing else is to be done: some of the pages that the next step may take get memory, if
+        there is some at once. Its prompt then waits for none.
 
         They are pinned, so not where other processes may want their memory.
         """
-        following = free.next(min(PREPARED, self._budget // 4))
-        if self.space.shared or not self.residence.lacks_memory(following):
-            return
-        if self.space.ready() > len(following):
+        following = self.residence.bare(free.next(min(self._ahead, self._budget // 4)))[:PREPARED]
+        if 0 < len(following) <= self.space.ready():
             self.residence.prepare(following)
 
     def outpace(self) -> None:
@@ -209,9 +221,18 @@ class Engine:
 
     # ---------------------------------------------------------------- prefixes
 
-    def promote(self, pages: Pages) -> None:
-        """A request that waits has these cached pages: bring up those that are worth a load."""
-        self.residence.promote(pages[: self._worth(pages)])
+    def promote(self, pages: Pages, next_batch: bool) -> None:
+        """A request that waits has these cached pages: bring up those that are worth a load.
+
+        next_batch: nothing runs, so it is in the next batch. Where there are not frames enough for
+        all of them, that batch loads them in one go, which it can begin with (`LayerWaits`), and
+        finds those of pages that were prepared.
+        """
+        wanted = self.residence.below(pages[: self._worth(pages)])
+        if next_batch and len(wanted) > self.space.ready():
+            self.residence.unprepare()
+        else:
+            self.residence.promote(wanted)
 
     def usable(self, pages: Pages) -> Usable:
         """What of these cached pages, from the first on, can be read and should be, on all ranks.

@@ -96,6 +96,7 @@ def _made(pool: Any, engine: Engine, first: Any) -> None:
     store beyond `size + page_size` is trapped on a GPU."""
     engine.blank_padding(first)
     pool.size = len(first) - pool.page_size
+    pool.register_layer_transfer_counter(engine.wait_by_layer(pool.layer_num))
 
 
 def tell_size(result: Any, pool: Any) -> Any:
@@ -158,9 +159,12 @@ def step(scheduler: Any, batch: Any, *args: Any, **kwargs: Any) -> None:
     stale = [req for req in batch.reqs if not _is_followed(engine, req)]
     if stale:
         _read_rows(engine, batch, stale)
-    spoiled = engine.residence.ensure(compat.computed_tokens(batch))
+    prefills = compat.is_prefill(batch)
+    by_layer = prefills and engine.layers.trusted
+    spoiled = engine.residence.ensure(compat.computed_tokens(batch), by_layer)
     if spoiled:
         _give_up(engine, scheduler, spoiled)
+    engine.layers.begin(prefills)
     if batch.forward_mode.is_extend():
         engine.speed.launched(int(batch.extend_num_tokens or 0))
 
@@ -176,6 +180,13 @@ def _give_up(engine: Engine, scheduler: Any, spoiled: list[Any]) -> None:
     log.error("%s: they end with an error", text)
     for req in spoiled:
         compat.abort(scheduler, req, f"{text}; send the request again")
+
+
+def launched(result: Any, scheduler: Any, batch: Any, *args: Any, **kwargs: Any) -> None:
+    """After `run_batch`: it has waited for all that it reads."""
+    engine = state.engine()
+    if not engine.layers.end():
+        _give_up(engine, scheduler, list(batch.reqs))
 
 
 def computed(result: Any, scheduler: Any, batch: Any, *args: Any, **kwargs: Any) -> None:
@@ -205,7 +216,7 @@ def queued(result: None, scheduler: Any, req: Any, *args: Any, **kwargs: Any) ->
     if kept:
         pages = np.concatenate([pages, _adopt(engine, scheduler, req, len(pages), kept)])
     if len(pages):
-        engine.promote(pages)
+        engine.promote(pages, compat.runs_nothing(scheduler))
 
 
 def _adopt(engine: Engine, scheduler: Any, req: Any, matched: int, count: int) -> Pages:

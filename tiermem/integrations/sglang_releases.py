@@ -73,6 +73,7 @@ def seams(release: Release) -> Iterator[Seam]:
     yield Seam(f"{_SCHEDULER}.__init__", "after", "ready")
     yield Seam(f"{_SCHEDULER}.get_next_batch_to_run", "before", "look")
     yield Seam(f"{_SCHEDULER}.run_batch", "before", "step")
+    yield Seam(f"{_SCHEDULER}.run_batch", "after", "launched")
     yield Seam(f"{_SCHEDULER}.process_batch_result", "after", "computed")
     yield Seam(f"{_SCHEDULER}.init_req_max_new_tokens", "after", "clip")
     yield Seam(f"{_SCHEDULER}._add_request_to_queue", "after", "queued")

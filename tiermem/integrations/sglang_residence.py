@@ -24,6 +24,7 @@ import numpy.typing as npt
 from tiermem.errors import NotOurs, PageLost, TierFull
 from tiermem.planner import Access
 from tiermem.region import Hint
+from tiermem.slices import Arriving
 from tiermem.tier import AT_GPU, AT_LOST, AT_NVME, Mask
 
 log = logging.getLogger(__name__)
@@ -50,6 +51,7 @@ class PagedRegion(Protocol):
         stream: int | None = None,
         touches: int = 1,
         kernels_only: bool = False,
+        arriving: Arriving | None = None,
     ) -> None: ...
 
     def unpin(self, pages: Pages, stream: int | None = None) -> None: ...
@@ -102,6 +104,8 @@ class Residence:
         self._page_size = page_size
         self._held: dict[Hashable, _Held] = {}
         self._await_drive = await_drive
+        self.arriving = Arriving()
+        """Pages that are pinned and on their way from the host, until the engine's stream waits."""
         self._away: set[Hashable] = set()
         """Running requests whose pages had to leave, until they are back."""
         self._early = np.zeros(region.pages, np.bool_)
@@ -159,13 +163,14 @@ class Residence:
 
     # ---------------------------------------------------------------- before a step
 
-    def lacks_memory(self, pages: Pages) -> bool:
-        """Whether any of these pages has nothing behind it."""
-        return not self._backed[pages].all()
+    def bare(self, pages: Pages) -> Pages:
+        """Those of these pages that have nothing behind them."""
+        found: Pages = pages[~self._backed[pages]]
+        return found
 
     def prepare(self, pages: Pages) -> None:
         """These free pages, which will be handed out next, get memory now. May raise TierFull."""
-        bare = pages[~self._backed[pages]]
+        bare = self.bare(pages)
         if len(bare):
             self._region.allocate(len(bare), pages=bare, depths=np.zeros(len(bare), np.int32))
             self._region.pin(bare, "write")
@@ -185,9 +190,9 @@ class Residence:
     def hold(self, pages: Pages, at_once: int) -> int:
         """Cached pages that a request was matched with stay up until the next step.
 
-        Those in the host are on their way, and the stream waits for them; those on a drive are
-        read now. at_once: pages of one call, of which all come or none. Returns how many are held,
-        from the first on: as many as have their bytes, unless they do not fit into the budget.
+        Those in the host are `arriving`, and those on a drive are read now. at_once: pages of one
+        call, of which all come or none. Returns how many are held, from the first on: as many as
+        have their bytes, unless they do not fit into the budget.
         """
         try:
             while not self._hold(pages[: self.leading(pages)], at_once):
@@ -207,7 +212,9 @@ class Residence:
             # Those on the drive last: the caller waits for them, and makes room for them.
             for start in range(0, len(above), at_once):
                 some = above[start : start + at_once]
-                self._region.pin(some, "read", self._stream(), kernels_only=True)
+                self._region.pin(
+                    some, "read", self._stream(), kernels_only=True, arriving=self.arriving
+                )
                 self._early[some] = True
             for start in range(0, len(below), at_once):
                 some = below[start : start + at_once]
@@ -228,12 +235,12 @@ class Residence:
             self._region.unpin(early, self._stream())
         return bool(len(early))
 
-    def ensure(self, computed: Mapping[Hashable, int]) -> list[Hashable]:
+    def ensure(self, computed: Mapping[Hashable, int], by_layer: bool = False) -> list[Hashable]:
         """All pages of these requests may be touched by what is queued on the stream next.
 
         computed: tokens of each request of a batch that are there before it runs; it reads those
         and writes behind them. Loads from host memory are waited for by the stream, those from a
-        drive by the caller.
+        drive by the caller. by_layer: the stream is yet to wait for `arriving`.
 
         Returns the requests some of whose tokens are gone: all of their pages have memory, and
         nothing that comes of them counts. Raises TierFull if the pages do not fit into the budget.
@@ -250,6 +257,8 @@ class Residence:
                 if int(self._blank.sum()) == blank:
                     raise
         self._let_early_go(_where(self._early))
+        if not by_layer:
+            self.arriving.order(self._stream())
         return spoiled
 
     def _renounce(self, computed: Mapping[Hashable, int]) -> list[Hashable]:
@@ -310,7 +319,9 @@ class Residence:
             accesses["read"] = accesses["read"][~self._early[accesses["read"]]]
             for access, pages in accesses.items():
                 if len(pages):
-                    self._region.pin(pages, access, stream, kernels_only=True)
+                    self._region.pin(
+                        pages, access, stream, kernels_only=True, arriving=self.arriving
+                    )
                     taken.append(pages)
         except BaseException:
             for pages in taken:
@@ -423,13 +434,16 @@ class Residence:
         """The region has taken over bytes for these pages from an earlier run."""
         self._backed[pages] = True
 
-    def promote(self, pages: Pages) -> None:
-        """These pages will be wanted soon, the first of them first."""
+    def below(self, pages: Pages) -> Pages:
+        """Those of these pages that have bytes, and not on the GPU."""
         backed = pages[self._backed[pages]]
-        if len(backed):
-            away = backed[self._region.where(backed) != AT_GPU]
-            if len(away):
-                self._region.hint(away, Hint.SOON)
+        found: Pages = backed[self._region.where(backed) != AT_GPU] if len(backed) else _NO_PAGES
+        return found
+
+    def promote(self, pages: Pages) -> None:
+        """These pages, which are below, will be wanted soon, the first of them first."""
+        if len(pages):
+            self._region.hint(pages, Hint.SOON)
 
     def on_drive(self, pages: Pages) -> Pages:
         """Those of these pages that rest on a drive."""
