@@ -99,7 +99,7 @@ def late_loads() -> None:
     assemble = space.assemble
 
     def late(*args: Any) -> Parts:
-        parts = assemble(*args)
+        parts: Parts = assemble(*args)
         host: Any = parts.tiers[Place.HOST]
         parts.routes[Place.HOST, Place.GPU] = LateRoute(host, parts.device.frames)
         return parts
