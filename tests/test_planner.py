@@ -835,6 +835,37 @@ def test_a_lower_limit_moves_pages_down_and_holds_for_every_later_use() -> None:
     h.check()
 
 
+def test_no_more_leaves_than_a_lower_limit_asks_for_while_frames_are_being_hidden() -> None:
+    """The host has room for what must leave, and not for more."""
+    h = Harness(gpu=16, host=10, nvme=0, marks=Marks(1.0, 1.0))
+    written(h, *range(16))
+    down(h, HOST, *range(10))
+    for row in range(10):
+        assert h.use([row], "read")  # their copies stay
+    h.planner.limits[GPU] = 8
+    for _ in range(3):
+        h.carry(h.planner.relieve(h.now))
+    h.drain()
+    assert h.gone == []
+    assert h.pools[GPU].used == 8
+    h.check_idle()
+
+
+def test_way_is_made_once_while_frames_are_being_hidden(eager: bool) -> None:
+    h = Harness(gpu=10, host=10, nvme=0, marks=Marks(1.0, 0.2), eager=eager)
+    written(h, *range(10))
+    down(h, HOST, *range(10))
+    for row in range(10):
+        assert h.use([row], "read")  # their copies stay
+    for _ in range(3):
+        short = 3 - h.planner.room_ahead()
+        if short > 0:
+            h.carry(h.planner.make_way(short, h.now))
+    h.drain()
+    assert h.pools[GPU].used == 7
+    h.check_idle()
+
+
 def test_demand_does_not_take_frames_above_a_limit_that_has_just_been_lowered() -> None:
     h = Harness(gpu=4, host=8, nvme=0)
     written(h, 0, 1)

@@ -420,7 +420,7 @@ class Planner(Ascent):
     def make_way(self, n: int, now: int) -> list[Plan]:
         """Start up to n pages of the GPU on their way down for a prefetch; to its low mark only."""
         pool, table = self.pools[GPU], self.table
-        n = min(n, pool.used - int(self._mark(GPU, "low")), self.batch) - self._leaving(GPU)
+        n = min(n, pool.used - int(self._mark(GPU, "low")), self.batch) - self._coming()
         if n <= 0:
             return []
         owners = pool.owner[pool.owner >= 0]
@@ -532,7 +532,8 @@ class Planner(Ascent):
                 continue
             if not pool.capacity or pool.used <= (high := self._target(place, "high")):
                 continue
-            excess = pool.used - self._leaving(place)
+            leaving = self._coming() if place == GPU else self._leaving(place)
+            excess = pool.used - leaving
             if excess > high:
                 n = excess - int(self._target(place, "low"))
                 n = min(n, self.batch - self._leaving(place))
