@@ -13,6 +13,7 @@ from tests.test_region import config
 from tests.waiting import until
 from tiermem.config import Config, Evict
 from tiermem.errors import ConfigError
+from tiermem.integrations import sglang_engine
 from tiermem.integrations.sglang_engine import Engine, Identity, Usable
 from tiermem.integrations.sglang_layout import PageMajor
 from tiermem.integrations.sglang_pages import Arrived, Pages
@@ -40,13 +41,18 @@ def open_engine(tmp_path: Path) -> Iterator[Open]:
     made: list[Engine] = []
 
     def one(
-        *, persist: bool = True, fingerprint: str = "a", step_tokens: int = 0, host: int = 0
+        *,
+        persist: bool = True,
+        fingerprint: str = "a",
+        step_tokens: int = 0,
+        host: int = 0,
+        drive: int = SIZES.nvme,
     ) -> Engine:
-        base = config(tmp_path, SIZES.gpu, host, SIZES.nvme)
-        nvme = msgspec.structs.replace(base.nvme, persist=persist)
+        base = config(tmp_path, SIZES.gpu, host, drive)
+        nvme = msgspec.structs.replace(base.nvme, persist=persist) if drive else base.nvme
         given = msgspec.structs.replace(base, nvme=nvme, evict=Evict(gpu="lru", host="lru"))
         identity = Identity("rank0", {"weights": fingerprint})
-        sizes = Sizes(SIZES.gpu, host, SIZES.nvme)
+        sizes = Sizes(SIZES.gpu, host, drive)
         engine = Engine(given, LAYOUT, sizes, identity, PAGES, step_tokens)
         made.append(engine)
         return engine
@@ -268,28 +274,68 @@ def test_frames_for_two_steps_are_free_or_behind_free_pages(open_engine: Open) -
     assert reads(engine, pages, TOKENS)
 
 
-@pytest.mark.parametrize("count", [2, 7], ids=["few", "many"])
-@pytest.mark.parametrize("next_batch", [True, False], ids=["next", "later"])
-def test_a_prefix_for_which_frames_are_short_is_left_to_the_next_batch_with_those_of_free_pages(
-    open_engine: Open, next_batch: bool, count: int
+@pytest.mark.parametrize("count", [2, 6], ids=["few", "many"])
+def test_what_the_next_batch_reads_comes_in_one_group_with_the_frames_of_free_pages(
+    open_engine: Open, monkeypatch: pytest.MonkeyPatch, count: int
 ) -> None:
-    engine = open_engine(step_tokens=32, persist=False, host=40)
+    monkeypatch.setattr(sglang_engine, "PREPARED", 1)
+    engine = open_engine(step_tokens=32, persist=False, host=40, drive=0)
     free = engine.free_pages()
     pages = free.take(7)
     assert pages is not None
     compute(engine, "long", pages, TOKENS)
     push_out(engine)
-    until(lambda: engine.space.ready() >= 2)  # the mover's turn
-    engine.prepare(free)
-    prepared = free.next(2)
-    assert (engine.region.where(prepared) == Place.GPU).all()
+    ahead = free.next(2)
+    while (engine.region.where(ahead) != Place.GPU).any():
+        until(lambda: engine.space.ready() >= 1)  # the mover's turn
+        engine.prepare(free)
     until(lambda: engine.space.ready() >= 2)
-    engine.promote(pages[:count], next_batch)
+    groups: list[list[int]] = []
+    pin = engine.region.pin
+    monkeypatch.setattr(
+        engine.region,
+        "pin",
+        lambda some, *a, **k: (groups.append(some.tolist()), pin(some, *a, **k)),
+    )
+    engine.bring(pages[:count], free)
     engine.space.drain()
-    left = next_batch and count > 2
-    assert (engine.region.where(pages[:2]) == Place.GPU).all() != left
-    assert (engine.region.where(prepared) == Place.GPU).all() != left
+    assert groups == [pages[:count].tolist()]
+    assert (engine.region.where(pages[:count]) == Place.GPU).all()
+    kept = engine.region.where(ahead) == Place.GPU
+    assert kept.tolist() == [True, count == 2]
     assert reads(engine, pages, TOKENS)
+
+
+def test_what_is_brought_for_a_batch_in_which_it_is_not_may_leave_after_it(
+    open_engine: Open,
+) -> None:
+    engine = open_engine(persist=False, host=40, drive=0)
+    free = engine.free_pages()
+    pages = free.take(5)
+    assert pages is not None
+    compute(engine, "a", pages, TOKENS)
+    push_out(engine)
+    engine.bring(pages, free)
+    engine.residence.ensure({})
+    push_out(engine)
+    assert (engine.region.where(pages) != Place.GPU).any()
+    assert reads(engine, pages, TOKENS)
+
+
+def test_what_is_on_a_drive_is_only_hinted_at(
+    open_engine: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = open_engine(persist=False)
+    free = engine.free_pages()
+    pages = free.take(5)
+    assert pages is not None
+    compute(engine, "a", pages, TOKENS)
+    push_out(engine)
+    held: list[int] = []
+    monkeypatch.setattr(engine.residence, "hold", lambda *given: held.append(1))
+    engine.bring(pages, free)
+    engine.space.drain()
+    assert not held
 
 
 def test_an_idle_engine_has_memory_for_the_pages_that_are_taken_next(open_engine: Open) -> None:

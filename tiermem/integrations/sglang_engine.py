@@ -221,18 +221,25 @@ class Engine:
 
     # ---------------------------------------------------------------- prefixes
 
-    def promote(self, pages: Pages, next_batch: bool) -> None:
-        """A request that waits has these cached pages: bring up those that are worth a load.
+    def promote(self, pages: Pages) -> None:
+        """A request that waits has these cached pages: bring up those that are worth a load."""
+        self.residence.promote(self.residence.below(pages[: self._worth(pages)]))
 
-        next_batch: nothing runs, so it is in the next batch. Where there are not frames enough for
-        all of them, that batch loads them in one go, which it can begin with (`LayerWaits`), and
-        finds those of pages that were prepared.
+    def bring(self, pages: Pages, free: FreePages) -> None:
+        """As `promote`, for a request of the next batch: nothing runs, and it may have any frame.
+
+        All of them come in one group, so that the batch can begin with their first layers
+        (`LayerWaits`). Where frames are short, those of free pages are given back but for a few.
+        What a drive has comes when the request is matched.
         """
-        wanted = self.residence.below(pages[: self._worth(pages)])
-        if next_batch and len(wanted) > self.space.ready():
-            self.residence.unprepare()
-        else:
-            self.residence.promote(wanted)
+        if self._may_lose:
+            self.promote(pages)
+            return
+        wanted = self.residence.below(pages)
+        if len(wanted) > self.space.ready():
+            self.residence.unprepare(free.next(self._ahead)[PREPARED:])
+        if len(wanted):
+            self.residence.hold(wanted, len(wanted))
 
     def usable(self, pages: Pages) -> Usable:
         """What of these cached pages, from the first on, can be read and should be, on all ranks.

@@ -215,8 +215,10 @@ def queued(result: None, scheduler: Any, req: Any, *args: Any, **kwargs: Any) ->
     kept = engine.kept(req.full_untruncated_fill_ids, compat.extra_of(req), len(pages), whole)
     if kept:
         pages = np.concatenate([pages, _adopt(engine, scheduler, req, len(pages), kept)])
-    if len(pages):
-        engine.promote(pages, compat.runs_nothing(scheduler))
+    if len(pages) and compat.runs_nothing(scheduler):
+        engine.bring(pages, scheduler.token_to_kv_pool_allocator.pages)
+    elif len(pages):
+        engine.promote(pages)
 
 
 def _adopt(engine: Engine, scheduler: Any, req: Any, matched: int, count: int) -> Pages:
