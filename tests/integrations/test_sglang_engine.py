@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -292,11 +293,12 @@ def test_what_the_next_batch_reads_comes_in_one_group_with_the_frames_of_free_pa
     until(lambda: engine.space.ready() >= 2)
     groups: list[list[int]] = []
     pin = engine.region.pin
-    monkeypatch.setattr(
-        engine.region,
-        "pin",
-        lambda some, *a, **k: (groups.append(some.tolist()), pin(some, *a, **k)),
-    )
+
+    def noted(some: Pages, *args: Any, **kwargs: Any) -> None:
+        groups.append(some.tolist())
+        pin(some, *args, **kwargs)
+
+    monkeypatch.setattr(engine.region, "pin", noted)
     engine.bring(pages[:count], free)
     engine.space.drain()
     assert groups == [pages[:count].tolist()]
