@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import numpy as np
 
-from bench import gpu_profile
+from bench import gpu_profile, gpu_slices
 from bench.gpu_gemm import gemm
 from bench.gpu_in_place import crossover, in_place_rate
 from tiermem.bench import paging
@@ -176,11 +176,20 @@ def profile(device: str) -> dict[str, object]:
     return gpu_profile.profile(shapes(device), 2)
 
 
+def slices(device: str) -> dict[str, object]:
+    """When a group of 2 GiB can be read, by page size (ms)."""
+    if device == "cpu":
+        return gpu_slices.slices({"64KiB": Shape(device, 65536, 256)}, ROUNDS)
+    sizes = {"2MiB": 2 * MIB, "8MiB": 8 * MIB, "32MiB": 32 * MIB}
+    shapes = {name: Shape(device, page, (2 << 30) // page) for name, page in sizes.items()}
+    return gpu_slices.slices(shapes, ROUNDS)
+
+
 SECTIONS: dict[str, Section] = {
     f.__name__: f
     for f in (
         streams, fault, window, allocate, first_page, busy, guard, crossover, in_place_rate, gemm,
-        profile,
+        profile, slices,
     )
 }  # fmt: skip
 

@@ -306,6 +306,7 @@ def serve(part: str, shape: dict[str, Any], work: Path) -> dict[str, Any]:
         "torch": torch.__version__,
         "sglang": metadata.version("sglang"),
         "resident_tokens": resident_tokens(shape),
+        "page_size": shape["page_size"],
         "token_bytes": token_bytes(shape),
         "ready_s": ready_s,
     }
@@ -344,7 +345,7 @@ def run_part(part: str, name: str, out: Path, disk: Path | None, timeout_s: floa
         with log.open("wb") as lines:
             child = subprocess.Popen(
                 [sys.executable, __file__, str(out), "--shape", name, "--serve", part,
-                 "--work", str(work)],
+                 "--work", str(work), "--page-size", str(SHAPES[name]["page_size"])],
                 env=env, stdout=lines, stderr=lines, start_new_session=True,
             )  # fmt: skip
             try:
@@ -463,6 +464,7 @@ def main() -> None:
     parser.add_argument("--left", type=float, default=480.0, help="seconds that may be used")
     parser.add_argument("--each", type=float, default=240.0, help="seconds for one part at most")
     parser.add_argument("--disk", type=Path, help="folder for what goes to a drive (default: /tmp)")
+    parser.add_argument("--page-size", type=int, help="tokens in a page, instead of the shape's")
     parser.add_argument("--bars", action="store_true", help="run nothing")
     parser.add_argument("--serve", help=argparse.SUPPRESS)
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
@@ -470,6 +472,8 @@ def main() -> None:
     parts = args.part.split(",")
     if not set(parts) <= set(PARTS):
         parser.error(f"--part {args.part}: of {', '.join(PARTS)}")
+    if args.page_size:
+        SHAPES[args.shape]["page_size"] = args.page_size
     args.out.mkdir(parents=True, exist_ok=True)
     if args.serve:
         result = serve(args.serve, SHAPES[args.shape], args.work)
