@@ -7,6 +7,8 @@ import pytest
 
 from tests.harness import Harness
 from tests.test_contents import written
+from tests.test_planner import demote
+from tiermem.books import Marks
 from tiermem.leased import CLEAN_BYTES, CLEAN_EVERY_MS, LeasedPlanner
 from tiermem.plan import Copy
 from tiermem.table import DIRTY
@@ -145,6 +147,44 @@ def test_only_free_slots_of_the_host_are_taken() -> None:
     h.carry(h.planner.demote(np.flatnonzero(h.table.flags & DIRTY).astype(np.int32), h.now))
     h.drain()
     assert h.pools[HOST].used == 2, "a page that must leave takes the slot of a copy"
+    h.check_idle()
+
+
+@pytest.mark.parametrize("asked", ["by-the-mover", "by-a-request"])
+def test_copies_that_are_under_way_push_no_page_out_of_the_host(asked: str) -> None:
+    """They take all of its free slots, and give them back: nothing is full."""
+    h = harness(host=4, gpu=8, marks=Marks(1.0, 1.0))
+    written(h, *range(8))
+    demote(h, 0, 1)
+    h.drain()
+    written(h, 8, 9)
+    assert (h.table.at[[0, 1]] == AT_HOST).all()
+    assert len(clean(h)) == 2
+    h.planner.limits[GPU] = 7
+    if asked == "by-the-mover":
+        h.carry(h.planner.relieve(h.now))
+    else:
+        h.carry(h.planner.make_room(1, h.now))
+    assert h.gone == []
+    h.drain()
+    while plans := h.planner.relieve(h.now):
+        h.carry(plans)
+        h.drain()
+    assert h.gone == []
+    assert h.pools[GPU].used == 7
+    h.check_idle()
+
+
+def test_copies_that_are_under_way_are_not_above_the_mark_of_the_host() -> None:
+    h = harness(host=4, gpu=8, marks=Marks(0.75, 0.5))
+    written(h, *range(4))
+    demote(h, 0, 1)
+    h.drain()
+    assert len(clean(h)) == 2
+    assert h.pools[HOST].used == 4
+    h.carry(h.planner.relieve(h.now))
+    h.drain()
+    assert h.gone == []
     h.check_idle()
 
 

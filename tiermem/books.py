@@ -360,6 +360,12 @@ class Books:
                     leaving += int((self.table.at[pages] == int(place)).sum())
         return leaving + int((self.table.at[self._doomed] == place).sum())
 
+    def _yielding(self, place: Place) -> int:
+        """Used slots of a lower tier that will be free before long, or spares: those of pages on
+        their way out, and those into which pages are copied that stay where they are."""
+        spares = sum(len(step.pages) for step in self._copies(place) if step.stays)
+        return self._leaving(place) + spares
+
     def _copies(self, dst: Place) -> list[Copy]:
         """Copies to a tier that are under way."""
         steps = (step for opened in self._open.values() for step in opened.plan.steps)

@@ -129,7 +129,7 @@ class Descent(Books):
                 # What leaves the host for the drive is no room that comes soon.
                 short += max(0, self.backlog - self._storing())
             else:
-                short -= self._leaving(HOST)
+                short -= self._yielding(HOST)
             return plans + (self._push_down(HOST, short, now) if short > 0 else [])
         if may_drop:
             plans += self._drop(self._droppable(refused), now, "not-admitted")

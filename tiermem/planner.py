@@ -532,8 +532,7 @@ class Planner(Ascent):
                 continue
             if not pool.capacity or pool.used <= (high := self._target(place, "high")):
                 continue
-            leaving = self._coming() if place == GPU else self._leaving(place)
-            excess = pool.used - leaving
+            excess = pool.used - (self._coming() if place == GPU else self._yielding(place))
             if excess > high:
                 n = excess - int(self._target(place, "low"))
                 n = min(n, self.batch - self._leaving(place))
