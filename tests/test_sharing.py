@@ -135,6 +135,23 @@ def test_a_newcomer_waits_for_its_share_rather_than_lose_pages_of_its_own(
         verify(kept, pages)
 
 
+def test_while_one_request_of_many_is_served_others_give_for_the_next(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tiermem.membership.EXPECT_S", 10.0)
+    with engine(config("old")) as (_, kept):
+        pages = fill(kept, PAGES)
+        with engine(config("new")) as (new, region):
+            more = fill(region, 4)
+            assert held(new) < 8, "a single one gets what it lacks"
+            more += fill(region, 4)
+            until(lambda: held(new) >= 12)
+            more += fill(region, PAGES // 2 - 8)
+            assert held(new) == PAGES // 2, "and no more than its share"
+            verify(region, more)
+        verify(kept, pages)
+
+
 def test_pages_that_come_while_a_lease_is_followed_do_not_leave_for_it(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

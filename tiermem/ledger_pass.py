@@ -21,8 +21,8 @@ from tiermem.ledger_wake import is_from_us
 log = logging.getLogger(__name__)
 
 ANSWER_S = 5.0
-"""How long a newcomer waits for one holder, which may be stopped. Or busy: after 0.5 s it made a pool
-of its own in one run of four of tests/sharing_soak.py beside other work (2-core, 2026-11)."""
+"""How long a newcomer waits for one holder, which may be stopped. Or busy: after 0.5 s it made a
+pool of its own in one run of four of tests/sharing_soak.py beside other work (2-core, 2026-11)."""
 _CREDENTIALS = struct.Struct("3i")  # pid, uid, gid
 _SUFFIX = ".pool"
 

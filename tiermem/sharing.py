@@ -33,6 +33,8 @@ log = logging.getLogger(__name__)
 
 STEPS = 32
 """A lease grows by this part of the budget, or by what is lacking."""
+AHEAD = 4
+"""Steps at most that are asked for beyond what is lacking, while requests follow one another."""
 FIRST_S = 10.0
 """How long opening waits for the first page, while others give back."""
 BACKOFF_S = 0.2
@@ -145,7 +147,10 @@ class Sharing(Membership):
             return False
         try:
             charged = self._lease.held + self._lease.reserved
-            nbytes = min(slots * self.terms.page_bytes, self.ceiling - charged)
+            nbytes = slots * self.terms.page_bytes
+            if self.expects:  # one request after another: others give while this one is served
+                nbytes += min(nbytes, AHEAD * self._step())
+            nbytes = min(nbytes, self.ceiling - charged)
             if nbytes <= 0:
                 return False
             if self._lease.asleep:
@@ -154,7 +159,8 @@ class Sharing(Membership):
         except LedgerError as error:
             log.debug("nothing lent reason=%s", error)
             return False
-        self._asked_bytes = charged + nbytes
+        before = self._asked_bytes if now < self._asked_until else 0  # part of it may have come
+        self._asked_bytes = max(before, charged + nbytes)
         self._asked_until = now + 1.0
         self._wake()
         return self._is_owed
@@ -277,12 +283,14 @@ class Sharing(Membership):
         """Take so many pages that all in use are below the mark: our own first, then spare ones."""
         page, lease = self.terms.page_bytes, self._lease
         charged = lease.held + lease.reserved
-        lacking = short * page - lease.reserved
+        lacking, now = short * page - lease.reserved, time.monotonic()
+        if now < self._asked_until:
+            lacking = max(lacking, self._asked_bytes - charged)
         room = self.ceiling - charged
-        if min(lacking, room) <= 0 or time.monotonic() < self._no_memory_until:
+        if min(lacking, room) <= 0 or now < self._no_memory_until:
             return
         ours = min(lacking, room)
-        if time.monotonic() >= self._asked_until:  # what is in use may be cold
+        if now >= self._asked_until:  # what is in use may be cold
             ours = min(ours, lease.wanted - charged)
         got = self._reserve(ours) if ours > 0 else 0
         if lacking > got:
