@@ -36,11 +36,13 @@ if TYPE_CHECKING:
         TierMemError,
     )
     from tiermem.region import Hint, Region
+    from tiermem.slices import Arriving
     from tiermem.space import Space
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Arriving",
     "BadPolicy",
     "BadTrace",
     "Closed",
@@ -71,7 +73,7 @@ __all__ = [
 ]
 
 if not TYPE_CHECKING:  # a checker must see that a misspelt name does not exist
-    _HOMES = ("tiermem.errors", "tiermem.config", "tiermem.region", "tiermem.space")
+    _HOMES = tuple(f"tiermem.{name}" for name in ("errors", "config", "region", "slices", "space"))
 
     def __getattr__(name: str) -> object:
         from importlib import import_module
