@@ -284,7 +284,7 @@ class Sharing(Membership):
         page, lease = self.terms.page_bytes, self._lease
         charged = lease.held + lease.reserved
         lacking, now = short * page - lease.reserved, time.monotonic()
-        if now < self._asked_until:
+        if now < self._asked_until and not lease.asleep:
             lacking = max(lacking, self._asked_bytes - charged)
         room = self.ceiling - charged
         if min(lacking, room) <= 0 or now < self._no_memory_until:
