@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import tempfile
 import threading
@@ -16,12 +17,13 @@ from tests import sharing_soak
 from tests.waiting import LONG_S, until
 from tiermem import Config, ConfigError, Gpu, Host, Region, Share, Space, TierFull
 from tiermem.assemble import assemble
+from tiermem.gpu.emulated import EmulatedDevice
 from tiermem.leased import Demand
 from tiermem.leases import Leases
 from tiermem.ledger import Ledger, Member
 from tiermem.ledger_file import LedgerError
 from tiermem.sharing import Sharing
-from tiermem.tier import Memory, Place
+from tiermem.tier import Memory, Place, Slots
 
 PAGE = 64 << 10
 PAGES = 64
@@ -144,11 +146,34 @@ def test_while_one_request_of_many_is_served_others_give_for_the_next(
         with engine(config("new")) as (new, region):
             more = fill(region, 4)
             assert held(new) < 8, "a single one gets what it lacks"
-            more += fill(region, 4)
-            until(lambda: held(new) >= 12)
-            more += fill(region, PAGES // 2 - 8)
+            more += fill(region, 16)
+            until(lambda: held(new) >= 20 + 8)  # an eighth of the ceiling
+            more += fill(region, PAGES // 2 - 20)
             assert held(new) == PAGES // 2, "and no more than its share"
             verify(region, more)
+        verify(kept, pages)
+
+
+def test_others_hear_of_each_few_frames_that_have_no_memory_any_more(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tiermem.supply.GROUP", 4)
+    seen: list[tuple[int, int]] = []
+    park = EmulatedDevice.park
+
+    def noted(device: EmulatedDevice, frames: Slots) -> None:
+        seen.append((len(frames), members(home)["old"].held // PAGE))
+        park(device, frames)
+
+    with engine(config("old")) as (_, kept):
+        pages = fill(kept, PAGES)
+        monkeypatch.setattr(EmulatedDevice, "park", noted)
+        with engine(config("new")) as (_, region):
+            fill(region, PAGES // 2)
+            until(lambda: members(home)["old"].held <= PAGES // 2 * PAGE)
+            assert max(n for n, _ in seen) == 4
+            fell = [before - after for (_, before), (_, after) in itertools.pairwise(seen)]
+            assert fell.count(4) >= 3, "the bytes of one go are free before the next"
         verify(kept, pages)
 
 

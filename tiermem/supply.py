@@ -21,6 +21,9 @@ from tiermem.tier import GPU, Place, Slots
 
 log = logging.getLogger(__name__)
 
+GROUP = 64
+"""Frames that get or lose their memory in one go: somebody waits for the first of them."""
+
 
 class Supply:
     """For the mover's thread; `limit_to` and `counted_on` also for others."""
@@ -94,9 +97,11 @@ class Supply:
         with self._pager.lock:
             freed = self._planner.surrender()
             short = self._planner.short_of_limit(GPU)
-        if len(freed):
-            self._device.park(freed)
-            self._parked = np.concatenate([self._parked, freed])
+        for some in _groups(freed):
+            self._device.park(some)
+            self._parked = np.concatenate([self._parked, some])
+            if self._sharing is not None:  # whoever waits for them hears at once
+                self._sharing.settle(self._backed())
         if short > 0:
             self._back(short)
 
@@ -107,16 +112,18 @@ class Supply:
             self._ready[GPU] = first + short - len(fresh)
             new = np.arange(first, self._ready[GPU], dtype=np.int32)
             fresh = np.concatenate([fresh, new])
-        try:
-            self._device.back(fresh)
-        except TierFull:
-            self._parked = np.concatenate([self._parked, fresh])
-            log.warning("limit not reached: the device has no memory for %d pages", len(fresh))
-            if self._sharing is not None:
-                self._sharing.no_memory()
-            return
-        with self._pager.lock:
-            self._planner.grow(GPU, fresh)
+        for some in _groups(fresh):
+            try:
+                self._device.back(some)
+            except TierFull:
+                self._parked = np.concatenate([self._parked, fresh])
+                log.warning("limit not reached: the device has no memory for %d pages", len(fresh))
+                if self._sharing is not None:
+                    self._sharing.no_memory()
+                return
+            fresh = fresh[len(some) :]
+            with self._pager.lock:
+                self._planner.grow(GPU, some)
 
     def _set_limit(self, frames: int, *, used: int | None = None) -> None:
         """Of the GPU's pages, but not below what is counted on and there.
@@ -133,3 +140,7 @@ class Supply:
     def _backed(self) -> int:
         """GPU frames with memory behind them: counted before they get it, until it is gone."""
         return self._ready[GPU] - len(self._parked)
+
+
+def _groups(frames: Slots) -> list[Slots]:
+    return [frames[i : i + GROUP] for i in range(0, len(frames), GROUP)]
