@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from tests.test_region import LONG_S, config
+from tests.waiting import until
 from tiermem.assemble import Parts, assemble
 from tiermem.config import Evict
 from tiermem.integrations import sglang_engine
@@ -63,6 +64,7 @@ def engine(tmp_path: Path, drive: Drive) -> Iterator[Engine]:
     given = msgspec.structs.replace(base, evict=Evict(gpu="lru", host="lru"))
     engine = Engine(given, LAYOUT, SIZES, Identity("rank0", {}), 60)
     engine.outpace()
+    until(lambda: engine.space.statistics().tier(Place.HOST).capacity == SIZES.host)
     yield engine
     drive.catch_up()
     engine.residence.ensure({})

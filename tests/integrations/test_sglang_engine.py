@@ -56,6 +56,7 @@ def open_engine(tmp_path: Path) -> Iterator[Open]:
         sizes = Sizes(SIZES.gpu, host, drive)
         engine = Engine(given, LAYOUT, sizes, identity, PAGES, step_tokens)
         made.append(engine)
+        until(lambda: engine.space.statistics().tier(Place.HOST).capacity == host)
         return engine
 
     yield one

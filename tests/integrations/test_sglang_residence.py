@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from tests.test_region import PAGE, config
+from tests.waiting import until
 from tiermem.errors import TierFull
 from tiermem.integrations.sglang_residence import Residence
 from tiermem.region import Region
@@ -24,6 +25,7 @@ TOKENS = 16
 @pytest.fixture
 def space(tmp_path: Path) -> Iterator[Space]:
     with Space.open(config(tmp_path, gpu=FRAMES, host=PAGES, nvme=0)) as space:
+        until(lambda: space.statistics().tier(Place.HOST).capacity == PAGES)
         yield space
         space.check()
 
