@@ -145,7 +145,7 @@ def test_while_one_request_of_many_is_served_others_give_for_the_next(
         pages = fill(kept, PAGES)
         with engine(config("new")) as (new, region):
             more = fill(region, 4)
-            assert held(new) < 8, "a single one gets what it lacks"
+            assert held(new) < 8, "a small one gets as much again at most"
             more += fill(region, 16)
             until(lambda: held(new) >= 20 + 8)  # an eighth of the ceiling
             more += fill(region, PAGES // 2 - 20)

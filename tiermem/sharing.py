@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 STEPS = 32
 """A lease grows by this part of the budget, or by what is lacking."""
 AHEAD = 4
-"""Steps at most that are asked for beyond what is lacking, while requests follow one another."""
+"""Steps at most that are asked for beyond what is lacking, by whoever waits for others."""
 FIRST_S = 10.0
 """How long opening waits for the first page, while others give back."""
 BACKOFF_S = 0.2
@@ -148,7 +148,7 @@ class Sharing(Membership):
         try:
             charged = self._lease.held + self._lease.reserved
             nbytes = slots * self.terms.page_bytes
-            if self.expects:  # one request after another: others give while this one is served
+            if self.expects:  # it waits, or the last one did: others give while this one is served
                 nbytes += min(nbytes, AHEAD * self._step())
             nbytes = min(nbytes, self.ceiling - charged)
             if nbytes <= 0:
