@@ -6,6 +6,7 @@ import itertools
 import os
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -150,6 +151,42 @@ def test_while_one_request_of_many_is_served_others_give_for_the_next(
             until(lambda: held(new) >= 20 + 8)  # an eighth of the ceiling
             more += fill(region, PAGES // 2 - 20)
             assert held(new) == PAGES // 2, "and no more than its share"
+            verify(region, more)
+        verify(kept, pages)
+
+
+def test_who_waits_for_one_request_after_another_is_given_as_much_as_has_come(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tiermem.membership.EXPECT_S", 10.0)
+    with engine(config("old")) as (_, kept):
+        pages = fill(kept, PAGES)
+        with engine(config("new")) as (new, region):
+            more = fill(region, 6)
+            until(lambda: held(new) >= 10)
+            more += fill(region, held(new) - 4)  # of which two are lacking, and eight have come
+            until(lambda: held(new) >= 10 + 2 + 7)  # and not two more
+            verify(region, more)
+        verify(kept, pages)
+
+
+def test_a_page_that_is_less_than_anybody_has_to_give_comes_at_once(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An excess of 1/128 of the card is left with its holder, so whoever lacks less asks for more
+    rather than wait for what nobody owes, or lose pages of its own."""
+    monkeypatch.setattr("tiermem.membership.EXPECT_S", LONG_S)
+    monkeypatch.setattr("tiermem.leased.PATIENCE_MS", LONG_S * 1000)
+    monkeypatch.setattr("tiermem.sharing.AHEAD", 0)
+    many = 4 * PAGES  # so that 1/128 is two pages
+    with engine(config("old", total=many, budget=many)) as (_, kept):
+        pages = fill(kept, many)
+        with engine(config("new", total=many, budget=many, host=0)) as (new, region):
+            more = fill(region, 32)
+            began = time.monotonic()
+            more += fill(region, held(new) + 1 - len(more))
+            assert time.monotonic() < began + LONG_S / 2
+            assert new.statistics().counts.get("dropped", 0) == 0
             verify(region, more)
         verify(kept, pages)
 

@@ -105,6 +105,11 @@ class Ledger:
     def budget(self) -> int:
         return int(self._file.words[Head.BUDGET])
 
+    @property
+    def band(self) -> int:
+        """Bytes of excess that nobody has to give back."""
+        return self.budget // BAND
+
     # ---------------------------------------------------------------- members
 
     def join(
@@ -285,6 +290,7 @@ class Lease:
         self._seen = -1
         self.share = 0  # as of the last `reserve`
         self.lacking = 0  # of our share, as of the last `reserve`: others still hold it
+        self.owed = 0  # and of that others owe so much; what is less than the band, nobody owes
         self._left = False
         self.bell = Bell(file.path, self.slot)
 
@@ -316,9 +322,11 @@ class Lease:
                 self._note(words, "reserve", granted)
             self.share = shares[mine]
             self.lacking = min(nbytes, max(0, shares[mine] - charged)) - granted
+            self.owed = 0
             if granted < nbytes:
                 owed = ledger_shares.owed(budget, claims, shares, budget // BAND)
                 self._owing |= {slot_of(f) for f, due in zip(live, owed, strict=True) if due}
+                self.owed = min(self.lacking, sum(owed) - owed[mine])
             return granted
 
     def borrow(self, nbytes: int) -> int:

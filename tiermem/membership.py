@@ -69,7 +69,7 @@ class Membership:
     def _reserve(self, nbytes: int) -> int:
         """Ask for bytes within our share; notes whether others owe us and how long to expect it."""
         granted = self._lease.reserve(nbytes, LOCK_S)
-        owed = self._lease.lacking > 0
+        owed = self._lease.owed > 0
         if granted or (owed and not self._is_owed):
             self._expects_until = time.monotonic() + EXPECT_S
         self._is_owed = owed

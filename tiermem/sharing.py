@@ -34,7 +34,8 @@ log = logging.getLogger(__name__)
 STEPS = 32
 """A lease grows by this part of the budget, or by what is lacking."""
 AHEAD = 4
-"""Steps at most that are asked for beyond what is lacking, by whoever waits for others."""
+"""Steps at most that are asked for beyond what is lacking, by whoever waits for others; as much as
+has come since it began to."""
 FIRST_S = 10.0
 """How long opening waits for the first page, while others give back."""
 BACKOFF_S = 0.2
@@ -66,6 +67,7 @@ class Sharing(Membership):
         self._warm = terms.first // terms.page_bytes
         self._counted = 0  # frames in use when the working set was counted last
         self._slept_at = -1
+        self._waits_since = 0  # with so many bytes charged, for what others give
         self._news = True
 
     @classmethod
@@ -148,14 +150,17 @@ class Sharing(Membership):
         try:
             charged = self._lease.held + self._lease.reserved
             nbytes = slots * self.terms.page_bytes
-            if self.expects:  # it waits, or the last one did: others give while this one is served
-                nbytes += min(nbytes, AHEAD * self._step())
+            if not self.expects:
+                self._waits_since = charged
+            else:  # it waits, or the last one did: others give while this one is served
+                came = charged - self._waits_since
+                nbytes += min(max(nbytes, came), AHEAD * self._step())
             nbytes = min(nbytes, self.ceiling - charged)
             if nbytes <= 0:
                 return False
             if self._lease.asleep:
                 self._lease.wake_up()
-            self._reserve(nbytes)
+            nbytes = self._ask(nbytes, self.ceiling - charged)
         except LedgerError as error:
             log.debug("nothing lent reason=%s", error)
             return False
@@ -164,6 +169,15 @@ class Sharing(Membership):
         self._asked_until = now + 1.0
         self._wake()
         return self._is_owed
+
+    def _ask(self, nbytes: int, most: int) -> int:
+        """Ask for bytes; for more, where nobody gives so few. How many were asked for."""
+        granted = self._reserve(nbytes)
+        if self._lease.lacking and not self._is_owed and nbytes < most:
+            page = self.terms.page_bytes
+            nbytes = min(nbytes + (self._ledger.band // page + 1) * page, most)
+            self._reserve(nbytes - granted)
+        return nbytes
 
     def explain(self) -> str:
         lease = self._lease
