@@ -21,7 +21,7 @@ from tests.gpu.device_contract import (
 )
 from tests.gpu.standin import StandIn
 from tiermem.errors import Closed, DriverError, NotOurs, PageInUse, TierFull
-from tiermem.gpu import calibrate
+from tiermem.gpu import calibrate, copy
 from tiermem.gpu.calibrate import Calibration
 from tiermem.gpu.copy import open_stream
 from tiermem.gpu.driver import Context, CudaError, DeviceLost
@@ -452,6 +452,22 @@ def test_the_page_is_large_enough_that_the_link_sets_the_pace() -> None:
     assert calibrate.page_for(slow_driver, PAGE) == 16 * PAGE
     slow_link = Calibration(page_bytes=0, show_us=36, hide_us=20, both_gbps=20)
     assert calibrate.page_for(slow_link, PAGE) == PAGE
+
+
+def test_a_size_that_was_disturbed_does_not_send_large_pieces_through_the_kernel() -> None:
+    """Whole slices of pages went that way once, and whoever submitted them waited for them."""
+    asked: list[int] = []
+
+    def seconds() -> Iterator[tuple[int, float, float]]:
+        for size, engines, kernel in [(4, 9.0, 1.0), (8, 2.0, 1.0), (16, 1.0, 1.0), (32, 5.0, 1.0)]:
+            asked.append(size)
+            yield size, engines, kernel
+
+    assert calibrate.crossover(seconds()) == 16
+    assert asked == [4, 8, 16]
+    assert calibrate.crossover([(4, 1.0, 1.0)]) == 0
+    assert calibrate.crossover([(4, 2.0, 1.0), (8, 2.0, 1.0)]) == 16
+    assert 2 * max(calibrate._SIZES) <= copy._SLICE // 4
 
 
 def test_a_calibration_is_measured_once_and_then_read(
