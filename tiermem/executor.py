@@ -213,6 +213,7 @@ class Executor:
         self._on_gone = on_gone
         self._in_place = in_place
         self._meters = {key: _Meter() for key in self._routes}
+        self.slices = False  # somebody reads loads from front to back (`tiermem.slices`)
         self.failed_callbacks = 0
 
     @property
@@ -250,7 +251,10 @@ class Executor:
         match step:
             case Copy():
                 route = self._routes[step.src, step.dst]
-                return route.submit(step.src_slots, step.dst_slots, step.after)
+                submit = route.submit
+                if self.slices and step.dst == Place.GPU:
+                    submit = getattr(route, "submit_slices", submit)
+                return submit(step.src_slots, step.dst_slots, step.after)
             case Show():
                 return self._by_region(
                     step.pages,

@@ -93,6 +93,8 @@ class Pager:
         reader = None
         if access == "read" and (stream is not None or arriving is not None):
             reader = _Reader(stream, kernels_only, arriving)
+            if arriving is not None:
+                self.executor.slices = True
         writes = access != "read"
         attempts = 0
         start_s = 0.0

@@ -370,13 +370,15 @@ class DeviceContract:
         finish(down.submit(slots(0, 1), slots(3, 0), PASSED))
         for frame in frames:
             engine.fill(None, frame, 99, device.page_bytes)
-        few = finish(up.submit(slots(3), slots(0), PASSED))
+        few = finish(up.submit_slices(slots(3), slots(0), PASSED))  # type: ignore[attr-defined]
         assert not hasattr(few, "slices"), "a small group goes as one"
         arriving = Arriving()
         release = engine.hold(busy)
         try:
-            load = up.submit(slots(3, 0), slots(0, 1), fence(device, busy))
-            arriving.add(load)  # type: ignore[arg-type]
+            load = up.submit_slices(  # type: ignore[attr-defined]
+                slots(3, 0), slots(0, 1), fence(device, busy)
+            )
+            arriving.add(load)
             assert len(arriving) == 4
             seen = []
             for page, part in parts_of:

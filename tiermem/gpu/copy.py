@@ -6,7 +6,6 @@ import ctypes
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
 from typing import Final
 
 import numpy as np
@@ -218,8 +217,7 @@ class Lane:
 class CudaRoute:
     """Copies whole slots one way between two memories; see `tier.Route`.
 
-    Its Dones can be ordered: a stream may wait for a copy without the host. Large groups go up in
-    slices.
+    Its Dones can be ordered: a stream may wait for a copy without the host.
     """
 
     def __init__(
@@ -240,7 +238,7 @@ class CudaRoute:
         """The CUstream of this route, for work that a caller orders behind or before its copies."""
         return self._lane.line.stream
 
-    def submit(self, src: Slots, dst: Slots, after: Fence) -> CudaDone | Sliced:
+    def submit(self, src: Slots, dst: Slots, after: Fence) -> CudaDone:
         n = len(src)
         start, to = self._source.addresses(src), self._destination.addresses(dst)
         if n == 1 and not after.ticks and self._lane.takes_one(self._slot_bytes):
@@ -249,26 +247,20 @@ class CudaRoute:
                 return self._lane.copy_one(to.item(), start.item(), self._slot_bytes)
         if n > len(self._sizes):
             self._sizes = np.full(n, self._slot_bytes, np.uint64)
-        if self.dst is Place.GPU:
-            firsts, ends = zip(*cuts(n, self._slot_bytes, _SLICE, _SLICED), strict=True)
-            if len(firsts) > 1:
-                return self._submit_slices(start, to, firsts, ends, after)
         return self.submit_pieces(start, to, self._sizes[:n], after)
 
-    def _submit_slices(
-        self,
-        src: Addresses,
-        dst: Addresses,
-        firsts: Sequence[int],
-        ends: Sequence[int],
-        after: Fence,
-    ) -> Sliced:
+    def submit_slices(self, src: Slots, dst: Slots, after: Fence) -> CudaDone | Sliced:
+        """`submit` for who reads the slots from front to back: large groups come in slices."""
+        parts = list(cuts(len(src), self._slot_bytes, _SLICE, _SLICED))
+        if len(parts) == 1:
+            return self.submit(src, dst, after)
+        start, to = self._source.addresses(src), self._destination.addresses(dst)
         dones = []
-        for first, end in zip(firsts, ends, strict=True):
+        for first, end in parts:
             at, sizes = np.uint64(first), np.full(len(src), end - first, np.uint64)
-            dones.append(self.submit_pieces(src + at, dst + at, sizes, after))
+            dones.append(self.submit_pieces(start + at, to + at, sizes, after))
             after = PASSED
-        return Sliced(firsts, dones)
+        return Sliced([first for first, _ in parts], dones)
 
     def submit_pieces(self, src: Addresses, dst: Addresses, sizes: Sizes, after: Fence) -> CudaDone:
         """Copy sizes[i] bytes from src[i] to dst[i] once `after` has passed; else as `submit`.

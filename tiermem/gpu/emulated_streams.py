@@ -157,7 +157,20 @@ class EmulatedRoute:
         name = "tm-gpu-to-host" if down else "tm-host-to-gpu"
         self._queue = Queue(name, patience_s=_PATIENCE_S)
 
-    def submit(self, src: Slots, dst: Slots, after: Fence) -> Orderly | Sliced:
+    def submit(self, src: Slots, dst: Slots, after: Fence) -> Orderly:
+        (done,) = self._submit(src, dst, after, [(0, self._frames.slot_bytes)])
+        return done
+
+    def submit_slices(self, src: Slots, dst: Slots, after: Fence) -> Orderly | Sliced:
+        """`submit` for who reads the slots from front to back: large groups come in slices."""
+        parts = list(cuts(len(src), self._frames.slot_bytes, _SLICE, _SLICED))
+        dones = self._submit(src, dst, after, parts)
+        return dones[0] if len(dones) == 1 else Sliced([first for first, _ in parts], dones)
+
+    def _submit(
+        self, src: Slots, dst: Slots, after: Fence, parts: list[tuple[int, int]]
+    ) -> list[Orderly]:
+        """Each part of the slots, (first byte, end), in order."""
         frames, slots = (src, dst) if self._down else (dst, src)
         if len(src) != len(dst) or not len(src):
             raise DriverError(f"{self._queue.name}: {len(src)} sources, {len(dst)} destinations")
@@ -165,9 +178,6 @@ class EmulatedRoute:
         here, there = self._frames.addresses(frames), self._host.addresses(slots)
         to, start = (there, here) if self._down else (here, there)
         short = len(src) * self._frames.slot_bytes <= _SHORT_BYTES
-        parts = [(0, self._frames.slot_bytes)]
-        if not self._down:
-            parts = list(cuts(len(src), self._frames.slot_bytes, _SLICE, _SLICED))
         before = self._streams.waiting(after)
         dones: list[Orderly] = []
         for first, end in parts:
@@ -179,7 +189,7 @@ class EmulatedRoute:
             dones.append(Orderly(ticket, self._streams))
             before = []
         self._frames.in_flight.add(ticket, frames.copy())
-        return dones[0] if len(dones) == 1 else Sliced([first for first, _ in parts], dones)
+        return dones
 
     def close(self) -> None:
         """Refuse new work; what was submitted goes on and ends. A second call does nothing."""
