@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,9 +16,13 @@ from tests import directed_soak, sharing_soak
 from tests.directed_ranks import Ranks, ids
 from tests.directed_soak import Steps
 from tests.sharing_soak import FLOOR, GROUP, PAGE, PAGES
+from tests.waiting import LONG_S
 from tiermem import ConfigError, Share
 from tiermem.directed.director import Director
+from tiermem.errors import DriverError
+from tiermem.gpu.emulated import EmulatedDevice
 from tiermem.ledger import Ledger, Member
+from tiermem.tier import Slots
 
 
 @pytest.fixture(autouse=True)
@@ -147,9 +152,68 @@ def test_frames_count_as_held_until_the_rank_has_parked_them(ledger: Ledger) -> 
         ranks.ranks[0].carry(orders, None)
         ranks.ranks[0].skip(orders.step)
         assert member(ledger, "chat").held == before
+        ranks.ranks[0].wait(LONG_S)
         ranks.hear()
         ranks.director.orders()
         assert member(ledger, "chat").held == before - len(orders.park) * PAGE
+    finally:
+        ranks.close()
+
+
+@pytest.mark.parametrize("verb", ["back", "park"])
+def test_no_step_waits_for_the_memory_of_frames(
+    ledger: Ledger, monkeypatch: pytest.MonkeyPatch, verb: str
+) -> None:
+    share = Share(group=GROUP, name="chat", total=PAGES * PAGE, idle_s=60)
+    ranks = Ranks(ranks=1, units=300, page=PAGE, budget=PAGES, host=300, share=share)
+    go_on, real = threading.Event(), getattr(EmulatedDevice, verb)
+
+    def late(device: EmulatedDevice, frames: Slots) -> None:
+        assert go_on.wait(LONG_S)
+        real(device, frames)
+
+    try:
+        if verb == "park":
+            ranks.ensure(50)
+            ledger.change(member(ledger, "chat"), cap=20 * PAGE)
+        monkeypatch.setattr(EmulatedDevice, verb, late)
+        ranks.director.make_room(20)
+        for _ in range(20):
+            orders = ranks.step()
+            ranks.hear()
+            if len(getattr(orders, verb)):
+                break
+        room = ranks.director.room()
+        assert len(getattr(orders, verb))
+        for _ in range(3):
+            ranks.step()
+            ranks.hear()
+            assert ranks.director.room() == room
+            assert not ranks.director.is_idle()
+        go_on.set()
+        ranks.settle()
+        ranks.ensure(19)  # of a cap of 20
+    finally:
+        go_on.set()
+        ranks.close()
+
+
+def test_memory_that_could_not_be_changed_is_an_error_of_the_next_report(
+    ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lost(device: EmulatedDevice, frames: Slots) -> None:
+        raise DriverError("cuMemCreate: the device is lost")
+
+    share = Share(group=GROUP, name="chat", total=PAGES * PAGE, idle_s=60)
+    ranks = Ranks(ranks=1, units=300, page=PAGE, budget=PAGES, host=300, share=share)
+    try:
+        monkeypatch.setattr(EmulatedDevice, "back", lost)
+        ranks.director.make_room(20)
+        for _ in range(3):
+            ranks.step()
+        ranks.ranks[0].wait(LONG_S)
+        with pytest.raises(DriverError, match="lost"):
+            ranks.hear()
     finally:
         ranks.close()
 

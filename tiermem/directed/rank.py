@@ -2,15 +2,22 @@
 
 Everything here is called by the thread that drives the rank's device, in the order of its steps:
 `carry` before the step's work is queued, `mark` after it, `report` whenever the director may hear.
+Frames get and give back their memory in a thread beside it, in the order of the orders: the driver
+takes 50 us and more for each, and no step waits for that.
 """
 
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import replace
+from functools import partial
+from queue import SimpleQueue
+from typing import Literal
 
 import numpy as np
 
@@ -27,6 +34,9 @@ from tiermem.table import Rows
 from tiermem.tier import PASSED, TIERS, Addresses, Done, Fence, Place, Slots
 
 log = logging.getLogger(__name__)
+
+Change = tuple[Literal["backed", "unbacked", "parked"], Slots]
+"""What has become of the memory of frames."""
 
 START_S = 120.0
 _LOOK_S = 0.002
@@ -80,7 +90,10 @@ class Rank:
         self._grown: frozenset[Place] = frozenset()
         self._slots: Mapping[Place, int] = {}
         self._moved: Mapping[tuple[Place, Place], Moved] = self.routes()
-        self._backed = self._unbacked = self._parked = NO_SLOTS
+        self._changes: deque[Future[Change]] = deque()
+        self._todo: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        self._beside = threading.Thread(target=self._change, name="tiermem-memory", daemon=True)
+        self._beside.start()
         self._bare = NO_SLOTS  # frames that were to get memory, and have none
         self._receiving: dict[str, set[int]] = {}
         self._failed_rows: list[Rows] = []
@@ -121,12 +134,13 @@ class Rank:
                 r = orders.record
                 slab.record(r.slots, r.keys, r.depths, r.tenants, slab.sequences(r.slots))
         if len(orders.back):
-            self._back(orders.back)
+            self._begin(partial(self._back, orders.back))
         for plan in orders.plans:
             self._flights[plan.id] = self._executor.start(self._here(plan))
             self._looks[plan.id] = (time.monotonic(),) * 2
         if len(orders.park):
-            self._park(orders.park)
+            flights = tuple(self._flights.values())
+            self._begin(partial(self._park, orders.park, flights))
         for request, receive in orders.receives.items():
             self._receiving[request] = set(receive.plans)
             self._failed_rows.append(receive.missing)
@@ -142,7 +156,9 @@ class Rank:
         self._ticks.append((step, self._ticks[-1][1] if self._ticks else None))
 
     def report(self) -> Report:
-        """What has ended since the last report; waits for nothing."""
+        """What has ended since the last report; waits for nothing. Raises what a change of frames'
+        memory has raised."""
+        changed = self._changed()
         flew = bool(self._flights)
         ended = self._look()
         outcomes = []
@@ -165,18 +181,16 @@ class Rank:
             tuple(outcomes),
             self._slots,
             self._moved,
-            self._backed,
-            self._unbacked,
-            self._parked,
+            changed["backed"],
+            changed["unbacked"],
+            changed["parked"],
             self._grown,
         )
-        self._backed = self._unbacked = self._parked = NO_SLOTS
         return report
 
     def has_news(self) -> bool:
         """False if a report would say what the last one has said."""
-        frames = len(self._backed) or len(self._unbacked) or len(self._parked)
-        return bool(self._flights or self._ticks or frames) or self._is_growing
+        return bool(self._flights or self._ticks or self._changes) or self._is_growing
 
     def routes(self) -> dict[tuple[Place, Place], Moved]:
         """What each route has moved so far."""
@@ -201,10 +215,12 @@ class Rank:
         return done, failed
 
     def wait(self, timeout_s: float) -> None:
-        """Until some plan has ended, or the timeout; at once if none is under way."""
+        """Until some plan or change has ended, or the timeout; at once if none is under way."""
         flight = next(iter(self._flights.values()), None)
         if flight is not None:
             flight.wait(timeout_s)
+        elif self._changes:
+            wait(list(self._changes), timeout_s, FIRST_COMPLETED)
 
     @property
     def closed(self) -> bool:
@@ -216,6 +232,8 @@ class Rank:
             if self._closed:
                 return
             self._closed = True
+            self._todo.put(None)
+            self._beside.join()
             for flight in self._flights.values():
                 flight.wait()
             self._parts.close()
@@ -287,23 +305,50 @@ class Rank:
             found.tenants[old_first],
         )
 
-    def _back(self, frames: Slots) -> None:
+    def _begin(self, change: Callable[[], Change]) -> None:
+        future = Future[Change]()
+        self._changes.append(future)
+
+        def carried_out() -> None:
+            try:
+                future.set_result(change())
+            except Exception as error:  # raised by the report
+                future.set_exception(error)
+
+        self._todo.put(carried_out)
+
+    def _changed(self) -> dict[str, Slots]:
+        """Frames of which a change has ended, by what has become of them."""
+        changed = dict.fromkeys(("backed", "unbacked", "parked"), NO_SLOTS)
+        while self._changes and self._changes[0].done():
+            what, frames = self._changes.popleft().result()
+            changed[what] = np.concatenate([changed[what], frames])
+        return changed
+
+    # ---------------------------------------------------------------- the thread beside
+
+    def _change(self) -> None:
+        while (todo := self._todo.get()) is not None:
+            todo()
+
+    def _back(self, frames: Slots) -> Change:
         try:
             self._device.back(frames)
         except TierFull as error:
             log.warning("frames=%d not backed: %s", len(frames), error)
-            self._unbacked = np.concatenate([self._unbacked, frames])
             self._bare = np.concatenate([self._bare, frames])
-        else:
-            self._backed = np.concatenate([self._backed, frames])
+            return "unbacked", frames
+        return "backed", frames
 
-    def _park(self, frames: Slots) -> None:
-        """Frames that these orders have hidden at the latest give their memory back."""
-        for flight in self._flights.values():
+    def _park(self, frames: Slots, flights: tuple[Flight, ...]) -> Change:
+        """Frames that these flights have hidden at the latest give their memory back."""
+        for flight in flights:
             flight.wait_hidden()
         self._device.park(frames[~np.isin(frames, self._bare)])
         self._bare = np.setdiff1d(self._bare, frames)
-        self._parked = np.concatenate([self._parked, frames])
+        return "parked", frames
+
+    # ---------------------------------------------------------------- plans and fences
 
     def _await(self, plan_id: int, stream: int | None) -> None:
         flight = self._flights.get(plan_id)
