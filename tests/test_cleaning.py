@@ -9,7 +9,7 @@ from tests.harness import Harness
 from tests.test_contents import written
 from tests.test_planner import demote
 from tiermem.books import Marks
-from tiermem.leased import CLEAN_BYTES, CLEAN_EVERY_MS, LeasedPlanner
+from tiermem.leased import CLEAN_AGAIN_MS, CLEAN_BYTES, LeasedPlanner
 from tiermem.plan import Copy
 from tiermem.table import DIRTY
 from tiermem.tier import AT_GPU, AT_HOST, GPU, HOST
@@ -28,7 +28,7 @@ def harness(**shape: object) -> Harness:
 def clean(h: Harness, page_bytes: int = PAGE) -> list[int]:
     """Begin what may be begun; the pages of it."""
     assert isinstance(h.planner, LeasedPlanner)
-    h.now += CLEAN_EVERY_MS
+    h.now += CLEAN_AGAIN_MS
     h.observe()
     plans = h.planner.clean(page_bytes, h.now)
     h.carry(plans)
@@ -129,6 +129,21 @@ def test_pages_in_use_and_behind_work_have_their_turn_later() -> None:
     assert clean(h) == [1]
     h.leave(request, None)
     h.drain()
+    assert clean(h) == [0]
+    h.drain()
+    h.check_idle()
+
+
+def test_a_look_at_all_frames_that_found_nothing_is_not_repeated_at_once() -> None:
+    h = harness()
+    assert isinstance(h.planner, LeasedPlanner)
+    written(h, 0)
+    request = h.begin([0], "read")
+    h.enter(request, "read")
+    assert clean(h) == []
+    h.leave(request, None)
+    h.observe()
+    assert h.planner.clean(PAGE, h.now + CLEAN_AGAIN_MS - 1) == []
     assert clean(h) == [0]
     h.drain()
     h.check_idle()

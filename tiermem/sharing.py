@@ -67,6 +67,7 @@ class Sharing(Membership):
         self._warm = terms.first // terms.page_bytes
         self._counted = 0  # frames in use when the working set was counted last
         self._slept_at = -1
+        self._is_alone = False
         self._waits_since = 0  # with so many bytes charged, for what others give
         self._news = True
 
@@ -268,9 +269,10 @@ class Sharing(Membership):
         if lease.is_changed():
             self._news = True
             self._owed = lease.dues()[1]
+            self._is_alone = lease.is_alone()
         over = held - min(lease.cap, self.ceiling)
         idle = 0
-        if self._is_idle(demand) and not lease.is_alone():
+        if self._is_idle(demand) and not self._is_alone:
             idle = held - max(page, lease.floor, self._warm * page)
         return max(self._owed, over, idle, 0)
 
