@@ -18,7 +18,7 @@ pytest.importorskip("torch")
 from tests.directed_ranks import PAGE, Ranks, ids, spoil
 from tests.integrations.vllm_fakes import BLOCK_TOKENS
 from tests.integrations.vllm_machine import Machine, Step
-from tests.waiting import until
+from tests.waiting import LONG_S, until
 from tiermem import Share, peers
 from tiermem.directed.director import Director, Look, Units
 from tiermem.errors import TierFull
@@ -26,7 +26,9 @@ from tiermem.integrations import vllm_metrics, vllm_scheduler
 from tiermem.integrations.vllm_scheduler import EngineSide
 from tiermem.integrations.vllm_worker import RANKS
 from tiermem.plan import Access
-from tiermem.tier import HOST, NVME
+from tiermem.policies.recompute import RouteSpeed
+from tiermem.testing import LateRoute
+from tiermem.tier import GPU, HOST, NVME
 
 
 def serve(machine: Machine, steps: int) -> None:
@@ -56,16 +58,26 @@ def finish(machine: Machine) -> None:
     machine.drain()
 
 
+def come_when_waited_for(ranks: Ranks) -> None:
+    """From now on what comes from the host is there once a stream or a thread waits for it."""
+    for rank in ranks.ranks:
+        host, frames = (rank._parts.tiers[place] for place in (HOST, GPU))
+        rank._executor._routes[HOST, GPU] = LateRoute(host, frames)  # type: ignore[arg-type]
+
+
 def random_requests(
     monkeypatch: pytest.MonkeyPatch, folder: Path, seed: int, *, lag: int
 ) -> Machine:
-    """With a drive, and two ranks, at every other seed."""
+    """With a drive, and two ranks, at every other seed; at some, loads that come no sooner than
+    they are waited for."""
     nvme = 16 if seed % 2 else 0
     ranks = Ranks(
         ranks=1 + seed % 2, units=40, pieces=1 + seed % 3, budget=12, host=14,
         nvme=nvme, path=folder if nvme else None, seed=seed, queued=True,
     )  # fmt: skip
     monkeypatch.setattr(vllm_scheduler, "load", lambda: ranks.config)
+    if seed % 3 == 2:
+        come_when_waited_for(ranks)
     machine = Machine(ranks, seed, lag=lag, whole=seed % 2 == 0)
     serve(machine, 150)
     ranks.close()
@@ -533,6 +545,82 @@ def with_prefixes_below(
     for family, prompt in enumerate(prompts):
         machine.ask(family, prompt, 2)
     return machine
+
+
+def test_once_nobody_else_runs_a_step_waits_for_what_was_fetched(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Rather than begin after it has come: who comes then has a step at once, behind its load."""
+    machine = with_prefixes_below(monkeypatch, (53, 53), budget=40)
+    come_when_waited_for(machine.ranks)
+    (running,), (first, second) = machine.running, machine.waiting
+    machine.step()
+    assert machine.running == [running], "it would have to wait for both"
+    machine.abort(running)
+    machine.step()
+    assert machine.running == [first, second]
+    machine.drain()
+    machine.ranks.close()
+
+
+@pytest.mark.parametrize("patience_s", [LONG_S, 0.0])
+def test_who_has_little_to_compute_begins_with_others_whose_prefixes_come(
+    monkeypatch: pytest.MonkeyPatch, patience_s: float
+) -> None:
+    monkeypatch.setattr(vllm_scheduler, "GATHER_S", patience_s)
+    machine = with_prefixes_below(monkeypatch, (53, 49), budget=40)
+    come_when_waited_for(machine.ranks)
+    (running,), (first, second) = machine.running, machine.waiting
+    machine.step()
+    (rank,) = machine.ranks.ranks
+    flights = {flight.plan.id: flight for flight in rank._flights.values()}
+    assert len(flights) == 2, "both are fetched"
+    flights[min(flights)].wait()
+    for _ in range(3):
+        machine.step()
+    if patience_s:
+        assert machine.running == [running]
+        flights[max(flights)].wait()
+        machine.step()
+        machine.step()
+        assert machine.running == [running, first, second]
+    else:
+        assert first.num_computed_tokens
+        assert not second.num_computed_tokens
+    machine.drain()
+    machine.ranks.close()
+
+
+def test_who_has_much_to_compute_waits_for_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vllm_scheduler, "GATHER_S", LONG_S)
+    monkeypatch.setattr(vllm_scheduler, "LEAST_TOKENS", 1)
+    machine = with_prefixes_below(monkeypatch, (53, 49), budget=40)
+    come_when_waited_for(machine.ranks)
+    first, second = machine.waiting
+    machine.step()
+    (rank,) = machine.ranks.ranks
+    min(rank._flights.items())[1].wait()
+    for _ in range(3):
+        machine.step()
+    assert first.num_computed_tokens
+    assert not second.num_computed_tokens
+    machine.drain()
+    machine.ranks.close()
+
+
+@pytest.mark.parametrize("gbps", [1000.0, 1e-6])
+def test_who_begins_with_others_does_not_keep_them_long(
+    monkeypatch: pytest.MonkeyPatch, gbps: float
+) -> None:
+    machine = with_prefixes_below(monkeypatch, (53, 53), budget=40)
+    come_when_waited_for(machine.ranks)
+    monkeypatch.setattr(Director, "speeds", lambda director: {HOST: RouteSpeed(gbps)})
+    (running,), (first, second) = machine.running, machine.waiting
+    machine.abort(running)
+    machine.step()
+    assert machine.running == ([first, second] if gbps > 1 else [first])
+    machine.drain()
+    machine.ranks.close()
 
 
 def test_a_prefix_is_fetched_only_beside_what_was_found_in_this_step(

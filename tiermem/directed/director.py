@@ -373,6 +373,18 @@ class Director:
         self._note_wanted(units)
         return True
 
+    def await_fetched(self, units: Units) -> bool:
+        """The next step's work waits for these fetched units, as far as they are on their way.
+
+        False, and nothing is as if it did: some of them do not come from the host.
+        """
+        table, rows = self._planner.table, self._pages(units)
+        late = rows[table.to[rows] != 0]
+        if not self._planner.order(Request(late)):
+            return False
+        self._needs += np.unique(table.move[late]).tolist()
+        return True
+
     def enter(
         self,
         units: Units,

@@ -33,7 +33,7 @@ from tiermem.directed.upkeep import Upkeep
 from tiermem.errors import ConfigError
 from tiermem.integrations.layout import Layout
 from tiermem.integrations.threads import switch_sooner
-from tiermem.integrations.vllm_choice import Choice
+from tiermem.integrations.vllm_choice import LEAST_TOKENS, Choice
 from tiermem.integrations.vllm_groups import groups_of, in_order
 from tiermem.integrations.vllm_hints import NO_HINTS, Hints, hints_of
 from tiermem.integrations.vllm_metrics import Told, snapshot
@@ -54,6 +54,9 @@ FEW = 16
 """Blocks that are looked at one by one in less time than all of a prefix together."""
 FIRST_TABLE = [0]
 """The group of a model that has one."""
+GATHER_S = 0.05
+"""How long a request of which little is to be computed may wait for loads of others like it, to be
+computed in one step with them: that takes as long for one as for all (25 ms, 8B shape, H200)."""
 PATIENCE_S = 10.0
 """How long a waiting request is held back for loads; after that its prefix is computed again."""
 
@@ -83,12 +86,14 @@ class Tracked:
 @dataclass(eq=False)
 class Fetch:
     """A waiting request whose prefix is kept, or on its way up. blocks: held for it; new: others
-    that it will need when it is admitted. late_unit: one of theirs that was seen on its way."""
+    that it will need when it is admitted. late_unit: one of theirs that was seen on its way.
+    came_s: when all of them were seen to be there."""
 
     since_s: float
     blocks: list[int] = field(default_factory=list)
     new: int = 0
     late_unit: int = -1
+    came_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,6 +159,7 @@ class EngineSide:
         self._new: list[New] = []  # of requests admitted to the step that is being put together
         self._below: list[Units] = []  # what such requests have found further down
         self._frames = 0  # that it will take
+        self._admitted = self._loading = 0  # to that step; blocks that it waits for
         self._later: list[Units] = []
         self._worked = 0  # the last step in which a request ran
         self._computed: deque[tuple[int, int, str]] = deque()
@@ -269,6 +275,7 @@ class EngineSide:
             self._hear_here()
             self._seen = self._count_free()
             self._credit = self._spent = 0
+            self._admitted = self._loading = 0
             self._queue_full = False
             self._room = self.director.room()
 
@@ -314,7 +321,7 @@ class EngineSide:
             self._leave(stale)
             self._unread.add(name)
         fetch = self._waiting.get(name)
-        if fetch is not None and fetch.blocks and self._awaits(request, fetch):
+        if fetch is not None and fetch.blocks and self._is_early(request, fetch, computed):
             self.counts["waited"] += 1
             return None, False
         hits = computed // self._block_tokens
@@ -461,6 +468,37 @@ class EngineSide:
         self._seen = self._count_free()
         self._room = director.room()
 
+    def _is_early(self, request: Any, fetch: Fetch, computed: int) -> bool:
+        """Whether a request that was fetched for waits on: for its prefix, or while others run
+        for some to begin with."""
+        if self._awaits(request, fetch):
+            return self._others_run or not self._hurry(request.request_id, fetch)
+        return self._others_run and self._awaits_others(fetch, request.num_tokens - computed)
+
+    @property
+    def _others_run(self) -> bool:
+        """Whether anybody runs but those who begin with the step that is being put together."""
+        return len(self._tracked) > self._admitted
+
+    def _hurry(self, name: str, fetch: Fetch) -> bool:
+        """Have the step that is being put together wait for a fetched prefix: nobody else runs."""
+        if self._waiting.get(name) is not fetch:
+            return False  # it was given up
+        units = self._units(fetch.blocks)
+        coming = int(np.count_nonzero(self.director.look(units).coming))
+        if self._delays_others(coming) or not self.director.await_fetched(units):
+            return False
+        self._loading += coming
+        self._fetched.difference_update(fetch.blocks)
+        return True
+
+    def _delays_others(self, units: int) -> bool:
+        """Whether those who begin with this step would wait too long for so many units more."""
+        host = self.director.speeds().get(HOST)
+        if host is None or not self._loading:
+            return host is None
+        return (self._loading + units) * self.layout.unit_bytes > GATHER_S * host.gbps * 1e9
+
     def _awaits(self, request: Any, fetch: Fetch) -> bool:
         """Whether a fetched prefix is still on its way; what takes too long is given up."""
         late = time.monotonic() - fetch.since_s > PATIENCE_S
@@ -478,6 +516,18 @@ class EngineSide:
         coming = units[look.coming]
         fetch.late_unit = int(coming[-1]) if len(coming) else -1
         return True
+
+    def _awaits_others(self, fetch: Fetch, new: int) -> bool:
+        """Whether a request that could run is to do so in one step with others, whose prefixes
+        are on their way. new: tokens of it to be computed."""
+        if new >= LEAST_TOKENS or len(self._waiting) == 1:
+            return False
+        now_s = time.monotonic()
+        fetch.came_s = fetch.came_s or now_s
+        if now_s - fetch.came_s > GATHER_S:
+            return False
+        others = (other.blocks for other in self._waiting.values() if other is not fetch)
+        return any(not self.director.are_here(self._units(blocks)) for blocks in others if blocks)
 
     def _end_fetch(self, name: str) -> None:
         """A request waits no more: what was kept for it is its own by now, or anybody's."""
@@ -537,8 +587,11 @@ class EngineSide:
         return self._choice.cut(found, self.layout.unit_bytes, tokens, speeds, suffix, now_s)
 
     def _would_disturb(self, units: int) -> bool:
-        """Whether others run who would have to wait for a load of so many units."""
-        return bool(self._tracked) and units * self.layout.unit_bytes > SMALL_BYTES
+        """Whether others would have to wait for a load of so many units: who runs at all, and who
+        is to begin with this step for longer than it pays to."""
+        if not self._tracked or units * self.layout.unit_bytes <= SMALL_BYTES:
+            return False
+        return self._others_run or self._delays_others(units)
 
     def _outside(self, request: Any, hits: int) -> Places:
         """Where blocks of a prompt, behind its local prefix, are that an earlier run left on the
@@ -569,6 +622,7 @@ class EngineSide:
         taken = 0
         if tracked is None:
             tracked = self._track(request, [list(table[: match.hits]) for table in block_ids])
+            self._admitted += 1
             self.counts["recomputed"] += match.dear > 0 or request.request_id in self._cut
             taken += self._enter_hits(tracked)
             if external and match.outside:
@@ -769,6 +823,7 @@ class EngineSide:
             self._enter_units(units, "read")
             return taken
         frames = self.director.frameless(units)
+        self._loading += frames
         self._below.append(units)  # nobody else's, so that each is named once
         self._frames += frames
         return taken - frames
