@@ -164,8 +164,10 @@ def test_who_waits_for_one_request_after_another_is_given_as_much_as_has_come(
         with engine(config("new")) as (new, region):
             more = fill(region, 6)
             until(lambda: held(new) >= 10)
-            more += fill(region, held(new) - 4)  # of which two are lacking, and eight have come
-            until(lambda: held(new) >= 10 + 2 + 7)  # and not two more
+            more += fill(region, 3)  # of which none is lacking
+            until(lambda: held(new) >= 9 + 7)  # for what has come is asked for again
+            more += fill(region, held(new) - 7)  # of which two are lacking
+            until(lambda: held(new) >= 16 + 2 + 6)  # and not two more
             verify(region, more)
         verify(kept, pages)
 
@@ -463,7 +465,7 @@ def test_what_is_taken_ahead_of_need_stays_below_the_own_budget(short: int) -> N
     try:
         for wanted in (20, 40):
             sharing._lease.want(wanted * PAGE)
-            sharing._get_ahead(short)
+            sharing._get_ahead(Demand(capacity=4, used=4, kept=0, clock=0, short=short))
             charged = sharing._lease.held + sharing._lease.reserved
             assert charged <= PAGES * PAGE, f"{charged // PAGE} of {PAGES} pages"
     finally:

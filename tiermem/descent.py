@@ -40,6 +40,8 @@ from tiermem.tier import (
 )
 
 _NO_SLOTS = np.empty(0, np.int32)
+_PIECE = 64
+"""Frames that are hidden in one go to be given back: the first lose their memory meanwhile."""
 
 SPARE_SHARE = 0.25
 """Of NVMe, for spares; docs/design.md says why."""
@@ -66,7 +68,10 @@ class Descent(Books):
         if excess <= 0:
             return []
         rows, frames = self._take_kept(GPU, excess)
-        return [self._begin([self._hide_unowned(rows, frames)])] if len(rows) else []
+        return [
+            self._begin([self._hide_unowned(rows[i : i + _PIECE], frames[i : i + _PIECE])])
+            for i in range(0, len(rows), _PIECE)
+        ]
 
     def _push_down(self, place: Place, n: int, now: int, *, awaited: bool = False) -> list[Plan]:
         """Start n pages of a tier on their way down, as its policy ranks them.

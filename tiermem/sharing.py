@@ -68,7 +68,7 @@ class Sharing(Membership):
         self._counted = 0  # frames in use when the working set was counted last
         self._slept_at = -1
         self._is_alone = False
-        self._waits_since = 0  # with so many bytes charged, for what others give
+        self._waits_since: int | None = None  # with so many bytes charged, for what others give
         self._news = True
 
     @classmethod
@@ -152,16 +152,17 @@ class Sharing(Membership):
             charged = self._lease.held + self._lease.reserved
             nbytes = slots * self.terms.page_bytes
             if not self.expects:
-                self._waits_since = charged
+                self._waits_since = None
             else:  # it waits, or the last one did: others give while this one is served
-                came = charged - self._waits_since
-                nbytes += min(max(nbytes, came), AHEAD * self._step())
+                nbytes += max(min(nbytes, AHEAD * self._step()), self._ahead())
             nbytes = min(nbytes, self.ceiling - charged)
             if nbytes <= 0:
                 return False
             if self._lease.asleep:
                 self._lease.wake_up()
             nbytes = self._ask(nbytes, self.ceiling - charged)
+            if self._is_owed and self._waits_since is None:
+                self._waits_since = charged
         except LedgerError as error:
             log.debug("nothing lent reason=%s", error)
             return False
@@ -170,6 +171,13 @@ class Sharing(Membership):
         self._asked_until = now + 1.0
         self._wake()
         return self._is_owed
+
+    def _ahead(self) -> int:
+        """Bytes to be asked for beyond need: what has come since others were first waited for."""
+        if self._waits_since is None:
+            return 0
+        came = self._lease.held + self._lease.reserved - self._waits_since
+        return min(came, AHEAD * self._step())
 
     def _ask(self, nbytes: int, most: int) -> int:
         """Ask for bytes; for more, where nobody gives so few. How many were asked for."""
@@ -202,7 +210,7 @@ class Sharing(Membership):
             if due > 0 or self._warned:
                 self._return_promised()
             else:
-                self._get_ahead(demand.short)
+                self._get_ahead(demand)
             self._lease.ring()
         except LedgerBusy:
             return held + self._lease.reserved // page
@@ -295,11 +303,15 @@ class Sharing(Membership):
             return False
         return self._clocks[0][1] == demand.clock
 
-    def _get_ahead(self, short: int) -> None:
+    def _get_ahead(self, demand: Demand) -> None:
         """Take so many pages that all in use are below the mark: our own first, then spare ones."""
         page, lease = self.terms.page_bytes, self._lease
         charged = lease.held + lease.reserved
-        lacking, now = short * page - lease.reserved, time.monotonic()
+        lacking, now = demand.short * page - lease.reserved, time.monotonic()
+        if self.expects and self._waits_since is not None:
+            # What is taken of that is asked for again, before any is lacking.
+            self._asked_bytes = max(self._asked_bytes, demand.used * page + self._ahead())
+            self._asked_until = now + 1.0
         if now < self._asked_until and not lease.asleep:
             lacking = max(lacking, self._asked_bytes - charged)
         room = self.ceiling - charged
