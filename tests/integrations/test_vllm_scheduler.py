@@ -608,17 +608,20 @@ def test_who_has_much_to_compute_waits_for_nobody(monkeypatch: pytest.MonkeyPatc
     machine.ranks.close()
 
 
-@pytest.mark.parametrize("gbps", [1000.0, 1e-6])
+@pytest.mark.parametrize(
+    ("gbps", "little", "both"), [(1000.0, 256, True), (1e-6, 256, False), (1000.0, 1, False)]
+)
 def test_who_begins_with_others_does_not_keep_them_long(
-    monkeypatch: pytest.MonkeyPatch, gbps: float
+    monkeypatch: pytest.MonkeyPatch, gbps: float, little: int, both: bool
 ) -> None:
+    monkeypatch.setattr(vllm_scheduler, "LEAST_TOKENS", little)
     machine = with_prefixes_below(monkeypatch, (53, 53), budget=40)
     come_when_waited_for(machine.ranks)
     monkeypatch.setattr(Director, "speeds", lambda director: {HOST: RouteSpeed(gbps)})
     (running,), (first, second) = machine.running, machine.waiting
     machine.abort(running)
     machine.step()
-    assert machine.running == ([first, second] if gbps > 1 else [first])
+    assert machine.running == ([first, second] if both else [first])
     machine.drain()
     machine.ranks.close()
 

@@ -160,6 +160,7 @@ class EngineSide:
         self._below: list[Units] = []  # what such requests have found further down
         self._frames = 0  # that it will take
         self._admitted = self._loading = 0  # to that step; blocks that it waits for
+        self._computes_much = False
         self._later: list[Units] = []
         self._worked = 0  # the last step in which a request ran
         self._computed: deque[tuple[int, int, str]] = deque()
@@ -276,6 +277,7 @@ class EngineSide:
             self._seen = self._count_free()
             self._credit = self._spent = 0
             self._admitted = self._loading = 0
+            self._computes_much = False
             self._queue_full = False
             self._room = self.director.room()
 
@@ -376,7 +378,8 @@ class EngineSide:
         look = director.look(wanted)
         need = self._frames_for(look) + new + self._spent
         # Behind one for whom there is no room, none is made for one who has to wait anyway.
-        if need > self._room and not (self._queue_full and self._is_far(look)):
+        left = request.num_tokens - hits * self._block_tokens
+        if need > self._room and not (self._queue_full and self._is_far(look, left)):
             need -= self._frames
             self._enter_below()
             director.make_room(need)
@@ -388,7 +391,7 @@ class EngineSide:
         if look.gone.any():
             self._evict(wanted[look.gone])
             return True  # vLLM looks again, and finds less
-        if self._is_far(look):
+        if self._is_far(look, left):
             self._begin_fetch(request, prefix, hits, idle, new, look)
             return True
         if look.below.any() and self._leave_dear(request, prefix, hits):
@@ -420,11 +423,12 @@ class EngineSide:
             named = [(block, block.block_hash) for block in blocks]
             self._far[request.request_id] = Far(hits, place, named)
 
-    def _is_far(self, look: Look) -> bool:
-        """Whether a request has to wait for what was looked at before it is admitted."""
+    def _is_far(self, look: Look, left: int) -> bool:
+        """Whether a request has to wait for what was looked at before it is admitted, with so
+        many tokens left to be computed."""
         if look.deep.any() or look.coming.any():
             return True
-        return self._would_disturb(int(look.below.sum()))
+        return self._would_disturb(int(look.below.sum()), left)
 
     def _frames_for(self, look: Look) -> int:
         """Frames that a prefix takes which is not all on the GPU, or on its way."""
@@ -471,32 +475,36 @@ class EngineSide:
     def _is_early(self, request: Any, fetch: Fetch, computed: int) -> bool:
         """Whether a request that was fetched for waits on: for its prefix, or while others run
         for some to begin with."""
+        left = request.num_tokens - computed
         if self._awaits(request, fetch):
-            return self._others_run or not self._hurry(request.request_id, fetch)
-        return self._others_run and self._awaits_others(fetch, request.num_tokens - computed)
+            return self._others_run or not self._hurry(request, fetch, left)
+        return self._others_run and self._awaits_others(fetch, left)
 
     @property
     def _others_run(self) -> bool:
         """Whether anybody runs but those who begin with the step that is being put together."""
         return len(self._tracked) > self._admitted
 
-    def _hurry(self, name: str, fetch: Fetch) -> bool:
+    def _hurry(self, request: Any, fetch: Fetch, left: int) -> bool:
         """Have the step that is being put together wait for a fetched prefix: nobody else runs."""
-        if self._waiting.get(name) is not fetch:
+        if self._waiting.get(request.request_id) is not fetch:
             return False  # it was given up
         units = self._units(fetch.blocks)
         coming = int(np.count_nonzero(self.director.look(units).coming))
-        if self._delays_others(coming) or not self.director.await_fetched(units):
+        if self._delays_others(coming, left) or not self.director.await_fetched(units):
             return False
         self._loading += coming
         self._fetched.difference_update(fetch.blocks)
         return True
 
-    def _delays_others(self, units: int) -> bool:
-        """Whether those who begin with this step would wait too long for so many units more."""
+    def _delays_others(self, units: int, left: int) -> bool:
+        """Whether who begins with this step is kept by one who waits for so many units, and has so
+        many tokens left to be computed: it, or those who do so already."""
         host = self.director.speeds().get(HOST)
-        if host is None or not self._loading:
+        if host is None or not self._admitted:
             return host is None
+        if self._computes_much or left >= LEAST_TOKENS:
+            return True
         return (self._loading + units) * self.layout.unit_bytes > GATHER_S * host.gbps * 1e9
 
     def _awaits(self, request: Any, fetch: Fetch) -> bool:
@@ -517,10 +525,10 @@ class EngineSide:
         fetch.late_unit = int(coming[-1]) if len(coming) else -1
         return True
 
-    def _awaits_others(self, fetch: Fetch, new: int) -> bool:
+    def _awaits_others(self, fetch: Fetch, left: int) -> bool:
         """Whether a request that could run is to do so in one step with others, whose prefixes
-        are on their way. new: tokens of it to be computed."""
-        if new >= LEAST_TOKENS or len(self._waiting) == 1:
+        are on their way. left: tokens of it to be computed."""
+        if left >= LEAST_TOKENS or len(self._waiting) == 1:
             return False
         now_s = time.monotonic()
         fetch.came_s = fetch.came_s or now_s
@@ -586,12 +594,12 @@ class EngineSide:
         speeds, now_s = self.director.speeds_outside(), time.monotonic()
         return self._choice.cut(found, self.layout.unit_bytes, tokens, speeds, suffix, now_s)
 
-    def _would_disturb(self, units: int) -> bool:
+    def _would_disturb(self, units: int, left: int) -> bool:
         """Whether others would have to wait for a load of so many units: who runs at all, and who
         is to begin with this step for longer than it pays to."""
         if not self._tracked or units * self.layout.unit_bytes <= SMALL_BYTES:
             return False
-        return self._others_run or self._delays_others(units)
+        return self._others_run or self._delays_others(units, left)
 
     def _outside(self, request: Any, hits: int) -> Places:
         """Where blocks of a prompt, behind its local prefix, are that an earlier run left on the
@@ -623,6 +631,8 @@ class EngineSide:
         if tracked is None:
             tracked = self._track(request, [list(table[: match.hits]) for table in block_ids])
             self._admitted += 1
+            done = (match.hits + match.outside) * self._block_tokens
+            self._computes_much |= request.num_tokens - done >= LEAST_TOKENS
             self.counts["recomputed"] += match.dear > 0 or request.request_id in self._cut
             taken += self._enter_hits(tracked)
             if external and match.outside:
