@@ -124,73 +124,70 @@ def test_a_newcomer_gets_its_share_of_a_full_card(home: Path) -> None:
         until(lambda: members(home).keys() == {"old"})
 
 
+@contextmanager
+def newcomer(total: int = PAGES, host: int = 4 * PAGES) -> Iterator[tuple[Space, Region]]:
+    """A space beside one that holds the whole card, and whose pages are verified in the end."""
+    with engine(config("old", total=total, budget=total)) as (_, kept):
+        pages = fill(kept, total)
+        with engine(config("new", total=total, budget=total, host=host)) as (new, region):
+            yield new, region
+        verify(kept, pages)
+
+
 def test_a_newcomer_waits_for_its_share_rather_than_lose_pages_of_its_own(
-    home: Path, monkeypatch: pytest.MonkeyPatch
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("tiermem.membership.EXPECT_S", 10.0)
-    with engine(config("old")) as (_, kept):
-        pages = fill(kept, PAGES)
-        with engine(config("new", host=0)) as (new, region):
-            mine = fill(region, 2)
-            mine += fill(region, 24)
-            verify(region, mine)
-            assert new.statistics().counts.get("dropped", 0) == 0
-        verify(kept, pages)
+    with newcomer(host=0) as (new, region):
+        mine = fill(region, 2)
+        mine += fill(region, 24)
+        verify(region, mine)
+        assert new.statistics().counts.get("dropped", 0) == 0
 
 
 def test_while_one_request_of_many_is_served_others_give_for_the_next(
-    home: Path, monkeypatch: pytest.MonkeyPatch
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("tiermem.membership.EXPECT_S", 10.0)
-    with engine(config("old")) as (_, kept):
-        pages = fill(kept, PAGES)
-        with engine(config("new")) as (new, region):
-            more = fill(region, 4)
-            assert held(new) < 8, "a small one gets as much again at most"
-            more += fill(region, 16)
-            until(lambda: held(new) >= 20 + 8)  # an eighth of the ceiling
-            more += fill(region, PAGES // 2 - 20)
-            assert held(new) == PAGES // 2, "and no more than its share"
-            verify(region, more)
-        verify(kept, pages)
+    with newcomer() as (new, region):
+        more = fill(region, 4)
+        assert held(new) < 8, "a small one gets as much again at most"
+        more += fill(region, 16)
+        until(lambda: held(new) >= 20 + 8)  # an eighth of the ceiling
+        more += fill(region, PAGES // 2 - 20)
+        assert held(new) == PAGES // 2, "and no more than its share"
+        verify(region, more)
 
 
 def test_who_waits_for_one_request_after_another_is_given_as_much_as_has_come(
-    home: Path, monkeypatch: pytest.MonkeyPatch
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("tiermem.membership.EXPECT_S", 10.0)
-    with engine(config("old")) as (_, kept):
-        pages = fill(kept, PAGES)
-        with engine(config("new")) as (new, region):
-            more = fill(region, 6)
-            until(lambda: held(new) >= 10)
-            more += fill(region, 3)  # of which none is lacking
-            until(lambda: held(new) >= 9 + 7)  # for what has come is asked for again
-            more += fill(region, held(new) - 7)  # of which two are lacking
-            until(lambda: held(new) >= 16 + 2 + 6)  # and not two more
-            verify(region, more)
-        verify(kept, pages)
+    with newcomer() as (new, region):
+        more = fill(region, 6)
+        until(lambda: held(new) >= 10)
+        more += fill(region, 3)  # of which none is lacking
+        until(lambda: held(new) >= 9 + 7)  # for what has come is asked for again
+        more += fill(region, held(new) - 7)  # of which two are lacking
+        until(lambda: held(new) >= 16 + 2 + 6)  # and not two more
+        verify(region, more)
 
 
 def test_a_page_that_is_less_than_anybody_has_to_give_comes_at_once(
-    home: Path, monkeypatch: pytest.MonkeyPatch
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """An excess of 1/128 of the card is left with its holder, so whoever lacks less asks for more
     rather than wait for what nobody owes, or lose pages of its own."""
     monkeypatch.setattr("tiermem.membership.EXPECT_S", LONG_S)
     monkeypatch.setattr("tiermem.leased.PATIENCE_MS", LONG_S * 1000)
     monkeypatch.setattr("tiermem.sharing.AHEAD", 0)
-    many = 4 * PAGES  # so that 1/128 is two pages
-    with engine(config("old", total=many, budget=many)) as (_, kept):
-        pages = fill(kept, many)
-        with engine(config("new", total=many, budget=many, host=0)) as (new, region):
-            more = fill(region, 32)
-            began = time.monotonic()
-            more += fill(region, held(new) + 1 - len(more))
-            assert time.monotonic() < began + LONG_S / 2
-            assert new.statistics().counts.get("dropped", 0) == 0
-            verify(region, more)
-        verify(kept, pages)
+    with newcomer(total=4 * PAGES, host=0) as (new, region):  # so that 1/128 is two pages
+        more = fill(region, 32)
+        began = time.monotonic()
+        more += fill(region, held(new) + 1 - len(more))
+        assert time.monotonic() < began + LONG_S / 2
+        assert new.statistics().counts.get("dropped", 0) == 0
+        verify(region, more)
 
 
 def test_others_hear_of_each_few_frames_that_have_no_memory_any_more(

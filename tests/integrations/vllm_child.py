@@ -23,7 +23,7 @@ COMMON = {
     "hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 64, "vocab_size": 1024, "rms_norm_eps": 1e-5,
     "max_position_embeddings": 4096, "hidden_act": "silu", "bos_token_id": 1, "eos_token_id": 2,
-    "tie_word_embeddings": False, "dtype": "bfloat16",
+    "tie_word_embeddings": False, "dtype": "float32",
 }  # fmt: skip
 CONFIGS = {
     "llama": {
@@ -48,7 +48,9 @@ def weigh() -> None:
 
     vLLM's own dummy weights are so small that what is attended to hardly counts: with 13 of 260
     blocks swapped all of 16 requests gave the same tokens, with these one did, and other batches
-    gave the same tokens for all (0.32, bf16).
+    gave the same tokens for all (0.32, bf16). On a processor without instructions for bf16 (an AMD
+    EPYC) two requests at a time gave other tokens than eight for one of 16 prompts, without
+    tiermem; in float32 they are the same.
     """
     import torch
     from vllm.model_executor.model_loader import dummy_loader, weight_utils
@@ -206,7 +208,7 @@ def main() -> None:
     options = {
         "model": str(model), "load_format": "dummy", "skip_tokenizer_init": True,
         "enforce_eager": True, "max_model_len": 1024, "max_num_seqs": 8,
-        "max_num_batched_tokens": 2048, "block_size": 32, "seed": 0,
+        "max_num_batched_tokens": 2048, "block_size": 32, "seed": 0, "dtype": "float32",
         "kv_cache_memory_bytes": 256 << 20, "disable_log_stats": True, **scenario["options"],
     }  # fmt: skip
     llm = LLM(**options)

@@ -13,10 +13,10 @@ from typing import Any
 from tests.integrations.children import python, run_child
 
 CHILD = Path(__file__).with_name("vllm_child.py")
-BLOCK = 65536
-"""Bytes of a block of the child's model: 32 tokens, 4 layers, K and V of 2 heads of 64 bf16."""
+BLOCK = 131072
+"""Bytes of a block of the child's model: 32 tokens, 4 layers, K and V of 2 heads of 64 float32."""
 EVERY_LOAD_IS_WAITED_FOR = "every load is waited for"
-HYBRID_BLOCK = 32768
+HYBRID_BLOCK = 65536
 """Of the hybrid one: a block holds two of its six layers."""
 MIXED_UP = "loads bring other blocks"
 NO_ORDERS = "orders are not carried out"

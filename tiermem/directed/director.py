@@ -376,7 +376,7 @@ class Director:
     def await_fetched(self, units: Units) -> bool:
         """The next step's work waits for these fetched units, as far as they are on their way.
 
-        False, and nothing is as if it did: some of them do not come from the host.
+        False, and nothing has changed, where some of them do not come from the host.
         """
         table, rows = self._planner.table, self._pages(units)
         late = rows[table.to[rows] != 0]

@@ -498,8 +498,8 @@ class EngineSide:
         return True
 
     def _delays_others(self, units: int, left: int) -> bool:
-        """Whether who begins with this step is kept by one who waits for so many units, and has so
-        many tokens left to be computed: it, or those who do so already."""
+        """Whether a request that waits for so many units and has so many tokens left to be computed
+        would keep those who begin with this step, or they it."""
         host = self.director.speeds().get(HOST)
         if host is None or not self._admitted:
             return host is None
