@@ -199,7 +199,8 @@ def handover(ledger: Ledger, donor: Child, newcomer: Child, page: int, base: Ans
         "of_serial_floor": floors["serial_s"] / (end - t0),
         "of_piped_floor": floors["piped_s"] / (end - t0),
         "of_calls_floor": floors["calls_s"] / (end - t0),
-        "copied_meanwhile": after["counts"]["gpu_host"] - before["counts"]["gpu_host"],
+        "copied_meanwhile": after["counts"].get("gpu_host", 0)
+        - before["counts"].get("gpu_host", 0),
         "verified": sum(check["verified"] for check in checks),
         "wrong": sum(check["wrong"] for check in checks),
         "donor_counts": [before["counts"], after["counts"]],
