@@ -455,6 +455,20 @@ def test_engines_that_burst_and_are_killed_harm_nobody() -> None:
     assert sum(seen["verified"] for seen in outcome.engines) > 0
 
 
+def test_what_was_asked_for_in_an_earlier_wait_is_not_asked_for_again() -> None:
+    sharing = Sharing.open(config("one", total=4 * PAGES, budget=4 * PAGES, floor=4))
+    try:
+        sharing._waits_since, sharing._asked_bytes = 0, 3 * PAGES * PAGE  # long over
+        sharing._lease.want(20 * PAGE)
+        for _ in range(3):  # the first is granted some, so that more may come
+            sharing._get_ahead(Demand(capacity=4, used=4, kept=0, clock=0, short=16))
+        assert sharing.expects
+        charged = sharing._lease.held + sharing._lease.reserved
+        assert charged < PAGES * PAGE, f"{charged // PAGE} pages"
+    finally:
+        sharing.close()
+
+
 @pytest.mark.parametrize("short", [1, 60, 100])
 def test_what_is_taken_ahead_of_need_stays_below_the_own_budget(short: int) -> None:
     """A part of it is the space's own share, the rest is borrowed; the card has more than both."""

@@ -67,7 +67,7 @@ class Sharing(Membership):
         self._warm = terms.first // terms.page_bytes
         self._counted = 0  # frames in use when the working set was counted last
         self._slept_at = -1
-        self._is_alone = False
+        self._is_alone: bool | None = None  # None: not looked at since the last change
         self._waits_since: int | None = None  # with so many bytes charged, for what others give
         self._news = True
 
@@ -166,11 +166,15 @@ class Sharing(Membership):
         except LedgerError as error:
             log.debug("nothing lent reason=%s", error)
             return False
-        before = self._asked_bytes if now < self._asked_until else 0  # part of it may have come
-        self._asked_bytes = max(before, charged + nbytes)
-        self._asked_until = now + 1.0
+        self._note_asked(charged + nbytes)
         self._wake()
         return self._is_owed
+
+    def _note_asked(self, nbytes: int) -> None:
+        """So many bytes in all are wanted for a while, or as many as were asked for before."""
+        now = time.monotonic()
+        before = self._asked_bytes if now < self._asked_until else 0  # part of it may have come
+        self._asked_bytes, self._asked_until = max(before, nbytes), now + 1.0
 
     def _ahead(self) -> int:
         """Bytes to be asked for beyond need: what has come since others were first waited for."""
@@ -276,12 +280,15 @@ class Sharing(Membership):
             return max(0, held - page)
         if lease.is_changed():
             self._news = True
+            self._is_alone = None
             self._owed = lease.dues()[1]
-            self._is_alone = lease.is_alone()
         over = held - min(lease.cap, self.ceiling)
         idle = 0
-        if self._is_idle(demand) and not self._is_alone:
-            idle = held - max(page, lease.floor, self._warm * page)
+        if self._is_idle(demand):
+            if self._is_alone is None:
+                self._is_alone = lease.is_alone()
+            if not self._is_alone:
+                idle = held - max(page, lease.floor, self._warm * page)
         return max(self._owed, over, idle, 0)
 
     def _sleeps(self, demand: Demand) -> bool:
@@ -308,10 +315,10 @@ class Sharing(Membership):
         page, lease = self.terms.page_bytes, self._lease
         charged = lease.held + lease.reserved
         lacking, now = demand.short * page - lease.reserved, time.monotonic()
-        if self.expects and self._waits_since is not None:
-            # What is taken of that is asked for again, before any is lacking.
-            self._asked_bytes = max(self._asked_bytes, demand.used * page + self._ahead())
-            self._asked_until = now + 1.0
+        if not self.expects:
+            self._waits_since = None
+        elif self._waits_since is not None:  # what is taken is asked for again before any lacks
+            self._note_asked(demand.used * page + self._ahead())
         if now < self._asked_until and not lease.asleep:
             lacking = max(lacking, self._asked_bytes - charged)
         room = self.ceiling - charged

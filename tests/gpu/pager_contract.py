@@ -245,6 +245,7 @@ class PagerContract:
                 monkeypatch.setattr(f"tiermem.gpu.{module}._SLICE", quarter)
                 monkeypatch.setattr(f"tiermem.gpu.{module}._SLICED", 0)
             pages = [h.written(i + 1) for i in range(16)]
+            most = 0
             for turn in range(18):
                 first = 5 * (turn % 3)
                 group = pages[first : first + 6]
@@ -252,6 +253,7 @@ class PagerContract:
                     h.region.hint(group, "soon")
                 arriving = Arriving()
                 h.region.pin(group, "read", h.stream, kernels_only=True, arriving=arriving)
+                most = max(most, len(arriving))
                 reads = []
                 for part in range(4):
                     arriving.order(h.stream, (part + 1) * quarter)
@@ -264,6 +266,7 @@ class PagerContract:
                     found = [see() for see in read]
                     i = part % 3
                     assert found == [bytes([first + n + 1]) * BYTES for n in (i, 5 - i)]
+            assert most >= 4, "loads come slice by slice"
             h.space.drain(LONG_S)
             h.space.check()
 

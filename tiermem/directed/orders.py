@@ -47,7 +47,8 @@ class Orders:
     step       grows by one with each; the fences in plans name steps
     record     content that has come to the drive, for the slab's index
     forget     slots of the drive whose content counts no more
-    back, park frames that get memory again, first of all; that give theirs back, last of all
+    back, park frames that get memory again; that give theirs back once these plans have hidden
+               them: in this order, in a thread beside the step
     plans      to be started in this order
     needs      plans, of these or earlier orders, that the work of this step waits for
     receives   requests that wait for plans: told back once those have ended

@@ -175,7 +175,7 @@ class Rank:
             self._is_growing = bool(self._grown)
         if flew:
             self._moved = self.routes()
-        report = Report(
+        return Report(
             self.rank,
             self._observe(),
             tuple(outcomes),
@@ -186,7 +186,6 @@ class Rank:
             changed["parked"],
             self._grown,
         )
-        return report
 
     def has_news(self) -> bool:
         """False if a report would say what the last one has said."""
