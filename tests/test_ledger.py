@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 from hypothesis import given, settings
@@ -21,8 +22,16 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from tiermem import ledger_file
 from tiermem.errors import ConfigError, TierFull
-from tiermem.ledger import Kind, Lease, Ledger, LedgerError, Report
-from tiermem.ledger_file import HEADER_WORDS, RECORD_WORDS, RECORDS, Head, Word, runtime_directory
+from tiermem.ledger import Kind, Lease, Ledger, LedgerBusy, LedgerError, Report
+from tiermem.ledger_file import (
+    HEADER_WORDS,
+    RECORD_WORDS,
+    RECORDS,
+    Head,
+    LedgerFile,
+    Word,
+    runtime_directory,
+)
 from tiermem.ledger_shares import Claim, claim, fair_shares, grant, owed
 from tiermem.ledger_wake import Bell, Listener, is_alive, myself, start_time
 
@@ -234,6 +243,27 @@ def test_one_word_says_whether_anything_has_changed(directory: Path) -> None:
         assert not one.is_changed()
         ledger.join("two", page_bytes=PAGE)
         assert one.is_changed()
+
+
+def test_a_change_that_a_busy_ledger_kept_from_being_looked_at_is_not_forgotten(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def busy(file: LedgerFile, timeout_s: float = 1.0) -> NoReturn:
+        raise LedgerBusy("somebody holds the lock")
+
+    with opened(directory) as ledger:
+        one = ledger.join("one", page_bytes=PAGE)
+        taken(one, 8)
+        two = ledger.join("two", page_bytes=PAGE)
+        two.want(4 * PAGE)
+        assert one.is_changed()
+        with monkeypatch.context() as held:
+            held.setattr(LedgerFile, "locked", busy)
+            with pytest.raises(LedgerBusy):
+                one.dues()
+        assert one.is_changed()
+        one.dues()
+        assert not one.is_changed()
 
 
 class LedgerMachine(RuleBasedStateMachine):

@@ -399,13 +399,18 @@ class Lease:
         return changed
 
     def dues(self) -> tuple[int, int]:
-        """(fair share, bytes to give back now)."""
-        with self._file.locked() as words:
-            live, claims, shares = self._claims(words)
-            mine = live.index(self._first)
-            budget = words[Head.BUDGET]
-            owed = ledger_shares.owed(budget, claims, shares, budget // BAND)
-            return shares[mine], owed[mine]
+        """(fair share, bytes to give back now). If the ledger is busy, what has changed counts as
+        not looked at yet."""
+        try:
+            with self._file.locked() as words:
+                live, claims, shares = self._claims(words)
+                mine = live.index(self._first)
+                budget = words[Head.BUDGET]
+                owed = ledger_shares.owed(budget, claims, shares, budget // BAND)
+                return shares[mine], owed[mine]
+        except LedgerBusy:
+            self._seen = -1
+            raise
 
     def is_alone(self) -> bool:
         """True if nobody else is a member now."""
