@@ -161,7 +161,7 @@ class Ledger:
             budget = int(words[Head.BUDGET])
             rows = [words[first : first + RECORD_WORDS].tolist() for first in live]
             names = [self._file.text(first + Word.NAME, NAME_BYTES) for first in live]
-        claims = [claim_of(row[:CLAIM_WORDS]) for row in rows]
+            claims = _claims(words, live)
         fair = ledger_shares.fair_shares(budget, claims)
         owed = ledger_shares.owed(budget, claims, fair, budget // BAND)
         now = now_ms()
@@ -249,7 +249,7 @@ class Ledger:
             reaped += 1
         return reaped
 
-    def _vacant(self, live: list[int]) -> int:
+    def _vacant(self, live: tuple[int, ...]) -> int:
         for slot in range(RECORDS):
             first = HEADER_WORDS + slot * RECORD_WORDS
             if first not in live:
@@ -259,7 +259,7 @@ class Ledger:
             "choose another share.group"
         )
 
-    def _refuse_floors(self, live: list[int], but: int, floor: int) -> None:
+    def _refuse_floors(self, live: tuple[int, ...], but: int, floor: int) -> None:
         words = self._file.words
         others = sum(
             min(words[first + Word.FLOOR], words[first + Word.CAP])
@@ -455,12 +455,12 @@ class Lease:
 
     # ---------------------------------------------------------------- parts, under the lock
 
-    def _claims(self, words: memoryview) -> tuple[list[int], list[Claim], list[int]]:
+    def _claims(self, words: memoryview) -> tuple[tuple[int, ...], list[Claim], list[int]]:
         """(first words, claims, fair shares) of all members."""
         live = self._file.live()
         if self._first not in live:
             raise LedgerError(f"{self._file.path}: our record is gone; open the space again")
-        claims = [claim_of(words[first : first + CLAIM_WORDS].tolist()) for first in live]
+        claims = _claims(words, live)
         return live, claims, ledger_shares.fair_shares(words[Head.BUDGET], claims)
 
     def _needy(self, words: memoryview) -> set[int]:
@@ -489,6 +489,10 @@ class Lease:
     def _note(self, words: memoryview, event: str, nbytes: int) -> None:
         words[self._first + Word.SEQ] += 1
         self._file.note(event, self.slot, nbytes)
+
+
+def _claims(words: memoryview, live: tuple[int, ...]) -> list[Claim]:
+    return [claim_of(bytes(words[first : first + CLAIM_WORDS])) for first in live]
 
 
 def slot_of(first: int) -> int:
