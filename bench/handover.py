@@ -116,12 +116,17 @@ class Watch:
 
     def _run(self) -> None:
         while not self._stop.wait(LOOK_S):
-            members = self._ledger.snapshot().members
-            self.seen.append((time.monotonic(), {m.name: m.held for m in members}))
+            self._look()
+
+    def _look(self) -> None:
+        members = self._ledger.snapshot().members
+        self.seen.append((time.monotonic(), {m.name: m.held for m in members}))
 
     def stop(self) -> None:
+        """Look once more, so that what held until now was seen."""
         self._stop.set()
         self._thread.join()
+        self._look()
 
     def first_at_most(self, name: str, nbytes: int) -> float | None:
         """When this member was first seen to hold no more than that."""
