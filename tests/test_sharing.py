@@ -333,6 +333,31 @@ def test_an_idle_engine_shrinks_to_its_floor_when_others_are_there(home: Path) -
         verify(region, pages)
 
 
+@pytest.mark.parametrize("why", ["idle", "asleep"])
+def test_who_gives_up_what_nobody_asked_for_keeps_it_for_a_request(
+    home: Path, monkeypatch: pytest.MonkeyPatch, why: str
+) -> None:
+    """It holds its whole budget until the first frames are parked, and may ask for no more."""
+    real, parking, go = EmulatedDevice.park, threading.Event(), threading.Event()
+
+    def park(device: EmulatedDevice, frames: Slots) -> None:
+        parking.set()
+        assert go.wait(LONG_S)
+        real(device, frames)
+
+    given = config("one", total=2 * PAGES, idle_s=0.3 if why == "idle" else 60.0)
+    with engine(given) as (_, region), engine(config("other", total=2 * PAGES)):
+        pages = fill(region, PAGES)
+        monkeypatch.setattr(EmulatedDevice, "park", park)
+        if why == "asleep":
+            (ledger,) = Ledger.found(home)
+            with ledger:
+                ledger.change(members(home)["one"], asleep=True)
+        assert parking.wait(LONG_S)
+        threading.Timer(0.2, go.set).start()
+        verify(region, pages + fill(region, 8))
+
+
 def test_an_engine_that_is_alone_keeps_its_pages(home: Path) -> None:
     with engine(config("alone", idle_s=0.05)) as (space, region):
         fill(region, 40)

@@ -44,7 +44,8 @@ class Lender(Protocol):
         """True if some came a moment ago, or others were found to owe us some: more may come."""
 
     def lend(self, slots: int) -> bool:
-        """Ask for so many more; what is granted is promised. True if others owe us some of them."""
+        """Ask for so many more; what is granted is promised. True if some may come later:
+        others owe them, or we were giving them up unasked."""
 
     def explain(self) -> str:
         """Why there is no more, with numbers and the way out."""

@@ -67,6 +67,7 @@ class Sharing(Membership):
         self._warm = terms.first // terms.page_bytes
         self._counted = 0  # frames in use when the working set was counted last
         self._slept_at = -1
+        self._rests = False  # gives up what nobody else needs, for it was not used
         self._is_alone: bool | None = None  # None: not looked at since the last change
         self._waits_since: int | None = None  # with so many bytes charged, for what others give
         self._news = True
@@ -144,7 +145,8 @@ class Sharing(Membership):
         return time.monotonic() < self._expects_until
 
     def lend(self, slots: int) -> bool:
-        """Ask the ledger for pages that are lacking now; True if others hold more of our share."""
+        """Ask the ledger for pages that are lacking now; True if others hold more of our share, or
+        we were about to give up what we need after all."""
         now = time.monotonic()
         if self._warned or now < self._no_memory_until:
             return False
@@ -155,12 +157,13 @@ class Sharing(Membership):
                 self._waits_since = None
             else:  # it waits, or the last one did: others give while this one is served
                 nbytes += max(min(nbytes, AHEAD * self._step()), self._ahead())
-            nbytes = min(nbytes, self.ceiling - charged)
-            if nbytes <= 0:
+            nbytes = max(0, min(nbytes, self.ceiling - charged))
+            if not (nbytes or self._rests):
                 return False
             if self._lease.asleep:
                 self._lease.wake_up()
-            nbytes = self._ask(nbytes, self.ceiling - charged)
+            if nbytes:
+                nbytes = self._ask(nbytes, self.ceiling - charged)
             if self._is_owed and self._waits_since is None:
                 self._waits_since = charged
         except LedgerError as error:
@@ -168,7 +171,7 @@ class Sharing(Membership):
             return False
         self._note_asked(charged + nbytes)
         self._wake()
-        return self._is_owed
+        return self._is_owed or self._rests
 
     def _note_asked(self, nbytes: int) -> None:
         """So many bytes in all are wanted for a while, or as many as were asked for before."""
@@ -276,7 +279,8 @@ class Sharing(Membership):
         """Bytes to give back now: by order, because others need them, or because we are idle."""
         lease = self._lease
         held, page = lease.held, self.terms.page_bytes
-        if self._sleeps(demand):
+        self._rests = self._sleeps(demand)
+        if self._rests:
             return max(0, held - page)
         if lease.is_changed():
             self._news = True
@@ -289,7 +293,9 @@ class Sharing(Membership):
                 self._is_alone = lease.is_alone()
             if not self._is_alone:
                 idle = held - max(page, lease.floor, self._warm * page)
-        return max(self._owed, over, idle, 0)
+        needed = max(self._owed, over, 0)
+        self._rests = idle > needed
+        return max(needed, idle)
 
     def _sleeps(self, demand: Demand) -> bool:
         """Whether somebody has put us to sleep; the first use of a page ends that."""
