@@ -296,7 +296,7 @@ def _run(
 def _kill(outcome: Outcome, ledger: Ledger, engine: Engine) -> None:
     """Kill one; the others must have noticed within a second, without our help."""
     pid = engine.process.pid
-    others = [m for m in ledger.snapshot().members if m.pid != pid]
+    others = [m for m in ledger.snapshot().members if m.pid != pid and m.held]  # open, so it hears
     engine.kill()
     start = time.monotonic()
     outcome.kills += 1

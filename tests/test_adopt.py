@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.waiting import until
 from tiermem.assemble import assemble
 from tiermem.config import Config, Gpu, Host, Nvme, Trace
 from tiermem.errors import ConfigError, NotOurs, PageInUse, PageLost, TierFull
@@ -259,15 +260,20 @@ def test_adopting_under_full_tiers_costs_other_content_and_no_bytes(
     region = space.reserve(64 * PAGE)
     gone: list[int] = []
     other = space.reserve(64 * PAGE, on_gone=lambda pages, _: gone.extend(pages.tolist()))
-    mine = fill(other, range(200, 228))  # these push content out of the attic
+    mine = fill(other, range(200, 224))  # these push content out of the attic
     pages = region.adopt(keys_of(range(1, 31)))
     got = [n for n in range(1, 31) if pages[n - 1] >= 0]
     assert 0 < len(got) < 20
     assert not gone, "pages of a region left although content of nobody was there"
     assert right(region, pages[pages >= 0], got)
-    left = [(page, 200 + i) for i, page in enumerate(mine.tolist()) if page not in gone]
-    assert len(left) > 20
-    assert right(other, np.array([page for page, _ in left]), [number for _, number in left])
+    refused = []  # a read takes a frame, and with every slot taken that may cost another page
+    for page, number in zip(mine.tolist(), range(200, 224), strict=True):
+        try:
+            assert right(other, np.array([page]), [number])
+        except NotOurs:
+            refused.append(page)
+    assert len(refused) < 12
+    until(lambda: set(refused) <= set(gone))
 
 
 def test_content_goes_oldest_first(where: Path, reopen: Callable[..., Space]) -> None:

@@ -728,7 +728,7 @@ def test_signals_reach_the_main_thread_while_it_waits(queue: Queue, latch: Latch
 
     before = signal.signal(signal.SIGUSR1, handler)
     try:
-        timer = threading.Timer(0.02, os.kill, (os.getpid(), signal.SIGUSR1))
+        timer = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGUSR1))
         timer.start()
         with pytest.raises(Interrupted):
             ticket.wait(LONG_S)

@@ -13,6 +13,7 @@ import msgspec
 import numpy as np
 import pytest
 
+from tests.waiting import LONG_S, host_slots
 from tiermem.config import Config, Evict, Gpu, Host, Nvme
 from tiermem.errors import Closed, ConfigError, NotOurs, PageInUse, TierFull
 from tiermem.gpu.emulated import EmulatedDevice
@@ -22,7 +23,6 @@ from tiermem.space import Space
 from tiermem.tier import Place
 
 PAGE = 16384
-LONG_S = 30.0
 
 
 def config(
@@ -43,6 +43,7 @@ def config(
 @pytest.fixture(params=[False, True], ids=["lazy", "eager"])
 def space(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Space]:
     with Space.open(config(tmp_path, eager=request.param)) as space:
+        host_slots(space, 4)  # else pages go straight to the drive
         yield space
         space.check()
 
@@ -368,9 +369,8 @@ def test_a_stream_waits_for_the_load_and_its_kernel_reads_the_bytes(
 def test_an_ordered_load_counts_as_an_access_of_the_whole_request(tmp_path: Path) -> None:
     given = msgspec.structs.replace(config(tmp_path), evict=Evict(gpu="lru"))
     with Space.open(given) as space:
+        host_slots(space, 4)
         region = space.reserve(20 * PAGE)
-        region.free(filled(region, 5))  # one more than fit, so that the host tier is there
-        space.drain()
         chain = region.allocate(4, parents=[NEXT, NEXT, NEXT, -1], depths=[3, 2, 1, 0])
         with region.use(chain, "fresh"):
             pass

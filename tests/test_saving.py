@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from tests.test_adopt import PAGE, fill, keys_of, right, words_of
+from tests.waiting import host_slots
 from tiermem.config import Config, Gpu, Host, Nvme
 from tiermem.errors import TierFull
 from tiermem.gpu.emulated_streams import EmulatedStreams
@@ -80,6 +81,7 @@ def test_pages_that_nothing_forces_down_are_saved_where_they_are(where: Path) ->
 def test_pages_in_host_memory_are_saved_there(where: Path) -> None:
     with Space.open(config(where, host=64, frames=8)) as space:
         region = space.reserve(SLOTS * PAGE)
+        host_slots(space, 64)
         pages = fill(region, range(1, N + 1))
         wait_until_recorded(space, N)
         assert set(region.where(pages).tolist()) == {AT_GPU, AT_HOST}
@@ -150,6 +152,7 @@ def test_closing_takes_no_longer_than_it_may(where: Path, caplog: pytest.LogCapt
     }  # the budget pays for one page, then for none
     with Space.open(config(where, **slow)) as space:
         fill(space.reserve(SLOTS * PAGE), range(1, N + 1))
+        wait_until_recorded(space, 1)
     assert f"save units_left={N - 1} " in caplog.text
     assert len(found_again(where, range(1, N + 1), **slow)) == 1
 
@@ -191,10 +194,12 @@ import sys
 from pathlib import Path
 from tests.test_saving import SLOTS, config, counted, wait_until_recorded
 from tests.test_adopt import PAGE, fill
+from tests.waiting import host_slots
 from tiermem.space import Space
 where, first, n, host, frames = Path(sys.argv[1]), *map(int, sys.argv[2:])
 space = Space.open(config(where, host=host, frames=frames))
 region = space.reserve(SLOTS * PAGE)
+host_slots(space, host)
 pages = fill(region, range(first, first + n))
 wait_until_recorded(space, n)
 assert not (region.where(pages) == 3).any()

@@ -149,9 +149,17 @@ def test_while_one_request_of_many_is_served_others_give_for_the_next(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("tiermem.membership.EXPECT_S", 10.0)
+    real, me, asked = Sharing._note_asked, threading.get_ident(), list[int]()
+
+    def note_asked(sharing: Sharing, nbytes: int) -> None:
+        if threading.get_ident() == me:  # the mover asks for more as time goes by
+            asked.append(nbytes)
+        real(sharing, nbytes)
+
     with newcomer() as (new, region):
+        monkeypatch.setattr(Sharing, "_note_asked", note_asked)
         more = fill(region, 4)
-        assert held(new) < 8, "a small one gets as much again at most"
+        assert 4 * PAGE <= max(asked) < 8 * PAGE, "a small one asks for as much again at most"
         more += fill(region, 16)
         until(lambda: held(new) >= 20 + 8)  # an eighth of the ceiling
         more += fill(region, PAGES // 2 - 20)
@@ -219,6 +227,7 @@ def test_pages_that_come_while_a_lease_is_followed_do_not_leave_for_it(
     """The newcomer's mover found nothing in use, and one of its two pages owed to the other."""
     real, found, came = Sharing.limit, threading.Event(), threading.Event()
     later: list[int] = []
+    monkeypatch.setattr("tiermem.membership.EXPECT_S", 10.0)
 
     with engine(config("old")) as (old, kept):
         pages = fill(kept, PAGES)

@@ -312,7 +312,7 @@ def test_a_full_disk_is_tier_full_with_the_numbers(tmp_path: Path) -> None:
 
 
 def test_a_host_pool_over_the_limit_of_this_process_is_refused(tmp_path: Path) -> None:
-    over = limits.available_bytes() + (1 << 30)
+    over = 2 * limits.available_bytes() + (1 << 30)
     given = Config(gpu=Gpu(device="cpu", budget=4 * PAGE, page=PAGE), host=Host(capacity=over))
     with pytest.raises(ConfigError, match=r"host\.capacity.*\d+"):
         Space.open(given)
