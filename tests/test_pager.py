@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 
 import numpy as np
@@ -11,8 +12,9 @@ import pytest
 
 from tests.harness import SimpleLru
 from tiermem.errors import Closed, TierFull
-from tiermem.executor import Executor
+from tiermem.executor import Executor, Flight
 from tiermem.pager import Pager
+from tiermem.plan import Plan
 from tiermem.planner import Planner
 from tiermem.ranking import Ranking
 from tiermem.table import PageTable, Rows
@@ -308,6 +310,42 @@ def test_the_stream_and_not_the_caller_waits_for_loads_some_of_which_were_begun_
     rig.up.gate.set()
     assert rig.pager.drain(LONG_S)
     assert (rig.table.at[:2] == GPU).all()
+    assert (rig.table.pins[:2] == 1).all()
+    rig.planner.check()
+
+
+class _Outrun(Pager):
+    """The mover takes every plan in hand, and is slow to start it."""
+
+    def _start(self) -> None:
+        if self._todo:
+            background(super()._start)
+            while self._todo:
+                time.sleep(0.001)
+
+
+def test_the_caller_does_not_wait_for_loads_that_the_mover_is_just_starting(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rig = Rig(gpu=3)
+    rig.away(0, 1)
+    rig.up.gate.clear()
+    start = rig.pager.executor.start
+
+    def late(plan: Plan) -> Flight:
+        time.sleep(0.05)
+        return start(plan)
+
+    monkeypatch.setattr(rig.pager.executor, "start", late)
+    rig.pager.__class__ = _Outrun
+    thread, raised = background(lambda: rig.pager.use(ids(0, 1), "read", stream=0))
+    thread.join(LONG_S / 10)
+    waits = thread.is_alive()
+    rig.up.gate.set()
+    thread.join(LONG_S)
+    assert not waits
+    assert not raised
+    assert rig.pager.drain(LONG_S)
     assert (rig.table.pins[:2] == 1).all()
     rig.planner.check()
 

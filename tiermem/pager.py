@@ -338,6 +338,8 @@ class Pager:
     def _order(self, request: Request, reader: _Reader) -> bool:
         """Let the stream wait for this request's loads; False if any must be waited for."""
         with self.lock:
+            while request.pending & self._starting:  # the mover has one in hand
+                self._settled.wait(_TICK_S)
             flights = [self._flights.get(p) for p in request.pending]
             if not flights or None in flights or not self.planner.order(request):
                 return False
