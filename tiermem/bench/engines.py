@@ -149,14 +149,18 @@ def now(ledger: Ledger, member: Member) -> Member:
 
 
 def wait_for(
-    ledger: Ledger, member: Member, reached: Callable[[Member], bool], timeout_s: float
+    ledger: Ledger, member: Member, reached: Callable[[Member, bool], bool], timeout_s: float
 ) -> tuple[Member, float, bool]:
-    """(its record, seconds until it was so or the wait ended, whether it was so)."""
+    """(its record, seconds until it was so or the wait ended, whether it was so).
+
+    reached: told the record, and whether the engine has reported since the wait began: what is
+    pinned may be an old figure before.
+    """
     start = time.monotonic()
     while True:
         member = now(ledger, member)
         took_s = time.monotonic() - start
-        if reached(member):
+        if reached(member, member.age_s + 0.001 < took_s):  # it is told in whole milliseconds
             return member, took_s, True
         if took_s > timeout_s:
             return member, took_s, False

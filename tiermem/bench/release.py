@@ -37,11 +37,11 @@ def command(
     with engines.in_use() as ledgers:
         ledger, member = engines.find(ledgers, engine)
         ledger.change(member, asleep=True)
-        after, took_s, _ = engines.wait_for(
-            ledger, member, lambda now: _is_down(now) or not now.asleep, wait_s
+        after, took_s, ended = engines.wait_for(
+            ledger, member, lambda now, reports: not now.asleep or _is_down(now, reports), wait_s
         )
         row = engines.row(after, ledger.budget)
-    reached = after.asleep and _is_down(after)
+    reached = ended and after.asleep
     result = Released(engine=row, held_before=member.held, took_s=took_s, reached=reached)
     if not output.emit(result, json):
         typer.echo(
@@ -54,5 +54,5 @@ def command(
         raise typer.Exit(1)
 
 
-def _is_down(member: Member) -> bool:
-    return member.held <= max(member.page_bytes, member.pinned)
+def _is_down(member: Member, reports: bool) -> bool:
+    return member.held <= member.page_bytes or (reports and member.held <= member.pinned)
