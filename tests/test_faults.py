@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.test_region import LONG_S, PAGE, config, filled, verify, write
-from tests.waiting import host_slots
+from tests.test_region import PAGE, config, filled, verify, write
+from tests.waiting import LONG_S, host_slots
 from tiermem.assemble import Parts, assemble
 from tiermem.errors import DriverError, PageInUse, PageLost, TierFailed, TierMemError
 from tiermem.gpu.emulated import EmulatedDevice

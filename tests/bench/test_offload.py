@@ -99,7 +99,7 @@ def test_its_rows_have_names_of_their_own_and_figures_that_can_be(run: Result) -
             assert one.page_us is not None
             assert one.page_us.p50 <= one.page_us.p99
             # One page at a time: rate and time of a page say the same, within a factor.
-            seconds = one.page_bytes / (one.gbps.median * 1e9)
+            seconds = one.page_bytes / (min(one.gbps.rounds) * 1e9)
             assert one.page_us.p50 / 1e6 < 3 * seconds
         if "gpu" in (one.src, one.dst):
             assert one.percent_of_link is None
@@ -311,8 +311,8 @@ def test_a_child_of_kvikio_may_answer_crash_or_hang(
     assert (way.storing, way.depth, way.laps) == (True, 8, [Lap(1_000_000_000, 0.5, 0.1)])
     with pytest.raises(TierFailed, match="ended with -11"):
         offload_direct.ask(settings(tmp_path), PAGE, str(crashed))
-    monkeypatch.setattr(offload_direct, "CHILD_S", 2.0)
-    with pytest.raises(TierFailed, match="no answer in 2 s"):
+    monkeypatch.setattr(offload_direct, "CHILD_S", 5.0)
+    with pytest.raises(TierFailed, match="no answer in 5 s"):
         offload_direct.ask(settings(tmp_path), PAGE, str(hangs))
     until(lambda: has_ended(int(left.read_text())))  # it is killed, and dies in its own time
 

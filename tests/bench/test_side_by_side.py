@@ -25,7 +25,7 @@ say("ready")
 for _ in range(3):
     with turn():
         say("in")
-        time.sleep(0.05)
+        time.sleep(0.2)
         say("out")
 """
 
@@ -41,7 +41,7 @@ def measuring(log: Path, name: str, starting_s: float) -> list[str]:
 
 def test_benches_that_start_together_measure_in_turn_once_all_are_ready(tmp_path: Path) -> None:
     log = tmp_path / "said"
-    codes = run([measuring(log, "a", 0.0), measuring(log, "b", 0.6)], tmp_path / "logs")
+    codes = run([measuring(log, "a", 0.0), measuring(log, "b", 2.0)], tmp_path / "logs")
     said = [line.split() for line in log.read_text().splitlines()]
     assert codes == [0, 0]
     assert said[:2] == [["ready", "a"], ["ready", "b"]]

@@ -219,15 +219,16 @@ def test_copies_down_make_way_for_a_group_that_is_being_shown(fake: StandIn, fai
         down, up = device.routes(engine.host(4))
         start = device.reserve(8 * PAGE)
         before = fake.mappings()
-        fake.slow(60_000)
+        fake.slow(200_000)
         if fails:
             fake.fail("cuMemMap", 6, 1)
         group = device.window.show(pages(device, start, *range(6)), slots(*range(6)))
-        while fake.mappings() == before:
+        while fake.mappings() == before and not group.ready():
             pass
         done = down.submit(slots(6), slots(1), PASSED)
         finish(up.submit(slots(2), slots(7), PASSED))
         assert not done.ready()
+        fake.slow(0)
         assert group.wait(30)
         assert bool(group.error) == fails
         finish(done)
@@ -321,7 +322,7 @@ def test_a_kernel_queued_before_its_pages_are_shown_waits_for_the_window(fake: S
     with opened(fake) as (device, engine):
         start = device.reserve(8 * PAGE)
         engine.fill(None, int(device.frames.addresses(slots(7))[0]), 6, PAGE)
-        fake.slow(20_000)
+        fake.slow(200_000)
         shown = device.window.show(pages(device, start, *range(8)), slots(*range(8)))
         stream = engine.stream()
         shown.order(stream)  # type: ignore[attr-defined]
@@ -329,6 +330,7 @@ def test_a_kernel_queued_before_its_pages_are_shown_waits_for_the_window(fake: S
         tick = fence(device, stream)
         assert not device.streams.wait(tick, 0.02)
         assert not shown.ready()
+        fake.slow(0)
         assert seen() == bytes([6]) * 64
         finish(shown)
         shown.order(stream)  # type: ignore[attr-defined]  # nothing is left to wait for

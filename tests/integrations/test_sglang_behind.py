@@ -10,8 +10,8 @@ import msgspec
 import numpy as np
 import pytest
 
-from tests.test_region import LONG_S, config
-from tests.waiting import until
+from tests.test_region import config
+from tests.waiting import LONG_S, until
 from tiermem.assemble import Parts, assemble
 from tiermem.config import Evict
 from tiermem.integrations import sglang_engine

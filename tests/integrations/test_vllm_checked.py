@@ -24,7 +24,7 @@ def checked(tmp_path: Path, *more: str) -> dict[str, Any]:
     command = [python("TIERMEM_VLLM_PYTHON", "test-engines"), str(ROOT / "bench/vllm_checked.py")]
     ended = subprocess.run(
         [*command, "--device", "cpu", "--steps", "400", "--out", str(out), *more],
-        env={**env, "PYTHONPATH": str(ROOT)}, timeout=300, capture_output=True, text=True,
+        env={**env, "PYTHONPATH": str(ROOT)}, timeout=900, capture_output=True, text=True,
     )  # fmt: skip
     assert ended.returncode == 0, ended.stdout[-2000:] + ended.stderr[-2000:]
     result: dict[str, Any] = json.loads(out.read_text())

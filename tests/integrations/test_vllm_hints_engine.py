@@ -195,7 +195,7 @@ def test_what_a_slow_drive_has_is_computed_again_instead(persist: bool, tmp_path
         f"[gpu]\nbudget = {70 * BLOCK}\n[host]\ncapacity = {16 * BLOCK}\n"
         f'[nvme]\npath = "{slab}"\ncapacity = "64MiB"\npersist = {str(persist).lower()}\n'
     )
-    answer = run(tmp_path, toml, rounds, page_s=0.01)
+    answer = run(tmp_path, toml, rounds, page_s=0.05)
     assert 0 < answer["counts"]["recomputed"] <= 32, "requests of two rounds, each once"
     tokens = [[one["tokens"] for one in round_] for round_ in answer["rounds"]]
     assert tokens == [tokens[0]] * 3

@@ -36,7 +36,7 @@ def measured(part: str, out: Path, home: Path) -> dict[str, Any]:
     command = [_NAMED, str(ROOT / "bench/vllm_share.py"), part, "--out", str(out)]
     ended = subprocess.run(
         [*command, "--device", "cpu", "--size", "tiny", "--pool", "64MiB"],
-        env=env, timeout=300, capture_output=True, text=True,
+        env=env, timeout=900, capture_output=True, text=True,
     )  # fmt: skip
     assert ended.returncode == 0, ended.stderr[-3000:]
     result: dict[str, Any] = json.loads((out / f"vllm-share-cpu-tiny-{part}.json").read_text())

@@ -473,6 +473,7 @@ class Machine:
         """
         aborted = [r for r in self.requests.values() if r.status is Status.FINISHED]
         idle = Counter(b.block_id for r in aborted for table in r.tables for b in table)
+        idle.update(b.block_id for _, blocks in self.deferred for b in blocks)
         held = sum(block.ref_cnt > idle[block.block_id] for block in self.pool.blocks)
         assert held <= self.frames - 1, f"{held} blocks are held, {self.frames - 1} have frames"
         in_use = self.engine.director.in_use(np.arange(len(self.pool.blocks), dtype=np.int32))

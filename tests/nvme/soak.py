@@ -25,6 +25,7 @@ import numpy as np
 
 from tests.nvme.fakes import ArrayMemory
 from tests.nvme.killed import content
+from tests.waiting import LONG_S
 from tiermem import units
 from tiermem.nvme.cap import bytes_for
 from tiermem.nvme.kept import Persist
@@ -70,8 +71,15 @@ class Report:
 class Soak:
     """The slab, its workers and what they found."""
 
-    def __init__(self, where: Path, seconds: float, budget: int | None) -> None:
-        self.where, self.seconds, self.budget = where, seconds, budget
+    def __init__(
+        self,
+        where: Path,
+        seconds: float,
+        budget: int | None,
+        enough: Callable[[Soak], bool] = lambda soak: True,
+    ) -> None:
+        """enough: until this is so it goes on, for LONG_S more at most; a drive may be busy."""
+        self.where, self.seconds, self.budget, self.enough = where, seconds, budget, enough
         self.cap = bytes_for(MOST, SLOT)
         self.stored = self.verified = self.wrong = self.resizes = 0
         self.sampled: list[int] = []
@@ -116,6 +124,10 @@ class Soak:
             self.stored, self.verified, self.wrong,
         )  # fmt: skip
 
+    def goes_on(self) -> bool:
+        over = time.monotonic() - self.end
+        return over < 0 or (over < LONG_S and not self.enough(self))
+
     def guard(self, job: Callable[[], None]) -> None:
         try:
             job()
@@ -131,7 +143,7 @@ class Soak:
         frames = np.arange(MINE, dtype=np.int32)
         mine: Slots = frames + np.int32(number * MINE)
         numbers = np.zeros(MINE, np.uint32)
-        while time.monotonic() < self.end:
+        while self.goes_on():
             keys = rng.integers(1, 1 << 40, (MINE, 2), np.uint64)
             memory.bytes[:MINE] = content(keys)
             part = rng.permutation(MINE)[: rng.integers(1, MINE)].astype(np.int32)
@@ -158,7 +170,7 @@ class Soak:
         frames = np.arange(MINE, dtype=np.int32)
         halves = np.array_split(frames, 2)
         running: list[Transfer] = []
-        while time.monotonic() < self.end:
+        while self.goes_on():
             part = halves[0]
             halves.reverse()
             running.append(store.submit(part, part + np.int32(WORKERS * MINE), PASSED))
@@ -170,14 +182,14 @@ class Soak:
     def turn_over(self, slab: Slab) -> None:
         """Grow and shrink above everybody's slots."""
         rng = np.random.default_rng(99)
-        while time.monotonic() < self.end:
+        while self.goes_on():
             slab.resize(int(rng.integers(MOST // 2, MOST + 1)))
             slab.wait_ready(slab.capacity)
             self.resizes += 1
 
     def sample(self) -> None:
         """What the file system charges for everything in the directory."""
-        while time.monotonic() < self.end or not self.sampled:
+        while self.goes_on() or not self.sampled:
             charged = 0
             for entry in os.scandir(self.where):
                 try:
