@@ -176,7 +176,7 @@ def engine(name: str, seed: int) -> None:
     seen = {"wrong": 0, "verified": 0, "below_floor": 0, "refused": 0, "taken": 0, "missed": 0}
     steps = Steps(name, HOST_PAGES)
     print("ready", flush=True)
-    while not sharing_soak.is_told_to_end():
+    while not (sharing_soak.is_told_to_end() and seen["verified"]):
         most = rng.choice((FLOOR - 1, 30, 100))
         for _ in range(rng.randrange(40)):
             n = rng.randint(1, most)

@@ -186,7 +186,9 @@ class Engine:
 
     def _file(self, name: str) -> os.stat_result | None:
         try:
-            if name not in self._files:
+            at = self._files.get(name)
+            if at is None or f"memfd:{name}" not in os.readlink(at):  # its number is another's now
+                self._files.pop(name, None)
                 for fd in Path(f"/proc/{self.process.pid}/fd").iterdir():
                     if f"memfd:{name}" in os.readlink(fd):
                         self._files[name] = fd

@@ -225,7 +225,7 @@ def test_directors_that_burst_and_are_killed_harm_nobody() -> None:
     assert outcome.faults == []
     assert outcome.kills > 0
     assert outcome.samples > 50
-    assert max(outcome.freed_s) < 1.0
+    assert max(outcome.freed_s, default=0.0) < 1.0
     assert outcome.most_held > PAGES * PAGE // 2
     assert sum(seen["verified"] for seen in outcome.engines) > 0
 

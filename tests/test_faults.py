@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from tests.test_region import PAGE, config, filled, verify, write
-from tests.waiting import LONG_S, host_slots
+from tests.waiting import LONG_S, host_slots, until
 from tiermem.assemble import Parts, assemble
 from tiermem.errors import DriverError, PageInUse, PageLost, TierFailed, TierMemError
 from tiermem.gpu.emulated import EmulatedDevice
@@ -134,7 +134,7 @@ def test_a_page_that_cannot_be_read_back_is_lost_and_said_to_be(tmp_path: Path) 
         with pytest.raises(PageLost, match='compute them again with access="fresh"'):
             region.use(away[:1]).__enter__()
         reads[0].failing = False
-        assert gone == [([int(away[0])], "lost")]
+        until(lambda: gone == [([int(away[0])], "lost")])
         assert region.where(away[:1]).tolist() == [Place.LOST]
         with pytest.raises(PageLost), region.use(away[:1]):
             pass
@@ -152,6 +152,7 @@ def test_a_load_from_the_host_that_fails_is_tried_again_and_then_refused(tmp_pat
 
     with opened(tmp_path, spoil, nvme=0) as space:
         region = space.reserve(40 * PAGE)
+        host_slots(space, 4)
         pages = filled(region, 2)
         region.hint(pages, "cold")
         space.drain()
@@ -231,6 +232,7 @@ def test_a_load_that_cannot_be_shown_leaves_the_page_below(tmp_path: Path) -> No
     windows: list[FailingWindow] = []
     with opened(tmp_path, _spoil_window(windows), nvme=0) as space:
         region = space.reserve(40 * PAGE)
+        host_slots(space, 4)
         pages = filled(region, 2)
         region.hint(pages, "cold")
         space.drain()

@@ -294,7 +294,7 @@ def test_a_policy_that_takes_over_is_told_what_waits() -> None:
 def configured(tmp_path: Path, prefetch: Prefetch, gpu: int = 8) -> Config:
     return Config(
         gpu=Gpu(device="cpu", page=PAGE, budget=gpu * PAGE, high=1.0, low=0.5),
-        host=Host(capacity=4 * PAGE),
+        host=Host(capacity=4 * PAGE, high=1.0, low=1.0),
         nvme=Nvme(path=tmp_path / "slab", capacity=bytes_for(32, PAGE), mode="posix"),
         evict=Evict(gpu="lru", host="lru"),
         prefetch=prefetch,

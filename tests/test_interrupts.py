@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
+from tests.waiting import host_slots
 from tiermem.config import Config, Gpu, Host
 from tiermem.interrupts import Uninterrupted
 from tiermem.space import Space
@@ -65,6 +66,7 @@ def parts() -> Iterator[tuple[Space, Interrupting]]:
     made.routes[up] = between
     made.device.window = between  # type: ignore[misc]  # a protocol's property
     with Space(config, made) as space:
+        host_slots(space, 16)
         yield space, between
 
 

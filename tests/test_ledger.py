@@ -613,10 +613,11 @@ def test_a_forked_child_has_no_part_in_the_ledger(directory: Path) -> None:
 
 def test_two_processes_never_hold_more_than_there_is(directory: Path) -> None:
     busy = (
-        "import threading\n"
+        "import threading, time\n"
         "def churn():\n"
         "    while True:\n"
         "        lease.commit(lease.reserve(40 * 4096)); lease.release(lease.held)\n"
+        "        time.sleep(0.0005)\n"
         "threading.Thread(target=churn, daemon=True).start()"
     )
     with opened(directory) as ledger:
