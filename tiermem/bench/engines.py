@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 import msgspec
 
@@ -149,18 +150,19 @@ def now(ledger: Ledger, member: Member) -> Member:
 
 
 def wait_for(
-    ledger: Ledger, member: Member, reached: Callable[[Member, bool], bool], timeout_s: float
+    ledger: Ledger, member: Member, reached: Callable[[Member], bool], timeout_s: float
 ) -> tuple[Member, float, bool]:
     """(its record, seconds until it was so or the wait ended, whether it was so).
 
-    reached: told the record, and whether the engine has reported since the wait began: what is
-    pinned may be an old figure before.
+    reached: told the record, with nothing pinned until the engine has reported since: what it said
+    before may no longer be so.
     """
     start = time.monotonic()
     while True:
         member = now(ledger, member)
         took_s = time.monotonic() - start
-        if reached(member, member.age_s + 0.001 < took_s):  # it is told in whole milliseconds
+        is_fresh = member.age_s + 0.001 < took_s  # told in whole milliseconds
+        if reached(member if is_fresh else replace(member, pinned=0)):
             return member, took_s, True
         if took_s > timeout_s:
             return member, took_s, False

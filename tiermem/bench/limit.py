@@ -10,7 +10,6 @@ import typer
 from tiermem.bench import engines, output
 from tiermem.bench.engines import size
 from tiermem.errors import ConfigError
-from tiermem.ledger import Member
 
 
 class Limited(msgspec.Struct, frozen=True, kw_only=True):
@@ -55,13 +54,10 @@ def command(
             weight=weight,
         )
         after, pinned_s, down = engines.wait_for(
-            ledger,
-            member,
-            lambda now, reports: _is_down(now) or (reports and now.held <= now.pinned),
-            wait_s,
+            ledger, member, lambda now: now.held <= max(now.cap, now.page_bytes, now.pinned), wait_s
         )
         after, more_s, reached = engines.wait_for(
-            ledger, after, lambda now, reports: _is_down(now), wait_s - pinned_s
+            ledger, after, lambda now: now.held <= max(now.cap, now.page_bytes), wait_s - pinned_s
         )
         row = engines.row(after, ledger.budget)
     took_s = pinned_s + more_s
@@ -86,7 +82,3 @@ def command(
             )
     if not reached:
         raise typer.Exit(1)
-
-
-def _is_down(member: Member) -> bool:
-    return member.held <= max(member.cap, member.page_bytes)

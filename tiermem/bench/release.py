@@ -38,7 +38,7 @@ def command(
         ledger, member = engines.find(ledgers, engine)
         ledger.change(member, asleep=True)
         after, took_s, ended = engines.wait_for(
-            ledger, member, lambda now, reports: not now.asleep or _is_down(now, reports), wait_s
+            ledger, member, lambda now: _is_down(now) or not now.asleep, wait_s
         )
         row = engines.row(after, ledger.budget)
     reached = ended and after.asleep
@@ -54,5 +54,5 @@ def command(
         raise typer.Exit(1)
 
 
-def _is_down(member: Member, reports: bool) -> bool:
-    return member.held <= member.page_bytes or (reports and member.held <= member.pinned)
+def _is_down(member: Member) -> bool:
+    return member.held <= max(member.page_bytes, member.pinned)
