@@ -36,13 +36,12 @@ from tiermem.ledger_file import (
     runtime_directory,
 )
 from tiermem.ledger_records import (
-    CLAIM_WORDS,
     REPORTED,
     Kind,
     Member,
     Report,
     Snapshot,
-    claim_of,
+    claims_of,
     member,
 )
 from tiermem.ledger_shares import Claim
@@ -161,7 +160,7 @@ class Ledger:
             budget = int(words[Head.BUDGET])
             rows = [words[first : first + RECORD_WORDS].tolist() for first in live]
             names = [self._file.text(first + Word.NAME, NAME_BYTES) for first in live]
-            claims = _claims(words, live)
+            claims = claims_of(words, live)
         fair = ledger_shares.fair_shares(budget, claims)
         owed = ledger_shares.owed(budget, claims, fair, budget // BAND)
         now = now_ms()
@@ -460,7 +459,7 @@ class Lease:
         live = self._file.live()
         if self._first not in live:
             raise LedgerError(f"{self._file.path}: our record is gone; open the space again")
-        claims = _claims(words, live)
+        claims = claims_of(words, live)
         return live, claims, ledger_shares.fair_shares(words[Head.BUDGET], claims)
 
     def _needy(self, words: memoryview) -> set[int]:
@@ -489,10 +488,6 @@ class Lease:
     def _note(self, words: memoryview, event: str, nbytes: int) -> None:
         words[self._first + Word.SEQ] += 1
         self._file.note(event, self.slot, nbytes)
-
-
-def _claims(words: memoryview, live: tuple[int, ...]) -> list[Claim]:
-    return [claim_of(bytes(words[first : first + CLAIM_WORDS])) for first in live]
 
 
 def slot_of(first: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import lru_cache
@@ -87,7 +88,7 @@ class Report:
 REPORTED = [(Word[name.upper()], name) for name in Report.__dataclass_fields__]
 
 
-CLAIM_WORDS = int(Word.KIND)
+_CLAIM_WORDS = int(Word.KIND)
 """A claim is made of the words before this one."""
 
 _FLOOR, _CAP, _WEIGHT, _HELD, _RESERVED, _WANTED, _ASLEEP = (
@@ -95,8 +96,13 @@ _FLOOR, _CAP, _WEIGHT, _HELD, _RESERVED, _WANTED, _ASLEEP = (
 )
 
 
+def claims_of(words: memoryview, firsts: Sequence[int]) -> list[Claim]:
+    """The claims of the records that begin at these words; LedgerError as of `_claim_of`."""
+    return [_claim_of(bytes(words[first : first + _CLAIM_WORDS])) for first in firsts]
+
+
 @lru_cache(maxsize=4 * RECORDS)
-def claim_of(raw: bytes) -> Claim:
+def _claim_of(raw: bytes) -> Claim:
     """The claim that a record's first words make; LedgerError if they cannot be meant.
 
     Cached, as of several records one has changed since the last look.
