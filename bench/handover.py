@@ -183,7 +183,8 @@ def handover(ledger: Ledger, donor: Child, newcomer: Child, page: int, base: Ans
     watch.stop()
     times = took["times"]
     t0, first, end = times[0], times[1], times[-1]
-    freed = watch.first_at_most("donor", donor_keeps)
+    seen = watch.first_at_most("donor", donor_keeps)
+    freed = None if seen is None else min(seen, end)  # the last look comes after the end
     after = donor.ask("state")
     moved = before["gpu"] - after["gpu"]
     floors = least(base, moved)
