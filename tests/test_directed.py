@@ -338,7 +338,7 @@ def test_random_steps_serve_no_wrong_bytes(
             ranks.run()
         moved += director.statistics()["gpu_host"] + director.statistics().get("host_nvme", 0)
         ranks.close()
-    assert moved > 20, "the tiers were hardly used"
+    assert moved > 60, "the tiers were hardly used"
 
 
 def told_back(ranks: Ranks, name: str) -> list[int]:
